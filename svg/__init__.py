@@ -1,0 +1,57 @@
+"""Sparse attention for video diffusion transformers. Everything here loads on first use: `import svg` needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import warnings
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "accelerate": "svg.pipelines.attach",
+    "restore": "svg.pipelines.attach",
+    "report": "svg.pipelines.attach",
+    "MethodConfig": "svg.config",
+    "DenseConfig": "svg.config",
+    "SVG1Config": "svg.config",
+    "SVG2Config": "svg.config",
+    "config_from_dict": "svg.config",
+    "TokenLayout": "svg.layout",
+    "dense_attention": "svg.methods.dense",
+    "load_preset": "svg.configs",
+}
+# `svg.attend` is the module: a function of that name here would be hidden by it as soon as it is imported.
+__all__ = [*_HOME, "__version__"]
+
+# Distributions that install a module called `svg` too and overwrite files of this one, or are overwritten by it.
+_FOREIGN = ("svg.py", "svg.path")
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'svg' has no attribute {name!r}; choose from {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _warn_of_foreign_distributions() -> None:
+    for name in _FOREIGN:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        warnings.warn(
+            f"{name} is installed and also provides a module called 'svg'; one hides the other. "
+            f"Uninstall it, then reinstall svg-video: pip uninstall {name} && pip install --force-reinstall svg-video",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_warn_of_foreign_distributions()

@@ -1,0 +1,74 @@
+"""One attention call: dense in warm-up, the configured method otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import TokenLayout
+from .methods.dense import dense_attention
+from .state import CallRecord, RunState, Timer
+
+__all__ = ["attend", "dense_attention"]
+
+
+@torch.compiler.disable
+def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_mask: Tensor | None = None) -> Tensor:
+    """Self-attention of one layer by the state's method, recorded in the state.
+
+    Args:
+        q, k, v: float [B, S, H, D], after QK-norm and RoPE; S = layout.total_tokens.
+        state: the transformer's state, after `begin_forward`.
+        layer: index of the layer, from 0.
+        text_mask: bool [B, text_tokens], True for prompt tokens, False for padding; None if all are prompt tokens.
+
+    Returns:
+        [B, S, H, D] in q's dtype.
+
+    Raises:
+        ValueError: shapes do not agree with each other or with the layout.
+        RuntimeError: no forward was begun.
+        NotImplementedError: gradients are wanted through a sparse call on a GPU.
+        FloatingPointError: q, k or v hold NaN or infinity (raised at the next forward on a GPU).
+    """
+    config, layout = state.config, state.layout
+    if layout is None:
+        raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
+    _check(q, k, v, layout, text_mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
+    if config.check_finite:
+        state.watch(layer, q, k, v)
+    timer = Timer(q.device) if state.timing else None
+    if config.method == "dense" or state.is_warmup(layer):
+        dense, kind, density = True, None, torch.ones(q.shape[:2])
+        out = dense_attention(q, k, v, _key_mask(layout, text_mask), config.dense_backend)
+    else:
+        raise NotImplementedError
+    if timer is not None:
+        timer.stop()
+    state.records.append(CallRecord(state.step, layer, state.branch, density, kind, dense, timer))
+    return out.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"q, k and v must have one shape [B, S, H, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[1] != layout.total_tokens:
+        raise ValueError(f"q must have the layout's {layout.total_tokens} tokens in dimension 1, got {q.shape[1]}")
+    if text_mask is not None and (
+        text_mask.shape != (q.shape[0], layout.text_tokens) or text_mask.dtype != torch.bool
+    ):
+        raise ValueError(
+            f"text_mask must be bool [{q.shape[0]}, {layout.text_tokens}] (batch, text tokens), "
+            f"got {text_mask.dtype} {tuple(text_mask.shape)}"
+        )
+
+
+def _key_mask(layout: TokenLayout, text_mask: Tensor | None) -> Tensor | None:
+    if text_mask is None:
+        return None
+    mask = text_mask.new_ones(text_mask.shape[0], layout.total_tokens)  # [B, S]
+    mask[:, layout.text_slice] = text_mask
+    return mask

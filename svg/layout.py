@@ -1,0 +1,63 @@
+"""Where the video and the text are in a sequence of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEXT_POSITIONS = ("none", "first", "last")
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A video grid in frame-major order, with the text tokens before it, after it or apart.
+
+    Args:
+        frames: latent frames after patching, >= 1.
+        height: token rows of a frame, >= 1.
+        width: token columns of a frame, >= 1.
+        text_tokens: text tokens in the same sequence, padding included; 0 if text is apart.
+        text_position: "none" (text apart), "first" or "last".
+
+    Raises:
+        ValueError: a size is not positive, or text_tokens and text_position contradict each other.
+    """
+
+    frames: int
+    height: int
+    width: int
+    text_tokens: int = 0
+    text_position: str = "none"
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.text_position not in TEXT_POSITIONS:
+            raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}, got {self.text_position!r}")
+        if self.text_tokens < 0 or (self.text_tokens > 0) != (self.text_position != "none"):
+            raise ValueError(
+                f"text_tokens must be 0 with text_position 'none' and >= 1 otherwise, "
+                f"got {self.text_tokens} with {self.text_position!r}"
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames * self.tokens_per_frame
+
+    @property
+    def total_tokens(self) -> int:
+        return self.video_tokens + self.text_tokens
+
+    @property
+    def video_slice(self) -> slice:
+        start = self.text_tokens if self.text_position == "first" else 0
+        return slice(start, start + self.video_tokens)
+
+    @property
+    def text_slice(self) -> slice:
+        start = 0 if self.text_position == "first" else self.video_tokens
+        return slice(start, start + self.text_tokens)

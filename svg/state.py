@@ -1,0 +1,222 @@
+"""What one transformer remembers while a pipeline runs: step, branch, per-layer caches, records."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import MethodConfig
+from .layout import TokenLayout
+
+CHECKED = ("q", "k", "v")
+
+
+class Timer:
+    """Time of one attention call: CUDA events on a GPU, read only when asked, so the call never waits."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._start = self._mark()
+        self._end = None
+
+    def stop(self) -> None:
+        self._end = self._mark()
+
+    def seconds(self) -> float:
+        """Elapsed seconds between construction and stop; waits for the GPU to get there."""
+        if not self._cuda:
+            return self._end - self._start
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000
+
+    def _mark(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One attention call; tensors stay on their device until a report reads them.
+
+    Args:
+        step: index of the step.
+        layer: index of the layer.
+        branch: guidance branch.
+        density: float [B, H], computed share of the map.
+        kind: int [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
+        dense: whether the call ran dense attention.
+        timer: the call's timer, or None when timing is off.
+    """
+
+    step: int
+    layer: int
+    branch: str
+    density: Tensor
+    kind: Tensor | None
+    dense: bool
+    timer: Timer | None
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.timer is None else self.timer.seconds()
+
+
+@dataclass
+class LayerState:
+    """What one layer keeps for one guidance branch within a run.
+
+    Args:
+        layer: index of the layer.
+        branch: guidance branch.
+        seed: seed of this layer's and branch's generators.
+    """
+
+    layer: int
+    branch: str
+    seed: int
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    _signature: tuple | None = None
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+
+    def match(self, *signature) -> None:
+        """Start over when what the cache was made for (shapes, layout, device) is no longer what is asked for."""
+        if signature != self._signature:
+            self.cache.clear()
+            self._generators.clear()
+            self._signature = signature
+
+    def generator(self, device: torch.device | str) -> torch.Generator:
+        """This layer's and branch's private generator on a device."""
+        device = torch.device(device)
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+
+class RunState:
+    """State of one transformer: where the run is, what each layer and branch caches, what was computed.
+
+    Args:
+        config: the method's settings.
+        num_layers: self-attention layers of the transformer.
+        name: the transformer's name in its pipeline.
+
+    Attributes:
+        step, num_steps, branch, layout: set by `begin_forward`; step is None outside a run.
+        timing: whether calls are timed.
+        records: one CallRecord per attention call of the run.
+    """
+
+    def __init__(self, config: MethodConfig, num_layers: int, name: str = "transformer"):
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be >= 1, got {num_layers}")
+        self.config = config
+        self.num_layers = num_layers
+        self.name = name
+        self.timing = True
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything but the config: layer caches, generators, records, position in the run."""
+        self.step: int | None = None
+        self.num_steps: int | None = None
+        self.branch: str | None = None
+        self.layout: TokenLayout | None = None
+        self.records: list[CallRecord] = []
+        self._layers: dict[tuple[int, str], LayerState] = {}
+        self._flags: list[tuple[int, Tensor]] = []
+
+    def begin_run(self) -> None:
+        """Start a run: nothing of an earlier one, finished or interrupted, is left."""
+        self.reset()
+
+    def begin_forward(self, step: int, num_steps: int, branch: str, layout: TokenLayout) -> None:
+        """Say where the run is before the transformer's forward; checks the forward before it.
+
+        Args:
+            step: index of the step, from 0.
+            num_steps: steps of the run.
+            branch: guidance branch, such as "cond" or "uncond".
+            layout: token layout of this forward.
+
+        Raises:
+            ValueError: step is not in [0, num_steps).
+            FloatingPointError: q, k or v of the forward before held NaN or infinity.
+        """
+        if not 0 <= step < num_steps:
+            raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
+        self._read_flags()
+        self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
+
+    def end_forward(self) -> None:
+        """Say that the forward is over; the last step's forward is checked here, as no other follows.
+
+        Raises:
+            FloatingPointError: q, k or v of the last step held NaN or infinity.
+        """
+        if self.step is not None and self.step == self.num_steps - 1:
+            self._read_flags()
+
+    def end_run(self) -> None:
+        """Say that the run is over.
+
+        Raises:
+            FloatingPointError: q, k or v of the last forward held NaN or infinity.
+        """
+        self._read_flags()
+
+    def layer(self, index: int) -> LayerState:
+        """State of a layer for the current branch, made on first use."""
+        key = (index, self.branch)
+        if key not in self._layers:
+            self._layers[key] = LayerState(index, self.branch, _seed(self.config.seed, index, self.branch))
+        return self._layers[key]
+
+    def is_warmup(self, layer: int) -> bool:
+        """Whether a layer runs dense attention in the current step."""
+        return self.config.is_warmup(self.step, self.num_steps, layer, self.num_layers)
+
+    def generator(self, layer: int, device: torch.device | str) -> torch.Generator:
+        """Private generator of a layer and the current branch; its draws never touch the global one."""
+        return self.layer(layer).generator(device)
+
+    def watch(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Note whether a call's inputs are finite: on a CPU at once, elsewhere read after the forward.
+
+        Args:
+            layer: index of the layer.
+            q, k, v: float, any shape.
+
+        Raises:
+            FloatingPointError: on a CPU, one of them holds NaN or infinity.
+        """
+        # One fp32 sum a tensor turns NaN or infinite with any of its values and costs one read of it.
+        self._flags.append((layer, torch.stack([x.detach().sum(dtype=torch.float32) for x in (q, k, v)])))
+        if q.device.type == "cpu":
+            self._read_flags()
+
+    def _read_flags(self) -> None:
+        flags, self._flags = self._flags, []
+        if not flags:
+            return
+        finite = torch.stack([sums for _, sums in flags]).isfinite().tolist()  # [calls, 3]
+        for (layer, _), row in zip(flags, finite):
+            for name, ok in zip(CHECKED, row):
+                if not ok:
+                    raise FloatingPointError(
+                        f"{name} must be finite, got NaN or infinity in {self.name} layer {layer}, "
+                        f"step {self.step} of {self.num_steps}, branch {self.branch}; "
+                        f"try another dtype, or look at what the layers before it give"
+                    )
+
+
+def _seed(seed: int, layer: int, branch: str | None) -> int:
+    digest = hashlib.blake2b(f"{seed}/{layer}/{branch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
