@@ -22,7 +22,7 @@ _HOME = {
     "load_preset": "svg.configs",
 }
 # `svg.attend` is the module: a function of that name here would be hidden by it as soon as it is imported.
-__all__ = [*_HOME, "__version__"]
+__all__ = list(_HOME)
 
 # Distributions that install a module called `svg` too and overwrite files of this one, or are overwritten by it.
 _FOREIGN = ("svg.py", "svg.path")
