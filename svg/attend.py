@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svg.kernels import target
+
 from .layout import TokenLayout
-from .methods.dense import dense_attention
+from .methods.dense import dense_attention, key_mask
 from .state import CallRecord, RunState, Timer
 
 __all__ = ["attend", "dense_attention"]
@@ -39,15 +41,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
     if config.check_finite:
         state.watch(layer, q, k, v)
     timer = Timer(q.device) if state.timing else None
-    if config.method == "dense" or state.is_warmup(layer):
-        dense, kind, density = True, None, torch.ones(q.shape[:2])
-        out = dense_attention(q, k, v, _key_mask(layout, text_mask), config.dense_backend)
+    dense = config.method == "dense" or state.is_warmup(layer)
+    if dense:
+        kind, density = None, torch.ones(q.shape[:2])
+        out = dense_attention(q, k, v, key_mask(layout, text_mask), config.dense_backend)
     else:
-        raise NotImplementedError
+        out, density, kind = _sparse(q, k, v, state, layer, text_mask)
     if timer is not None:
         timer.stop()
     state.records.append(CallRecord(state.step, layer, state.branch, density, kind, dense, timer))
     return out.transpose(1, 2)
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_mask: Tensor | None):
+    config, layout = state.config, state.layout
+    if target.use_triton(q):
+        target.refuse_gradients(f"{config.method} attention", q, k, v)
+    memory = state.layer(layer)
+    memory.match(q.shape, layout, q.device)
+    from .methods import svg1, svg2
+    from .methods.plan import execute
+
+    _PLAN = {"svg1": svg1.plan, "svg2": svg2.plan}
+    with torch.no_grad():
+        plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
+    return execute(plan, q, k, v), plan.density(), plan.kind
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:
@@ -64,11 +82,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tens
             f"text_mask must be bool [{q.shape[0]}, {layout.text_tokens}] (batch, text tokens), "
             f"got {text_mask.dtype} {tuple(text_mask.shape)}"
         )
-
-
-def _key_mask(layout: TokenLayout, text_mask: Tensor | None) -> Tensor | None:
-    if text_mask is None:
-        return None
-    mask = text_mask.new_ones(text_mask.shape[0], layout.total_tokens)  # [B, S]
-    mask[:, layout.text_slice] = text_mask
-    return mask

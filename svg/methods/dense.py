@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from svg.kernels import target
+
 from ..config import DENSE_BACKENDS
+from ..layout import TokenLayout
 
 _NAMED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -50,9 +53,25 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
         ) from error
 
 
+def key_mask(layout: TokenLayout, text_mask: Tensor | None) -> Tensor | None:
+    """Keys that dense attention sees: all but padding text.
+
+    Args:
+        layout: where video and text are.
+        text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
+
+    Returns:
+        bool [B, S], or None for all.
+    """
+    if text_mask is None:
+        return None
+    mask = text_mask.new_ones(text_mask.shape[0], layout.total_tokens)  # [B, S]
+    mask[:, layout.text_slice] = text_mask
+    return mask
+
+
 def _priority(device: torch.device) -> list[SDPBackend]:
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-    first = ("cudnn", "flash") if hopper else ("flash", "cudnn")
+    first = ("cudnn", "flash") if target.arch(device) >= 90 else ("flash", "cudnn")
     return [_NAMED[name] for name in (*first, "efficient", "math")]
 
 

@@ -1,0 +1,89 @@
+"""What a sparse method decides for one attention call, how dense it is, and its execution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svg.kernels.block_sparse import block_sparse_attention
+from svg.kernels.permute import gather_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Permutations, cluster sizes and block maps of one call; M maps serve B x H heads.
+
+    Args:
+        q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries, or None for identity.
+        k_permutation: the same for keys and values.
+        q_sizes: int32 [M, Cq], tokens in each query cluster in sorted order; sums to S.
+        k_sizes: int32 [M, Ck], tokens in each key cluster in sorted order; sums to S.
+        block_map: bool [M, Cq, Ck], which blocks are computed.
+        map_index: int32 [B, H], which of the M maps a head uses.
+        visible_keys: int [M], keys that dense attention would see (all but padding text).
+        kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
+    """
+
+    q_permutation: Tensor | None
+    k_permutation: Tensor | None
+    q_sizes: Tensor
+    k_sizes: Tensor
+    block_map: Tensor
+    map_index: Tensor
+    visible_keys: Tensor
+    kind: Tensor | None = None
+
+    def density(self) -> Tensor:
+        """Computed share of what dense attention computes, token-weighted.
+
+        Returns:
+            float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys).
+        """
+        seen = torch.where(self.block_map, self.k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
+        area = (seen * self.q_sizes).sum(-1)  # [M], int64: exact
+        share = area.double() / (self.q_sizes.sum(-1) * self.visible_keys)
+        return share.float()[self.map_index.long()]
+
+
+def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Block-sparse attention as planned.
+
+    Args:
+        plan: the plan of this call.
+        q, k, v: float [B, H, S, D] in original order.
+
+    Returns:
+        [B, H, S, D] in original order and q's dtype.
+    """
+    if plan.k_permutation is not None:
+        k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        plan.block_map,
+        plan.q_sizes,
+        plan.k_sizes,
+        map_index=plan.map_index,
+        q_permutation=plan.q_permutation,
+    )
+
+
+def visible_keys(num: int, video_tokens: int, text_tokens: int, text_mask: Tensor | None, device) -> Tensor:
+    """Keys that dense attention would see, per sample.
+
+    Args:
+        num: samples.
+        video_tokens: video tokens, all seen.
+        text_tokens: text tokens, padding included.
+        text_mask: bool [num, text_tokens], True for prompt tokens, or None for all.
+        device: where the result lives.
+
+    Returns:
+        int64 [num].
+    """
+    if text_mask is None:
+        return torch.full((num,), video_tokens + text_tokens, device=device)
+    return video_tokens + text_mask.sum(-1)

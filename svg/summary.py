@@ -1,0 +1,121 @@
+"""A run's records as one plain dict: densities, head kinds and time, ready for JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import CallRecord, RunState
+
+
+def summarise(state: RunState) -> dict[str, Any]:
+    """Aggregate the records of a run; reads the device once per kind of record.
+
+    Args:
+        state: the state after a run, or during one.
+
+    Returns:
+        name, config (as a dict), calls {total, dense, sparse};
+        density: all_calls and sparse_calls (means; None where there is no such call), per_step and per_layer (lists of
+        {step or layer, all_calls, sparse_calls}), per_branch {branch: {all_calls, sparse_calls}}, per_head
+        {layer: one mean a head over the sparse calls};
+        head_kinds {layer: {spatial, temporal}} shares over the calls, or None for methods without kinds;
+        attention_seconds {total, dense, sparse}, or None when calls were not timed.
+
+    Raises:
+        FloatingPointError: q, k or v of the last forward held NaN or infinity.
+    """
+    state.end_run()
+    records = state.records
+    density = _read([record.density for record in records])
+    means = [values.mean().item() for values in density]
+    sparse = [record for record in records if not record.dense]
+    return {
+        "name": state.name,
+        "config": state.config.to_dict(),
+        "calls": {"total": len(records), "dense": len(records) - len(sparse), "sparse": len(sparse)},
+        "density": {
+            **_density(zip(records, means)),
+            "per_step": _table("step", records, means),
+            "per_layer": _table("layer", records, means),
+            "per_branch": {
+                str(branch): _density(rows) for branch, rows in _group(records, means, lambda r: r.branch).items()
+            },
+            "per_head": _per_head(records, density),
+        },
+        "head_kinds": _head_kinds(sparse),
+        "attention_seconds": _seconds(records),
+    }
+
+
+def _read(tensors: list[Tensor]) -> list[Tensor]:
+    """CPU copies in float64, one transfer for all tensors of a device."""
+    out: list[Tensor] = list(tensors)
+    by_device = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        by_device[tensor.device].append(index)
+    for indices in by_device.values():
+        flat = torch.cat([tensors[i].flatten() for i in indices]).cpu().double()
+        for i, part in zip(indices, flat.split([tensors[i].numel() for i in indices])):
+            out[i] = part.view(tensors[i].shape)
+    return out
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _density(rows: Iterable[tuple[CallRecord, float]]) -> dict[str, float | None]:
+    rows = list(rows)
+    return {
+        "all_calls": _mean(mean for _, mean in rows),
+        "sparse_calls": _mean(mean for record, mean in rows if not record.dense),
+    }
+
+
+def _group(records: list[CallRecord], values: list, key: Callable[[CallRecord], Any]) -> dict[Any, list[tuple]]:
+    groups = defaultdict(list)
+    for record, value in zip(records, values):
+        groups[key(record)].append((record, value))
+    return dict(groups)
+
+
+def _table(name: str, records: list[CallRecord], means: list[float]) -> list[dict[str, Any]]:
+    groups = _group(records, means, lambda record: getattr(record, name))
+    return [{name: index, **_density(groups[index])} for index in sorted(groups)]
+
+
+def _per_head(records: list[CallRecord], density: list[Tensor]) -> dict[str, list[float]]:
+    groups = _group(records, density, lambda record: record.layer)
+    table = {}
+    for layer in sorted(groups):
+        rows = [values for record, values in groups[layer] if not record.dense]
+        if rows:
+            table[str(layer)] = torch.cat(rows).mean(0).tolist()  # [calls * B, H] -> [H]
+    return table
+
+
+def _head_kinds(sparse: list[CallRecord]) -> dict[str, dict[str, float]] | None:
+    records = [record for record in sparse if record.kind is not None]
+    if not records:
+        return None
+    groups = _group(records, _read([record.kind for record in records]), lambda record: record.layer)
+    shares = {}
+    for layer in sorted(groups):
+        temporal = torch.cat([kind.flatten() for _, kind in groups[layer]]).mean().item()
+        shares[str(layer)] = {"spatial": 1 - temporal, "temporal": temporal}
+    return shares
+
+
+def _seconds(records: list[CallRecord]) -> dict[str, float] | None:
+    timed = [(record.dense, record.seconds) for record in records if record.timer is not None]
+    if not timed:
+        return None
+    dense = sum(seconds for is_dense, seconds in timed if is_dense)
+    sparse = sum(seconds for is_dense, seconds in timed if not is_dense)
+    return {"total": dense + sparse, "dense": dense, "sparse": sparse}
