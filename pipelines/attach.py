@@ -1,0 +1,167 @@
+"""One line to accelerate a Diffusers pipeline, one to undo it, one to see what was computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from svg.config import METHODS, MethodConfig, config_from_dict
+from svg.state import RunState
+
+from .hook import HOOK_NAME, RunHook
+from .processor import check_backend, check_parallel
+from .registry import MODELS, find_spec
+
+TRANSFORMERS = ("transformer", "transformer_2")
+_METHOD_SUFFIXES = tuple(f":{method}" for method in METHODS)
+
+
+def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
+    """Run a pipeline's video self-attention with a method; all else stays as it is.
+
+    Args:
+        pipe: a Diffusers pipeline with a supported `transformer` (and `transformer_2`, if it has one).
+        config: a MethodConfig, its dict, or a preset's name, which means the preset's svg2 settings;
+            "name:svg1" means its svg1 settings.
+
+    Returns:
+        The same pipe. Accelerating it again replaces the method.
+
+    Raises:
+        ValueError: no transformer or an unsupported one, a bad config, or a Diffusers attention backend is chosen.
+        TypeError: config is none of the three.
+        NotImplementedError: context parallelism is on.
+    """
+    config = _resolve(config)
+    transformers = transformers_of(pipe)
+    specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
+    for name, transformer in transformers.items():
+        for attn in specs[name].attention_modules(transformer):
+            check_parallel(attn.processor)
+            check_backend(attn.processor)
+    restore(pipe)
+    for name, transformer in transformers.items():
+        state = RunState(config, len(specs[name].attention_modules(transformer)), name)
+        RunHook(pipe, transformer, specs[name], state).attach(transformer)
+    return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Undo `accelerate`: the original processor objects come back and no hook stays.
+
+    Args:
+        pipe: a Diffusers pipeline; one that isn't accelerated is left as it is.
+
+    Returns:
+        The same pipe.
+    """
+    for transformer in transformers_of(pipe).values():
+        hook = _hook(transformer)
+        if hook is not None:
+            hook.detach(transformer)
+    return pipe
+
+
+def reset(pipe: Any) -> Any:
+    """Forget the last run of an accelerated pipeline: caches, records and times. The next run starts by itself.
+
+    Args:
+        pipe: an accelerated pipeline.
+
+    Returns:
+        The same pipe.
+
+    Raises:
+        ValueError: the pipeline isn't accelerated.
+    """
+    for hook in attached(pipe).values():
+        hook.reset()
+    return pipe
+
+
+def report(pipe: Any) -> dict[str, Any]:
+    """What the last run computed, by transformer.
+
+    Args:
+        pipe: an accelerated pipeline.
+
+    Returns:
+        {"config": the method's settings, "transformers": {name: summary of its calls and "transformer_seconds"}}.
+
+    Raises:
+        ValueError: the pipeline isn't accelerated.
+        FloatingPointError: q, k or v of the last forward held NaN or infinity.
+    """
+    from svg.summary import summarise
+
+    hooks = attached(pipe)
+    for hook in hooks.values():
+        hook.state.end_run()
+        if not hook.is_current():
+            hook.reset()
+    summaries = {name: {**summarise(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
+    return {"config": next(iter(hooks.values())).state.config.to_dict(), "transformers": summaries}
+
+
+def attached(pipe: Any) -> dict[str, RunHook]:
+    """The hooks of an accelerated pipeline.
+
+    Args:
+        pipe: a Diffusers pipeline.
+
+    Returns:
+        Transformer name -> RunHook.
+
+    Raises:
+        ValueError: the pipeline isn't accelerated.
+    """
+    hooks = {name: _hook(transformer) for name, transformer in transformers_of(pipe).items()}
+    if None in hooks.values():
+        raise ValueError("pipe must be accelerated, got a plain one; call svg.accelerate(pipe, config) first")
+    return hooks
+
+
+def is_accelerated(pipe: Any) -> bool:
+    """Whether `accelerate` is in force on a pipeline."""
+    return all(_hook(transformer) is not None for transformer in transformers_of(pipe).values())
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline, without torch.compile's wrapper.
+
+    Args:
+        pipe: a Diffusers pipeline.
+
+    Returns:
+        "transformer" and "transformer_2", those that are there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
+    # torch.compile(transformer) wraps the module; its attention modules and hooks are inside.
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
+    if not found:
+        raise ValueError(
+            f"pipe must have a video transformer ({', '.join(MODELS)}), got {type(pipe).__name__} without one"
+        )
+    return found
+
+
+def _hook(transformer: nn.Module) -> RunHook | None:
+    registry = getattr(transformer, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(HOOK_NAME)
+
+
+def _resolve(config: MethodConfig | dict | str) -> MethodConfig:
+    if isinstance(config, MethodConfig):
+        return config
+    if isinstance(config, dict):
+        return config_from_dict(config)
+    if isinstance(config, str):
+        from svg.configs import load_preset
+
+        name, _, method = config.rpartition(":") if config.endswith(_METHOD_SUFFIXES) else (config, ":", "svg2")
+        return load_preset(name).config(method)
+    raise TypeError(f"config must be a MethodConfig, a dict or a preset's name, got {type(config).__name__}")

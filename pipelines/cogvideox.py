@@ -1,0 +1,86 @@
+"""CogVideoX 1.0 and 1.5: joint attention over text then video, guidance branches in one batch, no mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
+from torch import Tensor, nn
+
+from svg.layout import TokenLayout
+from svg.state import RunState
+
+from .processor import VideoAttnProcessor, apply_rope, project_qkv, refuse_mask, register_skip
+from .spec import ModelSpec
+
+
+class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
+    """Joint attention of a CogVideoX block through `svg.attend`: text first, RoPE (if any) on the video tokens only.
+
+    Args:
+        state, layer: as in VideoAttnProcessor.
+        fused: whether to project with `to_qkv`. Diffusers keeps `attn.fused_projections` set after unfusing this
+            family, so the replaced processor says it.
+    """
+
+    def __init__(self, state: RunState, layer: int, fused: bool):
+        super().__init__(state, layer)
+        self.fused = fused
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        refuse_mask(attention_mask, "CogVideoX")
+        text, video = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, text + video, C]
+        q, k, v = project_qkv(attn, joint, self.fused)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
+        if attn.norm_q is not None:
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q, k = _rotate_video(q, image_rotary_emb, text), _rotate_video(k, image_rotary_emb, text)
+        out = attn.to_out[1](attn.to_out[0](self.attend(q, k, v)))  # [B, S, C]
+        encoder_hidden_states, hidden_states = out.split([text, video], dim=1)
+        return hidden_states, encoder_hidden_states
+
+
+def _rotate_video(x: Tensor, rotary: tuple[Tensor, Tensor], text: int) -> Tensor:
+    cos, sin = (table.to(x.device)[None, :, None, :] for table in rotary)  # [1, video, 1, D]
+    return torch.cat([x[:, :text], apply_rope(x[:, text:], cos, sin)], dim=1)
+
+
+def _patch(config: Any) -> tuple[int, int, int]:
+    return config.patch_size_t or 1, config.patch_size, config.patch_size  # patch_size_t: 1.5 only
+
+
+def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    _, frames, _, height, width = inputs["hidden_states"].shape  # [B, F, C, H, W]
+    grid = (size // patch for size, patch in zip((frames, height, width), _patch(config)))
+    return TokenLayout(*grid, inputs["encoder_hidden_states"].shape[1], "first")
+
+
+def _processor(original: Any, state: RunState, layer: int) -> CogVideoXSparseAttnProcessor:
+    return CogVideoXSparseAttnProcessor(state, layer, fused=isinstance(original, FusedCogVideoXAttnProcessor2_0))
+
+
+def _skipped(module, hidden_states, encoder_hidden_states, *args, **kwargs):
+    return hidden_states, encoder_hidden_states
+
+
+register_skip(CogVideoXSparseAttnProcessor, _skipped)
+
+SPEC = ModelSpec(
+    transformer="CogVideoXTransformer3DModel",
+    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+    attention_modules=lambda transformer: [block.attn1 for block in transformer.transformer_blocks],
+    processor=_processor,
+    patch=_patch,
+    layout=_layout,
+)

@@ -1,0 +1,180 @@
+"""Load a Diffusers pipeline from a hub id, a directory or the bundled model, and put it on a device."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .registry import MODELS, PIPELINES
+
+BUNDLED = "tiny-wan"
+OFFLOADS = ("none", "model", "group", "sequential")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    offload: str = "none",
+    flow_shift: float | None = None,
+    vae_tiling: bool = False,
+) -> Any:
+    """Load a pipeline of a supported class: safetensors only, no code from the model's files.
+
+    Args:
+        model: hub id, directory, or "tiny-wan" (also None) for the bundled model.
+        device: "auto" (a GPU if there is one), "cuda", "cuda:<index>" or "cpu".
+        dtype: "bf16", "fp16", "fp32" or the torch dtype; None: bf16 on a GPU, fp32 on a CPU. Wan's VAE and image
+            encoder stay in fp32.
+        offload: what waits in CPU memory: "none", "model" (whole components), "group" (blocks), "sequential" (layers).
+        flow_shift: shift of a flow-matching scheduler, > 0 (Wan: 3 at 480p, 5 at 720p); None: the model's own.
+        vae_tiling: decode in tiles, for videos whose decoding doesn't fit.
+
+    Returns:
+        The Diffusers pipeline.
+
+    Raises:
+        ValueError: an argument breaks its rule, or the model is not a supported pipeline.
+    """
+    device = resolve_device(device)
+    dtype = _resolve_dtype(dtype, device)
+    _check_offload(offload, device)
+    source = _locate(model)
+    spec = PIPELINES[_pipeline_class(source)]
+    dtypes = {"default": dtype, **dict.fromkeys(spec.fp32_components, torch.float32)}
+    pipe = _class_of(source).from_pretrained(str(source), dtype=dtypes, use_safetensors=True)
+    if flow_shift is not None:
+        _set_flow_shift(pipe, flow_shift)
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    _place(pipe, device, offload)
+    return pipe
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn a device's name into a device that is there.
+
+    Args:
+        device: "auto", "cuda", "cuda:<index>" or "cpu".
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: another name, or a GPU that isn't there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {device!r}")
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be present, got {device} with {torch.cuda.device_count()} GPUs visible to torch; "
+            f"use device cpu, or install a CUDA build of torch and check the driver"
+        )
+    return resolved
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    resolved = DTYPES.get(dtype, dtype)
+    if resolved not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return resolved
+
+
+def _check_offload(offload: str, device: torch.device) -> None:
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"offload must be none on device cpu, got {offload!r}; leave it out or use device cuda")
+
+
+def _locate(model: str | Path | None) -> str | Path:
+    if model is None or str(model) == BUNDLED:
+        folder = Path(str(importlib.resources.files("svg.pipelines"))) / BUNDLED
+        if not folder.is_dir():
+            raise ValueError(
+                f"model {BUNDLED} must be bundled, got an installation without {folder}; reinstall svg-video"
+            )
+        return folder
+    if Path(model).is_dir():
+        return Path(model)
+    if _HUB_ID.fullmatch(str(model)):
+        return str(model)
+    raise ValueError(f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {str(model)!r}")
+
+
+def _pipeline_class(source: str | Path) -> str:
+    index = _read_index(source)
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"model must be one of {', '.join(PIPELINES)}, got {name} in {source}")
+    for component in ("transformer", "transformer_2"):
+        found = (index.get(component) or [None, None])[1]
+        if found is not None and found != PIPELINES[name].transformer:
+            raise ValueError(f"{component} must be one of {', '.join(MODELS)}, got {found} in {source}")
+    return name
+
+
+def _read_index(source: str | Path) -> dict[str, Any]:
+    if isinstance(source, Path):
+        path = source / "model_index.json"
+        if not path.is_file():
+            raise ValueError(f"model must be a pipeline's directory, got {source} without model_index.json")
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"model must have a model_index.json with one JSON object, got {path}: {error}") from error
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(source)
+    except OSError as error:
+        raise ValueError(
+            f"model must be an existing directory or a reachable hub id with a model_index.json, got {source!r}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _class_of(source: str | Path) -> type:
+    import diffusers
+
+    return getattr(diffusers, _pipeline_class(source))
+
+
+def _set_flow_shift(pipe: Any, flow_shift: float) -> None:
+    config = pipe.scheduler.config
+    key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+    if flow_shift <= 0:
+        raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
+    if key not in config:
+        raise ValueError(
+            f"flow_shift must be left out for {type(pipe.scheduler).__name__}, which is not a flow-matching scheduler, "
+            f"got {flow_shift}"
+        )
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})
+
+
+def _place(pipe: Any, device: torch.device, offload: str) -> None:
+    if offload == "none":
+        pipe.to(device)
+    elif offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    else:
+        pipe.enable_group_offload(
+            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+        )

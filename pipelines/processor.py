@@ -1,0 +1,121 @@
+"""What the attention processors of all families share: projection, RoPE, and the one call of `attend`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from torch import Tensor, nn
+
+from svg.attend import attend
+from svg.state import RunState
+
+
+class VideoAttnProcessor:
+    """Base of a family's processor: one instance per attention module, bound to a RunState and a layer.
+
+    Args:
+        state: state of the transformer that the module belongs to.
+        layer: index of the module among the transformer's video self-attention modules.
+    """
+
+    # Diffusers sets these on every processor that declares them.
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, state: RunState, layer: int):
+        self.state = state
+        self.layer = layer
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Run the shared attention for this layer.
+
+        Args:
+            q, k, v: float [B, S, H, D], after QK-norm and RoPE.
+            text_mask: bool [B, text_tokens], True for real prompt tokens; None: all are real.
+
+        Returns:
+            Float [B, S, H * D], dtype of q.
+
+        Raises:
+            NotImplementedError: context parallelism is on.
+            ValueError: a Diffusers attention backend was chosen for this processor.
+        """
+        check_parallel(self)
+        check_backend(self)
+        return attend(q, k, v, self.state, self.layer, text_mask=text_mask).flatten(2)
+
+
+def check_parallel(processor: Any) -> None:
+    """Refuse a processor that Diffusers has put under context parallelism."""
+    if getattr(processor, "_parallel_config", None) is not None:
+        raise NotImplementedError(
+            "context parallelism must be off: sparse attention over several GPUs is not supported yet; "
+            "load the transformer without parallel_config and don't call enable_parallelism"
+        )
+
+
+def check_backend(processor: Any) -> None:
+    """Refuse a processor for which the user chose a Diffusers attention backend."""
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is not None:
+        raise ValueError(
+            f"the Diffusers attention backend must be unset on an accelerated transformer, got {backend!r}; "
+            f"call transformer.reset_attention_backend() and choose dense_backend in the config"
+        )
+
+
+def refuse_mask(attention_mask: Tensor | None, family: str) -> None:
+    """Refuse an attention mask in a family whose self-attention has none."""
+    if attention_mask is not None:
+        raise NotImplementedError(
+            f"attention_mask must be None in {family} self-attention, got shape {tuple(attention_mask.shape)}; "
+            f"masked (for example causal or autoregressive) models are not supported, run them without svg"
+        )
+
+
+def project_qkv(attn: nn.Module, hidden_states: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Project to queries, keys and values through the module's own layers, so that LoRA and offloading see the call.
+
+    Args:
+        attn: attention module with `to_q`, `to_k`, `to_v`, or `to_qkv` if fused.
+        hidden_states: float [B, S, C].
+        fused: whether to use `to_qkv`.
+
+    Returns:
+        Three float [B, S, H * D].
+    """
+    if fused:
+        return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2i, 2i + 1) of the last dimension.
+
+    Args:
+        x: float [B, S, H, D].
+        cos, sin: float, broadcastable to [B, S, 1, D], each frequency twice in a row.
+
+    Returns:
+        Float [B, S, H, D], dtype of x; computed in the dtype of cos.
+
+    Source: RoFormer (arXiv 2104.09864), section 3.4.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2], sin[..., 0::2]  # [.., S, 1, D / 2]
+    rotated = torch.empty_like(x)
+    rotated[..., 0::2] = even * cos - odd * sin
+    rotated[..., 1::2] = even * sin + odd * cos
+    return rotated
+
+
+def register_skip(processor: type[VideoAttnProcessor], output) -> None:
+    """Tell Diffusers' layer skip what a skipped module returns.
+
+    Args:
+        processor: a family's processor class.
+        output: (module, *args, **kwargs of the module's forward) -> what the forward returns when skipped.
+    """
+    AttentionProcessorRegistry.register(processor, AttentionProcessorMetadata(skip_processor_output_fn=output))

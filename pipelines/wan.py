@@ -1,0 +1,58 @@
+"""Wan 2.1 and 2.2: video self-attention `attn1`, text in cross-attention `attn2`, no mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from svg.layout import TokenLayout
+
+from .processor import VideoAttnProcessor, apply_rope, project_qkv, refuse_mask, register_skip
+from .spec import ModelSpec
+
+
+class WanSparseAttnProcessor(VideoAttnProcessor):
+    """Self-attention of a Wan block through `svg.attend`; RMSNorm runs across heads, before the head split."""
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        refuse_mask(attention_mask, "Wan")
+        if encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states must be None in Wan self-attention; only attn1 may be replaced")
+        q, k, v = project_qkv(attn, hidden_states, attn.fused_projections)  # [B, S, H * D]
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
+        if rotary_emb is not None:
+            q, k = apply_rope(q, *rotary_emb), apply_rope(k, *rotary_emb)
+        out = self.attend(q, k, v)  # [B, S, H * D]
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _patch(config: Any) -> tuple[int, int, int]:
+    return tuple(config.patch_size)
+
+
+def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
+    latents = inputs["hidden_states"].shape[2:]  # [B, C, F, H, W]
+    return TokenLayout(*(size // patch for size, patch in zip(latents, _patch(config))))
+
+
+register_skip(WanSparseAttnProcessor, lambda module, hidden_states, *args, **kwargs: hidden_states)
+
+SPEC = ModelSpec(
+    transformer="WanTransformer3DModel",
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+    attention_modules=lambda transformer: [block.attn1 for block in transformer.blocks],
+    processor=lambda original, state, layer: WanSparseAttnProcessor(state, layer),
+    patch=_patch,
+    layout=_layout,
+    fp32_components=("vae", "image_encoder"),
+)
