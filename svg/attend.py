@@ -59,10 +59,11 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device)
-    from .methods import svg1, svg2
+    import importlib
+
     from .methods.plan import execute
 
-    _PLAN = {"svg1": svg1.plan, "svg2": svg2.plan}
+    _PLAN = {config.method: importlib.import_module(f"svg.methods.{config.method}").plan}
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
     return execute(plan, q, k, v), plan.density(), plan.kind

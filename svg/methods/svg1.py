@@ -317,7 +317,7 @@ def _area(q_range: Tensor, k_range: Tensor, q_sizes: Tensor, k_sizes: Tensor, vi
 def _sequence(order: Tensor, text_mask: Tensor, layout: TokenLayout) -> Tensor:
     num = text_mask.shape[0]
     # Prompt tokens before padding, each in its own order.
-    text = text_mask.logical_not().to(torch.int8).argsort(-1, stable=True).to(torch.int32)  # [N, T]
+    text = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)  # [N, T]
     video = order + layout.video_slice.start  # [2, V]
     text = (text + layout.text_slice.start)[:, None].expand(-1, 2, -1)
     return torch.cat([video.expand(num, -1, -1), text], -1).flatten(0, 1)
