@@ -5,3 +5,39 @@ if __name__ == "kernels":
         "this folder was imported as top-level `kernels`, which is the name of Hugging Face's package: "
         "import `svg.kernels`, and run `pytest` rather than `python -m pytest` from the repository root"
     )
+
+from .block_sparse import block_sparse_attention, block_sparse_attention_reference
+from .kmeans import (
+    kmeans,
+    kmeans_assign,
+    kmeans_assign_reference,
+    kmeans_update,
+    kmeans_update_reference,
+)
+from .permute import (
+    gather_tokens,
+    gather_tokens_reference,
+    inverse_permutation,
+    scatter_tokens,
+    scatter_tokens_reference,
+    sort_labels,
+)
+from .top_p import top_p_block_map, top_p_block_map_reference
+
+__all__ = [
+    "block_sparse_attention",
+    "block_sparse_attention_reference",
+    "gather_tokens",
+    "gather_tokens_reference",
+    "inverse_permutation",
+    "kmeans",
+    "kmeans_assign",
+    "kmeans_assign_reference",
+    "kmeans_update",
+    "kmeans_update_reference",
+    "scatter_tokens",
+    "scatter_tokens_reference",
+    "sort_labels",
+    "top_p_block_map",
+    "top_p_block_map_reference",
+]

@@ -1,0 +1,159 @@
+"""Token permutation by cluster: sort labels, invert, gather and scatter rows.
+
+    permutation[i] = original index of the i-th token in sorted order
+    gather:  out[i] = x[permutation[i]]          scatter:  out[permutation[i]] = x[i]
+
+Any dtype, any head dim, sm80 and newer. Offsets are 64-bit; inputs may be strided (last dim contiguous).
+"""
+
+import torch
+
+from . import target
+from .target import tl, triton
+
+INT16_LABELS = 1 << 15
+
+
+def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stable order of tokens by cluster, and the cluster sizes; never waits for the device.
+
+    Args:
+        labels: int [B, H, S] (or [..., S]), each in [0, num_clusters).
+        num_clusters: C.
+
+    Returns:
+        permutation int32 [B, H, S], sorted -> original index; sizes int32 [B, H, C].
+
+    Raises:
+        ValueError: num_clusters below 1.
+        TypeError: labels are not integers.
+
+    Source: arXiv 2505.18875, section 4.2 (semantic-aware permutation).
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}: pass what kmeans returns")
+    if num_clusters < 1:
+        raise ValueError(f"num_clusters must be at least 1, got {num_clusters}: pass the number of centroids")
+    # A radix sort of 16-bit keys takes half the passes.
+    narrow = labels.to(torch.int16 if num_clusters <= INT16_LABELS else torch.int32)
+    ordered, permutation = torch.sort(narrow, dim=-1, stable=True)
+    edges = torch.arange(num_clusters, dtype=narrow.dtype, device=labels.device).expand(*labels.shape[:-1], -1)
+    ends = torch.searchsorted(ordered, edges.contiguous(), right=True, out_int32=True)
+    return permutation.to(torch.int32), torch.diff(ends, prepend=torch.zeros_like(ends[..., :1]))
+
+
+def inverse_permutation(permutation: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes another: inverse[permutation[i]] = i.
+
+    Args:
+        permutation: int [B, H, S] (or [..., S]), each row a permutation of 0 .. S-1.
+
+    Returns:
+        The same shape and dtype, original -> sorted index.
+    """
+    positions = torch.arange(permutation.shape[-1], dtype=permutation.dtype, device=permutation.device)
+    return torch.empty_like(permutation).scatter_(-1, permutation.long(), positions.expand_as(permutation))
+
+
+def gather_tokens(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Rows of x in sorted order: out[b, h, i] = x[b, h, permutation[b, h, i]].
+
+    Args:
+        x: [B, H, S, D], last dim contiguous, other strides arbitrary.
+        permutation: int32 or int64 [B, H, S], sorted -> original index.
+
+    Returns:
+        Contiguous [B, H, S, D] of x's dtype.
+
+    Raises:
+        ValueError: shapes disagree, or x's last dim is strided.
+        TypeError: permutation is not int32 or int64.
+        NotImplementedError: a gradient would be needed on the Triton path.
+    """
+    _check(x, permutation)
+    if not target.use_triton(x):
+        return gather_tokens_reference(x, permutation)
+    return _move(x, permutation, scatter=False)
+
+
+def gather_tokens_reference(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Specification of `gather_tokens` in plain torch; same arguments and result."""
+    return torch.gather(x, 2, permutation.long().unsqueeze(-1).expand_as(x))
+
+
+def scatter_tokens(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Rows of x back in original order: out[b, h, permutation[b, h, i]] = x[b, h, i].
+
+    Args:
+        x: [B, H, S, D] in sorted order, last dim contiguous, other strides arbitrary.
+        permutation: int32 or int64 [B, H, S], sorted -> original index.
+
+    Returns:
+        Contiguous [B, H, S, D] of x's dtype.
+
+    Raises:
+        ValueError: shapes disagree, or x's last dim is strided.
+        TypeError: permutation is not int32 or int64.
+        NotImplementedError: a gradient would be needed on the Triton path.
+    """
+    _check(x, permutation)
+    if not target.use_triton(x):
+        return scatter_tokens_reference(x, permutation)
+    return _move(x, permutation, scatter=True)
+
+
+def scatter_tokens_reference(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Specification of `scatter_tokens` in plain torch; same arguments and result."""
+    index = permutation.long().unsqueeze(-1).expand_as(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).scatter_(2, index, x)
+
+
+def _check(x: torch.Tensor, permutation: torch.Tensor) -> None:
+    if x.dim() != 4 or permutation.shape != x.shape[:3]:
+        raise ValueError(
+            f"permutation must be [B, H, S] for x [B, H, S, D], got {tuple(permutation.shape)} and {tuple(x.shape)}: "
+            "expand it over batch and heads"
+        )
+    if permutation.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"permutation must be int32 or int64, got {permutation.dtype}: convert it")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"x must be contiguous in its last dim, got strides {x.stride()}: call .contiguous() first")
+
+
+# arch -> (tokens a program, warps). Not measured yet; memory-bound and insensitive.
+LAUNCH = {80: (64, 4), 89: (64, 4), 90: (64, 4), 100: (64, 4), 120: (64, 4)}
+
+
+def _move(x: torch.Tensor, permutation: torch.Tensor, scatter: bool) -> torch.Tensor:
+    target.refuse_gradients("scatter_tokens" if scatter else "gather_tokens", x)
+    B, H, S, D = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_s, num_warps = target.launch_row(LAUNCH, x.device)
+    with target.on_device(x):
+        _move_kernel[(triton.cdiv(S, block_s), B * H)](
+            x, permutation, out, H, S, D,
+            x.stride(0), x.stride(1), x.stride(2),
+            permutation.stride(0), permutation.stride(1), permutation.stride(2),
+            SCATTER=scatter, BLOCK_S=block_s, BLOCK_D=triton.next_power_of_2(D), num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["S"])
+def _move_kernel(
+    x, permutation, out, H, S, D,
+    stride_xb, stride_xh, stride_xs, stride_pb, stride_ph, stride_ps,
+    SCATTER: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)  # [BS]
+    offs_d = tl.arange(0, BLOCK_D)  # [BD]
+    inside = offs_s < S
+    original = tl.load(permutation + b * stride_pb + h * stride_ph + offs_s * stride_ps, mask=inside, other=0)
+    original = original.to(tl.int64)
+    source = offs_s if SCATTER else original
+    goal = original if SCATTER else offs_s
+    mask = inside[:, None] & (offs_d < D)[None, :]  # [BS, BD]
+    rows = tl.load(x + b * stride_xb + h * stride_xh + source[:, None] * stride_xs + offs_d[None, :], mask=mask)
+    tl.store(out + (bh * S + goal)[:, None] * D + offs_d[None, :], rows, mask=mask)

@@ -1,0 +1,120 @@
+"""The one place that asks about hardware: which architecture, how many SMs, whether Triton kernels can run here."""
+
+import contextlib
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has no wheel for this system: the references still run
+
+    class _NoTriton:
+        """Stands in for triton at decoration time; `use_triton` refuses before a kernel could be launched."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **kwargs):
+            return self
+
+    triton = tl = _NoTriton()
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+INTERPRETER_ARCH = 90
+MIN_ARCH = 80
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as one number, such as 90; the interpreter poses as 90.
+
+    Args:
+        device: where the tensors are.
+
+    Returns:
+        10 * major + minor.
+    """
+    if device.type != "cuda":
+        return INTERPRETER_ARCH
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def sm_count(device: torch.device) -> int:
+    """Number of streaming multiprocessors; 1 where there is no CUDA device.
+
+    Args:
+        device: where the tensors are.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an operation on `x` runs its Triton kernel (CUDA, or the interpreter) or its reference (CPU).
+
+    Args:
+        x: any tensor of the operation.
+
+    Raises:
+        NotImplementedError: a CUDA tensor where Triton is missing or the GPU is too old.
+    """
+    if not x.is_cuda:
+        return INTERPRETED
+    if not HAS_TRITON:
+        raise NotImplementedError(
+            "CUDA tensors need the package `triton`, which is not installed: install it, or move to CPU"
+        )
+    if arch(x.device) < MIN_ARCH:
+        raise NotImplementedError(
+            f"Triton kernels need compute capability {MIN_ARCH / 10} or newer, got {arch(x.device) / 10}: "
+            "use a newer GPU, or run on CPU"
+        )
+    return True
+
+
+def launch_row(table: Mapping[int, object], device: torch.device):
+    """The row of a launch table for a device: its own architecture's, else the newest one below it.
+
+    sm86 shares sm89's shared-memory limit, not sm80's, so it takes sm89's row.
+
+    Args:
+        table: architecture -> row.
+        device: where the tensors are.
+    """
+    wanted = {86: 89}.get(arch(device), arch(device))
+    return table[max(listed for listed in table if listed <= wanted)]
+
+
+def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the device of `x` current, because Triton launches on the current one.
+
+    Args:
+        x: any tensor of the operation.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def refuse_gradients(op: str, *tensors: torch.Tensor) -> None:
+    """Raises where autograd expects a gradient through a kernel that has none.
+
+    Args:
+        op: name of the operation, for the message.
+        tensors: its floating-point inputs.
+
+    Raises:
+        NotImplementedError: gradients are enabled and an input requires one.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            f"{op} has no backward pass, and an input requires a gradient: call it under torch.no_grad(), or detach the inputs"
+        )

@@ -1,0 +1,164 @@
+"""Which key clusters a query cluster attends to: the heaviest ones, until their attention mass exceeds top_p.
+
+    logit_j = sm_scale * q . k_j + log n_j,   mass_j = softmax(logit)_j,   empty key clusters left out
+
+Clusters are ranked by logit, heaviest first (ties: lowest index), and a prefix of that order is kept:
+while the mass *before* a cluster is <= top_p, and at least ceil(min_k_ratio * Ck) of them;
+then cut where the kept tokens would exceed budget; at least one cluster always stays. fp32 throughout.
+
+The kernel needs no sort: a row's keys (logit bits, index) are distinct 64-bit integers, and "kept" is monotone in
+them, so a bisection over the integers finds the last kept key exactly. Up to 8192 key clusters, sm80 and newer.
+"""
+
+import math
+
+import torch
+
+from . import target
+from .target import tl, triton
+
+MAX_CLUSTERS = 8192
+
+
+def top_p_block_map(
+    q_centroids: torch.Tensor,
+    k_centroids: torch.Tensor,
+    k_sizes: torch.Tensor,
+    top_p: float,
+    min_k_ratio: float,
+    sm_scale: float,
+    budget: float | None = None,
+) -> torch.Tensor:
+    """Key clusters that hold top_p of each query cluster's attention, estimated from centroids.
+
+    Args:
+        q_centroids: fp32 [B, H, Cq, D].
+        k_centroids: fp32 [B, H, Ck, D].
+        k_sizes: int32 [B, H, Ck], tokens in each key cluster.
+        top_p: attention mass to reach, in (0, 1]; 1 keeps every non-empty cluster.
+        min_k_ratio: least share of key clusters kept, in [0, 1].
+        sm_scale: softmax scale.
+        budget: upper bound on the kept key tokens' share of a row, in (0, 1]; it wins over top_p and min_k_ratio.
+
+    Returns:
+        block_map bool [B, H, Cq, Ck]; empty key clusters are False.
+
+    Raises:
+        ValueError: shapes disagree, or a number lies outside its range.
+        NotImplementedError: more than 8192 key clusters on the Triton path.
+
+    Source: arXiv 2505.18875, section 4.3 (centroid-based top-p selection).
+    """
+    _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget)
+    scores, at_least, at_most = _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget)
+    select = _select if target.use_triton(scores) else _select_reference
+    return select(scores, k_sizes, top_p, at_least, at_most)
+
+
+def top_p_block_map_reference(
+    q_centroids: torch.Tensor,
+    k_centroids: torch.Tensor,
+    k_sizes: torch.Tensor,
+    top_p: float,
+    min_k_ratio: float,
+    sm_scale: float,
+    budget: float | None = None,
+) -> torch.Tensor:
+    """Specification of `top_p_block_map` in plain torch; same arguments and result."""
+    scores, at_least, at_most = _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget)
+    return _select_reference(scores, k_sizes, top_p, at_least, at_most)
+
+
+def _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget):
+    """Scores [B, H, Cq, Ck], the least number of clusters, and the most tokens int32 [B, H] (None: no budget)."""
+    scores = torch.matmul(q_centroids, k_centroids.transpose(2, 3)) * sm_scale
+    at_least = max(1, math.ceil(min_k_ratio * k_centroids.shape[2] - 1e-9))
+    at_most = None if budget is None else torch.floor(k_sizes.sum(-1).double() * budget + 1e-9).to(torch.int32)
+    return scores, at_least, at_most
+
+
+def _select_reference(scores, k_sizes, top_p, at_least, at_most):
+    sizes = k_sizes.unsqueeze(2).expand_as(scores)
+    logits = scores + sizes.to(scores.dtype).log()  # an empty cluster becomes -inf
+    ordered, index = torch.sort(logits, dim=-1, descending=True, stable=True)
+    mass = torch.softmax(ordered, dim=-1)
+    mass_before = torch.cumsum(mass, dim=-1).roll(1, dims=-1)
+    mass_before[..., 0] = 0
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    keep = (mass_before <= top_p) | (rank < at_least) | (top_p >= 1)
+    if at_most is not None:
+        keep &= torch.cumsum(sizes.gather(-1, index), dim=-1) <= at_most[..., None, None]
+    keep[..., 0] = True
+    keep &= ordered > -torch.inf
+    return torch.zeros_like(keep).scatter_(-1, index, keep)
+
+
+def _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget):
+    if (
+        q_centroids.dim() != 4
+        or k_centroids.shape[:2] != q_centroids.shape[:2]
+        or k_sizes.shape != k_centroids.shape[:3]
+    ):
+        raise ValueError(
+            "q_centroids must be [B, H, Cq, D], k_centroids [B, H, Ck, D] and k_sizes [B, H, Ck], got "
+            f"{tuple(q_centroids.shape)}, {tuple(k_centroids.shape)}, {tuple(k_sizes.shape)}: cluster every head"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}: 0.9 is the usual choice")
+    if not 0 <= min_k_ratio <= 1:
+        raise ValueError(f"min_k_ratio must be in [0, 1], got {min_k_ratio}: 0.1 is the usual choice")
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(f"budget must be in (0, 1], got {budget}: leave it None for no bound")
+
+
+# arch -> warps for up to 2048 key clusters (twice as many above). Not measured.
+LAUNCH = {80: 4, 89: 4, 90: 4, 100: 4, 120: 4}
+
+
+def _select(scores, k_sizes, top_p, at_least, at_most):
+    B, H, Cq, Ck = scores.shape
+    if Ck > MAX_CLUSTERS:
+        raise NotImplementedError(
+            f"top_p needs at most {MAX_CLUSTERS} key clusters, got {Ck}: use fewer num_k_clusters"
+        )
+    block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=scores.device)
+    num_warps = target.launch_row(LAUNCH, scores.device) * (1 if Ck <= 2048 else 2)
+    with target.on_device(scores):
+        _select_kernel[(Cq, B * H)](
+            scores.contiguous(), k_sizes.contiguous(), at_most, block_map.view(torch.uint8), Cq, Ck, float(top_p), at_least,
+            BLOCK_C=max(16, triton.next_power_of_2(Ck)), num_warps=num_warps,
+        )  # fmt: skip
+    return block_map
+
+
+@triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "at_least"])
+def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, at_least, BLOCK_C: tl.constexpr):
+    bh = tl.program_id(1).to(tl.int64)
+    row = bh * Cq + tl.program_id(0)
+    offs = tl.arange(0, BLOCK_C)  # [BC]
+    n = tl.load(sizes + bh * Ck + offs, mask=offs < Ck, other=0)
+    real = n > 0
+    score = tl.load(scores + row * Ck + offs, mask=offs < Ck, other=0.0)
+    logit = tl.where(real, score + tl.log(tl.maximum(n, 1).to(tl.float32)), float("-inf"))
+    p = tl.exp(logit - tl.max(logit, 0))
+    p = p / tl.sum(p, 0)
+    # Order-preserving integers: flip the magnitude bits of negative floats, then append the reversed index.
+    bits = (logit + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = bits.to(tl.int64) * BLOCK_C + (BLOCK_C - 1 - offs)
+    most = tl.max(n, 0) * 0 + 2147483647
+    if at_most is not None:
+        most = tl.load(at_most + bh)
+    high = tl.max(tl.where(real, key, -(1 << 62)), 0)  # the heaviest cluster is always kept
+    low = tl.min(tl.where(real, key, 1 << 62), 0)
+    while low < high:
+        middle = low + (high - low) // 2
+        above = real & (key > middle)
+        mass = tl.sum(tl.where(above, p, 0.0), 0)
+        wanted = (mass <= top_p) | (tl.sum(above.to(tl.int32), 0) < at_least) | (top_p >= 1)
+        fits = tl.sum(tl.where(real & (key >= middle), n, 0), 0) <= most
+        if wanted & fits:
+            high = middle
+        else:
+            low = middle + 1
+    tl.store(block_map + row * Ck + offs, (real & (key >= high)).to(tl.uint8), mask=offs < Ck)
