@@ -8,10 +8,14 @@ from torch import Tensor
 from svg.kernels import target
 
 from .layout import TokenLayout
+from .methods import svg1, svg2
 from .methods.dense import dense_attention, key_mask
+from .methods.plan import execute
 from .state import CallRecord, RunState, Timer
 
 __all__ = ["attend", "dense_attention"]
+
+_PLAN = {"svg1": svg1.plan, "svg2": svg2.plan}
 
 
 @torch.compiler.disable
@@ -28,7 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         [B, S, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes do not agree with each other or with the layout.
+        ValueError: shapes do not agree with each other or with the layout, or there is no such layer.
         RuntimeError: no forward was begun.
         NotImplementedError: gradients are wanted through a sparse call on a GPU.
         FloatingPointError: q, k or v hold NaN or infinity (raised at the next forward on a GPU).
@@ -36,6 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
     config, layout = state.config, state.layout
     if layout is None:
         raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
+    if not 0 <= layer < state.num_layers:
+        raise ValueError(f"layer must be in [0, {state.num_layers}), got {layer}")
     _check(q, k, v, layout, text_mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     if config.check_finite:
@@ -59,11 +65,6 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device)
-    import importlib
-
-    from .methods.plan import execute
-
-    _PLAN = {config.method: importlib.import_module(f"svg.methods.{config.method}").plan}
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
     return execute(plan, q, k, v), plan.density(), plan.kind

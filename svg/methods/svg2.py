@@ -43,9 +43,13 @@ def plan(
         text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
 
     Returns:
-        The plan: one map a head.
+        The plan: one map a head. Its density is within the budget, unless one key cluster a query cluster, which always
+        stays, is above it.
 
-    Source: arXiv 2505.18875, sections 4.1 (clustering), 4.2 (top-p) and 4.3 (centroid cache).
+    Raises:
+        ValueError: the text alone is above the budget.
+
+    Source: arXiv 2505.18875, sections 4.2 (clustering) and 4.3 (selection from centroids).
     """
     batch, heads, _, dim = q.shape
     q_labels, q_centroids, _ = _cluster(q[:, :, layout.video_slice], config.num_q_clusters, "q_centroids", config, state)
@@ -112,4 +116,9 @@ def _video_budget(budget: float | None, layout: TokenLayout) -> float | None:
     video, total = layout.video_tokens, layout.total_tokens
     # Without padding: the worst case, and known without reading the prompts' lengths from the device.
     text = total**2 - video**2
-    return max(0.0, (budget * total**2 - text) / video**2)
+    if budget * total**2 <= text:
+        raise ValueError(
+            f"budget must be above {text / total**2:.4f}, the share of {layout.text_tokens} text tokens, which are always "
+            f"computed, got {budget}; raise it"
+        )
+    return (budget * total**2 - text) / video**2

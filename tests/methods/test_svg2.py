@@ -1,0 +1,194 @@
+import math
+
+import pytest
+import torch
+
+from svg.attend import attend, dense_attention
+from svg.config import SVG2Config
+from svg.layout import TokenLayout
+from svg.methods import svg2
+from svg.state import LayerState, RunState
+
+LAYOUT = TokenLayout(3, 3, 4, 5, "last")
+SMALL = {"num_q_clusters": 5, "num_k_clusters": 9, "first_iterations": 4, "warmup_steps": 0, "warmup_layers": 0}
+
+
+def lloyd(x, centroids, iterations):
+    """x [V, D], centroids [C, D] -> labels (list), centroids; an empty cluster keeps its centroid."""
+    centroids = [c.clone() for c in centroids]
+    for _ in range(iterations):
+        labels = []
+        for token in x:
+            distances = [(token - c).square().sum().item() for c in centroids]
+            labels.append(distances.index(min(distances)))
+        for c in range(len(centroids)):
+            members = [x[i] for i in range(len(x)) if labels[i] == c]
+            if members:
+                centroids[c] = sum(members) / len(members)
+    return labels, torch.stack(centroids)
+
+
+def selected(q_centroid, k_centroids, counts, config, dim):
+    """Key clusters that one query cluster keeps."""
+    logits = [q_centroid.dot(c).item() / math.sqrt(dim) for c in k_centroids]
+    weights = [n * math.exp(x - max(logits)) for n, x in zip(counts, logits)]
+    order = sorted(range(len(weights)), key=lambda j: -weights[j])
+    kept, before = set(), 0.0
+    for rank, j in enumerate(order):
+        if before <= config.top_p or rank < math.ceil(config.min_k_ratio * len(weights)):
+            kept.add(j)
+        before += weights[j] / sum(weights)
+    return kept
+
+
+class BruteForce:
+    """One (sample, head) of SVG2 over the steps of a run, token by token in float64."""
+
+    def __init__(self, config, layout, q_tokens, k_tokens):
+        self.config, self.layout = config, layout
+        self.tokens = {"q": q_tokens, "k": k_tokens}
+        self.centroids = {}
+
+    def cluster(self, name, x):
+        start = self.centroids.get(name, x[self.tokens[name]])
+        rounds = self.config.iterations if name in self.centroids else self.config.first_iterations
+        labels, self.centroids[name] = lloyd(x, start, rounds)
+        return labels
+
+    def token_map(self, q, k, prompt):
+        layout = self.layout
+        q_labels = self.cluster("q", q[layout.video_slice].double())
+        k_labels = self.cluster("k", k[layout.video_slice].double())
+        counts = [k_labels.count(c) for c in range(len(self.centroids["k"]))]
+        seen = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.bool)
+        start, text = layout.video_slice.start, layout.text_slice.start
+        for c, centroid in enumerate(self.centroids["q"]):
+            kept = selected(centroid, self.centroids["k"], counts, self.config, q.shape[-1])
+            columns = [start + j for j, label in enumerate(k_labels) if label in kept]
+            for i in (i for i, label in enumerate(q_labels) if label == c):
+                seen[start + i, columns] = True
+        seen[layout.text_slice] = True
+        for i, real in enumerate(prompt):
+            seen[:, text + i] = real
+        return seen
+
+
+def draws(state, layout, config):
+    generator = torch.Generator().manual_seed(state.layer(2).seed)
+    video = layout.video_tokens
+    counts = (min(config.num_q_clusters, video), min(config.num_k_clusters, video))
+    return [torch.randperm(video, generator=generator)[:count] for count in counts]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("top_p", [0.3, 0.8])
+def test_three_steps_equal_brute_force(layout, top_p, padded, make_qkv, make_mask, masked_attention):
+    config = SVG2Config(**SMALL, top_p=top_p, min_k_ratio=0.2)
+    mask = make_mask(layout) if padded else None
+    state = RunState(config, 4)
+    state.begin_forward(0, 3, "cond", layout)
+    tokens = draws(state, layout, config)
+    heads = [[BruteForce(config, layout, *tokens) for _ in range(2)] for _ in range(2)]
+    for step in range(3):
+        q, k, v = make_qkv(layout, heads=2, dim=8, seed=step)
+        state.begin_forward(step, 3, "cond", layout)
+        out = attend(q, k, v, state, 2, mask)
+        for b in range(2):
+            prompt = [True] * layout.text_tokens if mask is None else mask[b].tolist()
+            for h in range(2):
+                seen = heads[b][h].token_map(q[b, :, h], k[b, :, h], prompt)
+                expected = masked_attention(q[b, :, h], k[b, :, h], v[b, :, h], seen)
+                torch.testing.assert_close(out[b, :, h].double(), expected, atol=2e-5, rtol=0)
+                visible = layout.total_tokens * (layout.video_tokens + sum(prompt))
+                assert state.records[-1].density[b, h].item() == pytest.approx(seen.sum().item() / visible, rel=1e-6)
+
+
+def test_iterations_first_then_warm_start(monkeypatch, make_qkv):
+    calls = []
+    real = svg2.kmeans
+
+    def spy(x, centroids, iterations):
+        result = real(x, centroids, iterations)
+        calls.append((iterations, centroids, result[1]))
+        return result
+
+    monkeypatch.setattr(svg2, "kmeans", spy)
+    config = SVG2Config(**SMALL, iterations=2)
+    state = RunState(config, 4)
+    for step in range(3):
+        for branch in ("cond", "uncond"):
+            state.begin_forward(step, 3, branch, LAYOUT)
+            attend(*make_qkv(LAYOUT, seed=step), state, 2)
+    assert [rounds for rounds, _, _ in calls] == [4] * 4 + [2] * 8
+    for i in range(4, 12):
+        assert calls[i][1] is calls[i - 4][2]  # q and k of two branches: each from its own previous step
+    state.begin_run()
+    state.begin_forward(0, 3, "cond", LAYOUT)
+    attend(*make_qkv(LAYOUT), state, 2)
+    assert calls[-1][0] == 4
+
+
+def test_init_tokens_do_not_depend_on_the_batch(monkeypatch, make_qkv):
+    starts = []
+    real = svg2.kmeans
+    monkeypatch.setattr(svg2, "kmeans", lambda x, c, i: starts.append((x, c)) or real(x, c, i))
+    for batch in (1, 3):
+        q, k, v = (x.transpose(1, 2) for x in make_qkv(LAYOUT, batch=batch))
+        svg2.plan(q, k, v, SVG2Config(**SMALL), LayerState(0, "cond", 7), LAYOUT)
+    chosen = [(x[0, 0, :, None] == c[0, 0]).all(-1).float().argmax(0) for x, c in starts]
+    assert torch.equal(chosen[0], chosen[2]) and torch.equal(chosen[1], chosen[3])
+    assert chosen[0].unique().numel() == 5 and chosen[1].unique().numel() == 9
+
+
+def test_more_clusters_than_tokens(make_qkv):
+    layout = TokenLayout(1, 2, 3, 2, "first")
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(layout))
+    plan = svg2.plan(q, k, v, SVG2Config(), LayerState(0, "cond", 7), layout)
+    assert plan.block_map.shape == (6, 8, 8)
+    assert plan.density().le(1).all()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_top_p_one_is_dense(layout, side, make_mask, make_qkv, make_state):
+    mask, qkv = make_mask(layout, side=side), make_qkv(layout)
+    state = make_state(SVG2Config(**SMALL, top_p=1.0), layout)
+    out = attend(*qkv, state, 2, mask)
+    seen = None
+    if mask is not None:
+        seen = torch.ones(2, layout.total_tokens, dtype=torch.bool)
+        seen[:, layout.text_slice] = mask
+    expected = dense_attention(*(x.transpose(1, 2) for x in qkv), seen).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert state.records[-1].density.eq(1).all()
+
+
+def test_min_k_ratio_is_a_floor(make_qkv):
+    q, k, v = (10 * x.transpose(1, 2) for x in make_qkv(TokenLayout(3, 3, 4)))
+    densities = []
+    for ratio in (0.0, 0.5, 1.0):
+        config = SVG2Config(**SMALL, top_p=0.01, min_k_ratio=ratio)
+        plan = svg2.plan(q, k, v, config, LayerState(0, "cond", 7), TokenLayout(3, 3, 4))
+        least = max(1, math.ceil(ratio * 9))
+        filled = (plan.k_sizes > 0).sum(-1, keepdim=True)
+        assert (plan.block_map.sum(-1) >= torch.minimum(filled, torch.tensor(least))).all()
+        densities.append(plan.density().mean().item())
+    assert densities[0] < densities[1] < densities[2] == 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_budget_caps_density(layout, padded, make_qkv, make_mask):
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(layout))
+    text = 1 - layout.video_tokens**2 / layout.total_tokens**2
+    free = svg2.plan(q, k, v, SVG2Config(**SMALL, top_p=0.95), LayerState(0, "cond", 7), layout).density()
+    for budget in (text + 0.6 * (1 - text), text + 0.4 * (1 - text)):
+        config = SVG2Config(**SMALL, top_p=0.95, budget=budget)
+        mask = make_mask(layout) if padded else None
+        plan = svg2.plan(q, k, v, config, LayerState(0, "cond", 7), layout, mask)
+        assert (plan.density() <= budget + 1e-6).all()
+        assert plan.density().mean() < free.mean()
+
+
+def test_budget_below_the_text_alone_raises(make_qkv):
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(LAYOUT))
+    with pytest.raises(ValueError, match="budget must be above 0.22.*got 0.1; raise it"):
+        svg2.plan(q, k, v, SVG2Config(**SMALL, budget=0.1), LayerState(0, "cond", 7), LAYOUT)
