@@ -1,0 +1,114 @@
+"""Compiles every Triton kernel for an architecture without a GPU and tells what came out.
+
+The public operations run on CPU tensors with a stand-in driver, and each launch stops after compilation: what is
+compiled is exactly what the operation would launch. Run as a program, in a process of its own:
+
+    python triton_aot.py ARCH OUT.json
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from svg.kernels import block_sparse_attention, gather_tokens, kmeans_assign, kmeans_update, target, top_p_block_map
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class StandInDriver:
+    """As much of a CUDA driver as the compiler asks for."""
+
+    def __init__(self, arch):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def run_operations(arch):
+    """Yields (case, op call) for every kernel variant."""
+    for name, dtype in DTYPES.items():
+        for D in (64, 96, 128):
+            yield f"block_sparse {name} D={D}", lambda dtype=dtype, D=D: attention(dtype, D)
+        yield f"kmeans {name}", lambda dtype=dtype: clustering(dtype)
+    yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
+    yield "top_p", lambda: top_p(1000, None)
+    yield "top_p budget", lambda: top_p(1000, 0.3)
+    yield "top_p 2500", lambda: top_p(2500, None)
+
+
+def attention(dtype, D):
+    q = torch.zeros(1, 256, 2, D, dtype=dtype).transpose(1, 2)
+    sizes, index = torch.full((2, 4), 64, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    block_map, permutation = torch.ones(2, 4, 4, dtype=torch.bool), torch.zeros(1, 2, 256, dtype=torch.int32)
+    block_sparse_attention(
+        q, q, q, block_map, sizes, sizes, map_index=index, q_permutation=permutation, return_lse=True
+    )
+
+
+def clustering(dtype):
+    x, centroids = torch.zeros(1, 2, 256, 128, dtype=dtype), torch.zeros(1, 2, 32, 128)
+    kmeans_update(x, torch.zeros(1, 2, 256, dtype=torch.int32), centroids)
+    kmeans_assign(x, centroids)
+
+
+def top_p(clusters, budget):
+    centroids = torch.zeros(1, 2, clusters, 64)
+    top_p_block_map(centroids[:, :, :300], centroids, torch.ones(1, 2, clusters).int(), 0.9, 0.1, 1.0, budget)
+
+
+def compile_all(arch):
+    """Every kernel an operation launches: list of dicts (case, kernel, shared, registers, spills, instructions)."""
+    driver.set_active(StandInDriver(arch))
+    target.use_triton = lambda x: True
+    target.arch = lambda device: arch
+    launched, run = [], JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append(
+        (self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs))
+    )
+    report = []
+    for case, operation in run_operations(arch):
+        launched.clear()
+        operation()
+        report += [{"case": case, "kernel": name, **describe(compiled)} for name, compiled in launched]
+    return report
+
+
+def describe(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True)
+    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout))
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": int(resources["REG"]),
+        "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
+        "instructions": sorted(set(re.findall(r"\b(?:[HQI](?:G)?MMA|UTC\w*MMA)\b", sass.stdout))),
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(compile_all(int(sys.argv[1]))))
