@@ -48,7 +48,7 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         "width": shape[2],
         "psnr": _psnr(errors),
         "ssim": _mean(np.concatenate(similarities)),
-        "lpips": {"net": lpips_net, **_mean(np.concatenate(distances))} if lpips else {"net": lpips_net, "mean": None, "note": note},
+        "lpips": {"net": lpips_net, **(_mean(np.concatenate(distances)) if lpips else {"mean": None, "note": note})},
         "temporal_psnr": _psnr(np.concatenate(changes)),
     }
 
@@ -64,16 +64,16 @@ def _lpips(net, device):
 
 def _pairs(reference, output):
     """Yield matching chunks of both videos and the last pair of frames before them."""
-    previous, chunk, count = None, [], 0
-    for a, b in zip_longest(_frames(reference, "reference"), _frames(output, "output")):
+    previous, chunk = None, []
+    pairs = zip_longest(_frames(reference, "reference"), _frames(output, "output"))
+    for count, (a, b) in enumerate(pairs):
         if a is None or b is None:
             raise VideoError(_lengths(a is None, count, reference, output))
         if a.shape != b.shape:
             raise VideoError(
-                f"reference is {a.shape[1]} x {a.shape[0]} pixels (width x height) and output {b.shape[1]} x {b.shape[0]}: "
-                "metrics compare pixel by pixel, so generate both at one size"
+                f"reference is {a.shape[1]} x {a.shape[0]} pixels (width x height) and output {b.shape[1]} x "
+                f"{b.shape[0]}: metrics compare pixel by pixel, so generate both at one size"
             )
-        count += 1
         chunk.append((a, b))
         if len(chunk) == metrics.frames_a_pass(*a.shape[:2]):
             yield (*map(np.stack, zip(*chunk)), previous)
@@ -108,7 +108,8 @@ def _mean(values):
 def _psnr(errors):
     values = metrics.psnr_from_error(errors)
     if not len(values):
-        return {"mean": None, "pooled": None, "identical_frames": 0, "per_frame": [], "note": "a single frame has no changes"}
+        note = "a single frame has no changes"
+        return {"mean": None, "pooled": None, "identical_frames": 0, "per_frame": [], "note": note}
     differing = values[np.isfinite(values)]
     return {
         "mean": float(differing.mean()) if len(differing) else float("inf"),

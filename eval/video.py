@@ -43,7 +43,8 @@ class Video:
         """Yield every stored frame once, uint8 [H, W, 3], whatever its time stamp."""
         count = 0
         with tempfile.TemporaryFile() as log:
-            command = _ffmpeg("-i", self.path, "-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-")
+            picture = ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
+            command = _ffmpeg("-i", self.path, *picture)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
             try:
                 while (frame := _read_ppm(process.stdout)) is not None:
@@ -58,7 +59,7 @@ class Video:
             message = log.read().decode(errors="replace").strip()
         if code or message or not count:
             reason = message.splitlines()[0] if message else "it holds no frame"
-            raise VideoError(f"{self.path} is damaged: {count} frames could be read, then: {reason}. Write the file again")
+            raise VideoError(f"{self.path} is damaged: {count} frames were read, then: {reason}. Write the file again")
 
 
 def open_video(path):
@@ -79,7 +80,7 @@ def open_video(path):
         raise FileNotFoundError(f"no video at {path}")
     if not path.stat().st_size:
         raise VideoError(f"{path} is empty (0 bytes): write the file again")
-    header = subprocess.run(_ffmpeg("-i", path, level="info"), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace").stderr
+    header = _run(_ffmpeg("-i", path, level="info")).stderr.decode(errors="replace")
     stream = _STREAM.search(header)
     if stream is None:
         reason = header.strip().splitlines()[-1] if header.strip() else "no video stream"
@@ -127,7 +128,7 @@ def write_video(path, frames, fps):
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     target = ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", *_BT709, "-movflags", "+faststart", "-f", "mp4"]
     with atomic_path(path) as partial:
-        run = subprocess.run(_ffmpeg(*source, *target, "-y", partial), input=frames.tobytes(), capture_output=True)
+        run = _run(_ffmpeg(*source, *target, "-y", partial), frames.tobytes())
         if run.returncode:
             raise VideoError(f"{path} could not be written: {run.stderr.decode(errors='replace').strip()}")
 
@@ -161,11 +162,11 @@ def check_frames(frames, name="frames"):
     frames = np.asarray(frames)
     if frames.ndim == 3 or (frames.ndim == 4 and frames.shape[-1] in (1, 2, 4)):
         kind = {1: "grey", 2: "grey with alpha", 4: "RGB with alpha"}.get(frames.shape[-1], "grey or a single picture")
-        raise VideoError(f"{name} must be RGB, [F, H, W, 3], got shape {frames.shape} ({kind}): convert it to RGB first")
+        raise VideoError(f"{name} must be RGB, [F, H, W, 3], got {frames.shape} ({kind}): convert it to RGB first")
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise VideoError(f"{name} must be [F, H, W, 3] with at least one frame and one pixel, got shape {frames.shape}")
     if frames.dtype != np.uint8:
-        raise VideoError(f"{name} must be uint8, got {frames.dtype}: use (x * 255).round().astype('uint8') for values in [0, 1]")
+        raise VideoError(f"{name} must be uint8, got {frames.dtype}: from [0, 1] use (x * 255).round().astype('uint8')")
     return frames
 
 
@@ -173,6 +174,10 @@ def _ffmpeg(*arguments, level="error"):
     import imageio_ffmpeg
 
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", level, *map(str, arguments)]
+
+
+def _run(command, data=b""):
+    return subprocess.run(command, input=data, capture_output=True, check=False)
 
 
 def _read_ppm(stream):
@@ -187,7 +192,7 @@ def _read_ppm(stream):
 def _check_pixels(path, pixels):
     for pattern, kind in ((_ALPHA, "has an alpha channel or a palette"), (_GREY, "is grey")):
         if pattern.match(pixels):
-            raise VideoError(f"{path} {kind} (pixel format {pixels}) and metrics need RGB: convert it with ffmpeg -pix_fmt yuv420p")
+            raise VideoError(f"{path} {kind} (pixel format {pixels}): convert it with ffmpeg -pix_fmt yuv420p")
 
 
 def _label_bar(labels, width):

@@ -81,7 +81,8 @@ def test_linear_layers_agree_with_both_packages():
     layers = pickle.loads(path.read_bytes())
     state = load_lpips("alex").state_dict()
     for i in range(5):
-        np.testing.assert_array_equal(state[f"lins.{i}.model.1.weight"].flatten(), layers[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].flatten())
+        expected = layers[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]
+        np.testing.assert_array_equal(state[f"lins.{i}.model.1.weight"].flatten(), expected.flatten())
 
 
 def test_missing_weights_say_what_to_install(monkeypatch, tmp_path, clip, noisy):
@@ -121,7 +122,8 @@ def test_a_forged_pickle_runs_nothing(tmp_path):
 
     path = tmp_path / "forged.ckpt"
     path.write_bytes(pickle.dumps(Forged()))
-    forged = lpips_weights.Backbone(**{**vars(BACKBONES["alex"]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    forged = lpips_weights.Backbone(**{**vars(BACKBONES["alex"]), "sha256": digest})
     with pytest.raises(LpipsWeightsError, match="numpy arrays only, this one asks for builtins.print"):
         lpips_weights._read_distribution(path, forged)
     with pytest.raises(LpipsWeightsError, match="is not the published file"):
