@@ -155,15 +155,6 @@ class RunState:
         self._read_flags()
         self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
 
-    def end_forward(self) -> None:
-        """Say that the forward is over; the last step's forward is checked here, as no other follows.
-
-        Raises:
-            FloatingPointError: q, k or v of the last step held NaN or infinity.
-        """
-        if self.step is not None and self.step == self.num_steps - 1:
-            self._read_flags()
-
     def end_run(self) -> None:
         """Say that the run is over.
 

@@ -160,6 +160,28 @@ def test_text_rows_are_dense(layout, config, make_qkv, make_mask, make_state):
     torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=0)
 
 
+def test_generators_are_private_to_layer_and_branch(make_state):
+    def draws(seed):
+        state = make_state(DenseConfig(seed=seed), LAYOUT)
+        out = []
+        for branch in ("cond", "uncond"):
+            state.begin_forward(5, 10, branch, LAYOUT)
+            out += [torch.rand(1, generator=state.generator(layer, "cpu")).item() for layer in (0, 1)]
+            assert state.generator(0, "cpu") is state.generator(0, "cpu")
+        return out
+
+    assert draws(0) == draws(0)
+    assert len({*draws(0), *draws(1)}) == 8
+
+
+def test_an_empty_prompt(config, make_qkv, make_state):
+    mask = torch.tensor([[False] * 5, [True] * 5])
+    out = attend(*make_qkv(LAYOUT), make_state(config, LAYOUT), 2, mask)
+    dense = attend(*make_qkv(LAYOUT), make_state(DenseConfig(), LAYOUT), 2, mask)
+    torch.testing.assert_close(out[:, LAYOUT.text_slice], dense[:, LAYOUT.text_slice], atol=1e-5, rtol=0)
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_input_names_tensor_layer_and_step(make_qkv, make_state, config, name, value):
