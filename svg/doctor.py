@@ -49,7 +49,7 @@ def _dense_backends(index: int) -> list[str]:
     """Every backend that a small bf16 attention really runs on."""
     import torch
 
-    from svg.methods.dense import DENSE_BACKENDS, dense_attention
+    from .methods.dense import DENSE_BACKENDS, dense_attention
 
     x = torch.zeros(1, 1, 64, 64, device=f"cuda:{index}", dtype=torch.bfloat16)
     backends = []

@@ -52,7 +52,10 @@ def run(job: Job, display: Display) -> dict[str, Any]:
         ValueError, TypeError, OSError: bad input; nothing is written.
         FloatingPointError: q, k or v, or the frames, held NaN or infinity; nothing is written.
     """
-    _check(job)
+    problems = version_problems()
+    if problems:
+        raise ValueError("; ".join(problems))
+    resolve_device(job.device)
     with result_folder(job.out, RESULTS, job.force) as folder:
         display.stage(f"loading {job.model}{' (bundled)' if job.model == BUNDLED else ''}")
         pipe = load_pipeline(
@@ -64,6 +67,7 @@ def run(job: Job, display: Display) -> dict[str, Any]:
             vae_tiling=job.vae_tiling,
         )
         validate_request(pipe, job.request)
+        _check_size_for_lpips(job)
         try:
             results, notes = _run_all(pipe, job, display)
         finally:
@@ -75,11 +79,7 @@ def run(job: Job, display: Display) -> dict[str, Any]:
     return report
 
 
-def _check(job: Job) -> None:
-    problems = version_problems()
-    if problems:
-        raise ValueError("; ".join(problems))
-    resolve_device(job.device)
+def _check_size_for_lpips(job: Job) -> None:
     smallest = BACKBONES[job.lpips].min_side if job.lpips in BACKBONES else 0
     if min(job.request.height, job.request.width) < smallest:
         raise ValueError(
