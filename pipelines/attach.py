@@ -8,6 +8,7 @@ from torch import nn
 
 from svg.config import METHODS, MethodConfig, config_from_dict
 from svg.state import RunState
+from svg.summary import summarise
 
 from .hook import HOOK_NAME, RunHook
 from .processor import check_backend, check_parallel
@@ -93,11 +94,8 @@ def report(pipe: Any) -> dict[str, Any]:
         ValueError: the pipeline isn't accelerated.
         FloatingPointError: q, k or v of the last forward held NaN or infinity.
     """
-    from svg.summary import summarise
-
     hooks = attached(pipe)
     for hook in hooks.values():
-        hook.state.end_run()
         if not hook.is_current():
             hook.reset()
     summaries = {name: {**summarise(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}

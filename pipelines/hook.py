@@ -175,8 +175,8 @@ def find_step(context: CacheContext | None, scheduler: Any, timestep: Tensor | f
         step = _position(timesteps, torch.as_tensor(timestep))
     if step is None or num_steps is None:
         raise RuntimeError(
-            "the step must be known during an accelerated forward; run the pipeline, or wrap the call in "
-            "transformer.cache_context(name, step_index=i, num_inference_steps=n)"
+            "the step must be known during an accelerated forward; run the very pipeline that svg.accelerate was given, "
+            "or wrap the call in transformer.cache_context(name, step_index=i, num_inference_steps=n)"
         )
     return step, num_steps
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .attach import TRANSFORMERS
 from .registry import MODELS, PIPELINES
 
 BUNDLED = "tiny-wan"
@@ -48,10 +49,10 @@ def load_pipeline(
     device = resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
     _check_offload(offload, device)
+    if flow_shift is not None and not flow_shift > 0:
+        raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
     source = _locate(model)
-    spec = PIPELINES[_pipeline_class(source)]
-    dtypes = {"default": dtype, **dict.fromkeys(spec.fp32_components, torch.float32)}
-    pipe = _class_of(source).from_pretrained(str(source), dtype=dtypes, use_safetensors=True)
+    pipe = _from_pretrained(source, _pipeline_class(source), dtype)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if vae_tiling:
@@ -119,11 +120,11 @@ def _locate(model: str | Path | None) -> str | Path:
 def _pipeline_class(source: str | Path) -> str:
     index = _read_index(source)
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise ValueError(f"model must be one of {', '.join(PIPELINES)}, got {name} in {source}")
-    for component in ("transformer", "transformer_2"):
-        found = (index.get(component) or [None, None])[1]
-        if found is not None and found != PIPELINES[name].transformer:
+    for component in TRANSFORMERS:
+        _, found = index.get(component) or (None, None)  # (library, class)
+        if found not in (None, PIPELINES[name].transformer):
             raise ValueError(f"{component} must be one of {', '.join(MODELS)}, got {found} in {source}")
     return name
 
@@ -144,21 +145,27 @@ def _read_index(source: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(
             f"model must be an existing directory or a reachable hub id with a model_index.json, got {source!r}: "
-            f"{' '.join(str(error).split())}"
+            f"{_one_line(error)}"
         ) from error
 
 
-def _class_of(source: str | Path) -> type:
+def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype) -> Any:
     import diffusers
 
-    return getattr(diffusers, _pipeline_class(source))
+    dtypes = {"default": dtype, **dict.fromkeys(PIPELINES[name].fp32_components, torch.float32)}
+    try:
+        return getattr(diffusers, name).from_pretrained(str(source), dtype=dtypes, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"model must be complete and in safetensors, got {source}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _set_flow_shift(pipe: Any, flow_shift: float) -> None:
     config = pipe.scheduler.config
     key = "flow_shift" if config.get("use_flow_sigmas") else "shift"
-    if flow_shift <= 0:
-        raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
     if key not in config:
         raise ValueError(
             f"flow_shift must be left out for {type(pipe.scheduler).__name__}, which is not a flow-matching scheduler, "

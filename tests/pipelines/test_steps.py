@@ -75,14 +75,12 @@ def test_a_pipeline_without_cache_context(load, run):
     )})  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     svg.accelerate(pipe, ONLY_STEPS)
-    video = [[0.5 * torch.ones(3, 32, 48)] * 9]
     pipe(
         video=torch.rand(1, 9, 3, 32, 48), prompt="a dog", height=32, width=48, num_inference_steps=4, strength=0.5,
         output_type="latent", generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     # Half the strength starts in the middle of the schedule.
     assert seen(pipe) == [(step, f"call {call}") for step in (2, 3) for call in (0, 1)]
-    del video
 
 
 def test_two_transformers_share_one_schedule(load, run):
