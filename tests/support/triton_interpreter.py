@@ -1,0 +1,87 @@
+"""Makes TRITON_INTERPRET=1 compute bf16 and fp8 as a GPU does (Triton 3.8).
+
+The interpreter keeps bf16 and fp8 values as raw integers and hands those to numpy: sums and products of bf16 are then
+nonsense, and its conversions drop the carry when a mantissa rounds up. Here every operation on such values goes through
+fp32, and torch does the conversions. Not corrected: reductions and scans of bf16 (our kernels convert to fp32 first).
+"""
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+FLOATS = {
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float16: torch.float16,
+    tl.float32: torch.float32,
+    tl.float64: torch.float64,
+}
+RAW = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
+FP8 = (tl.float8e4nv, tl.float8e5)
+
+
+def decode(handle):
+    """The values of an interpreter tensor: fp32, or its own type where numpy has it."""
+    dtype = handle.dtype.scalar
+    if dtype not in RAW:
+        return handle.data
+    signed = np.int16 if dtype == tl.bfloat16 else np.uint8
+    bits = torch.from_numpy(np.array(handle.data, order="C").view(signed))
+    return bits.view(FLOATS[dtype]).float().numpy()
+
+
+def encode(values, dtype):
+    """An interpreter tensor of bf16 or fp8, rounded to nearest even; fp8 saturates, as the GPU's conversion does."""
+    wide = torch.from_numpy(np.array(values, order="C"))
+    if dtype in FP8:
+        limit = torch.finfo(FLOATS[dtype]).max
+        wide = torch.where(wide.isnan(), wide, wide.clamp(-limit, limit))
+    signed, unsigned = (torch.int16, np.uint16) if dtype == tl.bfloat16 else (torch.uint8, np.uint8)
+    return interpreter.TensorHandle(wide.to(FLOATS[dtype]).view(signed).numpy().view(unsigned), dtype)
+
+
+def install():
+    """Corrects the interpreter of this process; calling it again changes nothing."""
+    builder = interpreter.InterpreterBuilder
+    if getattr(builder, "computes_bf16", False):
+        return
+    stock = {name: getattr(builder, name) for name in ("binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_dot")}
+
+    def binary_op(self, lhs, rhs, op):
+        dtype = lhs.dtype.scalar
+        if dtype not in RAW:
+            return stock["binary_op"](self, lhs, rhs, op)
+        result = op(decode(lhs), decode(rhs))
+        return interpreter.TensorHandle(result, tl.int1) if result.dtype == np.bool_ else encode(result, dtype)
+
+    def unary_op(self, arg, op):
+        dtype = arg.dtype.scalar
+        return encode(op(decode(arg)), dtype) if dtype in RAW else stock["unary_op"](self, arg, op)
+
+    def cast_impl(self, src, dst_type):
+        source, goal = src.dtype.scalar, dst_type.scalar
+        if source == goal or not (source in RAW or goal in RAW):
+            return stock["cast_impl"](self, src, dst_type)
+        if goal in RAW:
+            return encode(decode(src), goal)
+        return interpreter.TensorHandle(decode(src).astype(interpreter._get_np_dtype(goal)), goal)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
+            raise NotImplementedError("the corrected interpreter rounds to nearest only: RTZ is not used by our kernels")
+        return cast_impl(self, src, dst_type)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar not in RAW:
+            return stock["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
+        return interpreter.TensorHandle((decode(a) @ decode(b) + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    for method in (binary_op, unary_op, cast_impl, create_fp_to_fp, create_dot):
+        setattr(builder, method.__name__, method)
+    builder.get_bf16 = lambda self, value: encode(np.array([value], np.float32), tl.bfloat16)
+    # The aliases were bound to the stock cast when the class was made.
+    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"):
+        setattr(builder, name, cast_impl)
+    builder.computes_bf16 = True
