@@ -55,10 +55,10 @@ class Scenes:
     def __len__(self) -> int:
         return len(self.texture)
 
-    def to(self, device) -> "Scenes":
+    def to(self, device) -> Scenes:
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
-    def __getitem__(self, index) -> "Scenes":
+    def __getitem__(self, index) -> Scenes:
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
 

@@ -130,6 +130,9 @@ def _fused_head(self, x):
 
 def run_whole_clips(vae: AutoencoderKLWan) -> None:
     """Make `vae.encoder` and `vae.decoder` of this instance compute whole clips in one pass, without feature caches."""
+    for parameter in vae.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     forwards = {
         wan_vae.WanCausalConv3d: _conv_forward,
         wan_vae.WanResidualBlock: _residual_forward,
@@ -158,7 +161,7 @@ def decode_clip(vae, z):
 
 def save_tensors(path: Path, tensors: dict, **meta) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}  # clones: some weights are tied
     temporary = path.with_suffix(".partial")
     save_file(tensors, temporary, {k: json.dumps(v) for k, v in meta.items()})
     os.replace(temporary, path)
@@ -189,16 +192,25 @@ def restore_state(path: Path, modules: dict, optimizers: list) -> int:
     return int(state["step"])
 
 
-def log(stage: str, step: int, started: float, **values) -> None:
+def log(stage: str, progress: Progress, **values) -> None:
     text = " ".join(f"{k} {v:.4f}" for k, v in values.items())
-    print(f"[{stage}] step {step} {time.time() - started:.0f}s {text}", flush=True)
+    print(f"[{stage}] step {progress.step} {time.time() - progress.started:.0f}s {text}", flush=True)
 
 
-def schedule(step: int, steps: int, warmup: int = 200) -> float:
-    """Learning-rate factor: linear warm-up, then cosine to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+class Progress:
+    """How far a stage is: by steps, or by the clock where `--<stage>-seconds` would cut it short, so that the rate always decays fully."""
+
+    def __init__(self, first: int, steps: int, max_seconds: float):
+        self.step, self.steps, self.max_seconds, self.started = first, steps, max_seconds, time.time()
+
+    @property
+    def share(self) -> float:
+        return max(self.step / self.steps, (time.time() - self.started) / self.max_seconds)
+
+    def rate(self, warmup: int) -> float:
+        """Learning-rate factor: linear warm-up over `warmup` steps, then cosine to 2 %."""
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, self.share)))
+        return min(1.0, (self.step + 1) / warmup) * cosine
 
 
 def set_rate(optimizers: list, factor: float) -> None:
@@ -233,9 +245,9 @@ def random_clips(batch: int, generator: torch.Generator, frames: int, size: int,
 def train_vae(work: Path, steps: int, batch: int, seed: int, device: str, max_seconds: float) -> None:
     global _fused_norm_silu
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 3
     _fused_norm_silu = torch.compile(_norm_silu, dynamic=True)
-    vae = build_vae().to(device, memory_format=torch.channels_last_3d)
+    vae = build_vae().to(device)
     run_whole_clips(vae)
     average = copy.deepcopy(vae)
     rate = torch.tensor(0.0, device=device)
@@ -260,7 +272,7 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: str, max_se
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        update_average(average, vae, 0.998)
+        update_average(average, vae, 0.99)
         losses.copy_(torch.stack([loss.detach(), mse.detach(), kl.detach()]))
 
     side = torch.cuda.Stream()
@@ -272,18 +284,17 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: str, max_se
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         train_step()
-    started = time.time()
-    step = first
-    while step < steps and time.time() - started < max_seconds:
-        set_rate([optimizer], schedule(step, steps))
+    progress = Progress(first, steps, max_seconds)
+    while progress.share < 1:
+        set_rate([optimizer], progress.rate(warmup=100))
         video.copy_(random_clips(batch, generator, SHORT[0], 96, device))
         graph.replay()
-        step += 1
-        if step % 250 == 0 or step == steps:
+        progress.step += 1
+        if progress.step % 250 == 0 or progress.share >= 1:
             loss, mse, kl = losses.tolist()
-            log("vae", step, started, loss=loss, psnr=10 * math.log10(4 / mse), kl=kl)
+            log("vae", progress, loss=loss, psnr=10 * math.log10(4 / mse), kl=kl)
     modules = flatten_state({"vae": vae, "average": average}, [optimizer])
-    save_tensors(checkpoint, modules | {"step": torch.tensor(step)})
+    save_tensors(checkpoint, modules | {"step": torch.tensor(progress.step)})
 
 
 def load_trained_vae(work: Path, device: str) -> AutoencoderKLWan:
@@ -308,6 +319,22 @@ def cache_latents(vae, clips: int, shape: tuple, batch: int, seed: int, device: 
             latents.append(encode_moments(vae, video)[0].to(torch.bfloat16))
         texts += captions(scenes)
     return torch.cat(latents), texts
+
+
+def cached_latents(cache: dict, vae, work: Path, clips: int, shape: tuple, seed: int, device: str):
+    """`cache_latents`, normalised by the statistics of the first pool (kept in latents.json), once for all stages of a run."""
+    if (clips, shape, seed) not in cache:
+        started = time.time()
+        latents, texts = cache_latents(vae, clips, shape, CACHE_BATCH[shape], seed, device)
+        statistics = work / "latents.json"
+        if not statistics.exists():
+            mean, std = latents.float().mean((0, 2, 3, 4)), latents.float().std((0, 2, 3, 4))
+            statistics.write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
+        saved = json.loads(statistics.read_text())
+        mean, std = (torch.tensor(saved[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        cache[clips, shape, seed] = latents.sub_(mean).div_(std), texts
+        print(f"{clips} clips of {shape} encoded in {time.time() - started:.0f}s", flush=True)
+    return cache[clips, shape, seed]
 
 
 class PromptEncoder(torch.nn.Module):
@@ -349,15 +376,15 @@ def flow_loss(transformer, prompts, latents, ids, generator) -> torch.Tensor:
     return F.mse_loss(velocity.float(), noise - latents)
 
 
-def train_transformer(work: Path, stage: str, steps: int, args) -> None:
+def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, cache: dict, args) -> None:
     device, seed = args.device, args.seed
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
-    vae = load_trained_vae(work, device).to(memory_format=torch.channels_last_3d)
+    vae = load_trained_vae(work, device)
     run_whole_clips(vae)
     plans = [(SHORT, args.clips, args.batch)]
     if stage == "long":
-        plans = [(SHORT, args.clips // 2, args.batch), (LONG, args.long_clips, args.long_batch)]
+        plans.append((LONG, args.long_clips, args.long_batch))
     generator = torch.Generator(device).manual_seed(seed)
     tokenizer, encoder = build_text(captions(sample_scenes(4000, torch.Generator().manual_seed(seed))))
     transformer, prompts = build_transformer().to(device), PromptEncoder(encoder, tokenizer.pad_token_id).to(device)
@@ -368,29 +395,21 @@ def train_transformer(work: Path, stage: str, steps: int, args) -> None:
     first = restore_state(checkpoint, modules, optimizers)
     if stage == "long" and not first:
         restore_state(work / "dit.safetensors", modules, optimizers)
-    statistics = work / "latents.json"
 
-    started = time.time()
     pools = []
     for i, (shape, clips, batch) in enumerate(plans):
-        latents, texts = cache_latents(vae, clips, shape, CACHE_BATCH[shape], seed + SCENE_SEED + i, device)
+        latents, texts = cached_latents(cache, vae, work, clips, shape, seed + SCENE_SEED + i, device)
         ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(device)
-        if not statistics.exists():
-            mean, std = latents.float().mean((0, 2, 3, 4)), latents.float().std((0, 2, 3, 4))
-            statistics.write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
-        saved = json.loads(statistics.read_text())
-        mean, std = (torch.tensor(saved[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
-        pools.append((latents.sub_(mean).div_(std), ids, batch))
-        print(f"[{stage}] {clips} clips of {shape} encoded after {time.time() - started:.0f}s", flush=True)
+        pools.append((latents, ids, batch))
     empty = tokenizer([""], return_tensors="pt")["input_ids"].to(device)
     del vae
     torch.cuda.empty_cache()
     transformer.compile_repeated_blocks(dynamic=False)
 
-    started, total, step = time.time(), 0.0, first
-    while step < steps and time.time() - started < args.max_seconds:
-        set_rate(optimizers, schedule(step, steps) * (0.35 if stage == "long" else 1.0))
-        latents, ids, batch = pools[step % len(pools)]
+    progress, losses = Progress(first, steps, max_seconds), []
+    while progress.share < 1:
+        set_rate(optimizers, progress.rate(warmup=100) * (0.4 if stage == "long" else 1.0))
+        latents, ids, batch = pools[progress.step % len(pools)]
         index = torch.randint(len(latents), (batch,), generator=generator, device=device)
         dropped = F.pad(empty, (0, ids.shape[1] - empty.shape[1]), value=tokenizer.pad_token_id)
         chosen = torch.where(torch.rand(batch, 1, generator=generator, device=device) < 0.1, dropped, ids[index])
@@ -400,13 +419,13 @@ def train_transformer(work: Path, stage: str, steps: int, args) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_average(average, torch.nn.ModuleList([transformer, prompts]), min(0.998, (step + 1) / (step + 10)))
-        total = total + loss.detach()
-        step += 1
-        if step % 200 == 0 or step == steps:
-            log(stage, step, started, loss=float(total) / (200 if step % 200 == 0 else step % 200))
-            total = 0.0
-    save_tensors(checkpoint, flatten_state(modules, optimizers) | {"step": torch.tensor(step)})
+        progress.step += 1
+        update_average(average, torch.nn.ModuleList([transformer, prompts]), min(0.998, progress.step / (progress.step + 9)))
+        losses.append(loss.detach())
+        if progress.step % 200 == 0 or progress.share >= 1:
+            log(stage, progress, loss=torch.stack(losses).mean().item())
+            losses.clear()
+    save_tensors(checkpoint, flatten_state(modules, optimizers) | {"step": torch.tensor(progress.step)})
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -433,24 +452,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=Path("pipelines/tiny-wan"), help="folder of the exported pipeline")
     parser.add_argument("--stages", default="vae,dit,long,export")
-    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, default=1800)
     parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--dit-steps", type=int, default=4000)
+    parser.add_argument("--dit-steps", type=int, default=3000)
     parser.add_argument("--long-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=16384, help="cached clips of the short size")
+    parser.add_argument("--clips", type=int, default=8192, help="cached clips of the short size")
     parser.add_argument("--long-clips", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--long-batch", type=int, default=6)
-    parser.add_argument("--max-seconds", type=float, default=1e9, help="stop a stage early and leave its checkpoint")
+    for stage in ("vae", "dit", "long"):
+        parser.add_argument(f"--{stage}-seconds", type=float, default=1e9, help="end the stage by the clock")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
+    cache: dict = {}
     for stage in args.stages.split(","):
         started = time.time()
         if stage == "vae":
-            train_vae(args.work, args.vae_steps, args.vae_batch, args.seed, args.device, args.max_seconds)
+            train_vae(args.work, args.vae_steps, args.vae_batch, args.seed, args.device, args.vae_seconds)
         elif stage in ("dit", "long"):
-            train_transformer(args.work, stage, args.dit_steps if stage == "dit" else args.long_steps, args)
+            steps, seconds = (getattr(args, f"{stage}_{unit}") for unit in ("steps", "seconds"))
+            train_transformer(args.work, stage, steps, seconds, cache, args)
         elif stage == "export":
             export(args.work, args.out, args.seed)
         else:
