@@ -113,7 +113,9 @@ class Lpips:
             raise ValueError(
                 f"LPIPS ({self.net}) needs frames of at least {smallest} x {smallest} pixels, got {_size(reference)}"
             )
-        distance = self._module(self._scale(reference), self._scale(output))
+        # TF32 convolutions, a GPU's default, would be off by more than two methods differ.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            distance = self._module(self._scale(reference), self._scale(output))
         return distance.reshape(-1).double().cpu().numpy()
 
     def _scale(self, frames):
