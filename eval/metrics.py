@@ -113,7 +113,7 @@ class Lpips:
             raise ValueError(
                 f"LPIPS ({self.net}) needs frames of at least {smallest} x {smallest} pixels, got {_size(reference)}"
             )
-        # TF32 convolutions, a GPU's default, would be off by more than two methods differ.
+        # TF32 convolutions, a GPU's default, keep 10 bits: the number would depend on the device.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             distance = self._module(self._scale(reference), self._scale(output))
         return distance.reshape(-1).double().cpu().numpy()

@@ -335,7 +335,8 @@ def test_doctor(capsys, monkeypatch):
     monkeypatch.setattr("svg.versions.NEEDED", {"torch": (99, 0), "no-such-thing": (1, 0)})
     assert main(["doctor", "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
-    assert "torch must be 99.0 or newer" in problems[0] and "no-such-thing must be 1.0 or newer, got none" in problems[1]
+    assert "torch must be 99.0 or newer" in problems[0]
+    assert "no-such-thing must be 1.0 or newer, got none" in problems[1]
 
 
 def test_doctor_finds_a_foreign_svg(monkeypatch, capsys):
@@ -367,7 +368,12 @@ def test_evaluate(clips, capsys):
 
 @pytest.mark.parametrize(
     "other, words",
-    [("short.mp4", "output ends after 3 frames"), ("small.mp4", "48 x 16"), ("none.mp4", "no video"), ("text.mp4", "not a video")],
+    [
+        ("short.mp4", "output ends after 3 frames"),
+        ("small.mp4", "48 x 16"),
+        ("none.mp4", "no video"),
+        ("text.mp4", "not a video"),
+    ],
 )
 def test_evaluate_bad_input(clips, capsys, other, words):
     Path("text.mp4").write_text("text" * 100)
