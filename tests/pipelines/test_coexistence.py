@@ -9,6 +9,7 @@ from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 import svg
 from svg.config import DenseConfig, SVG1Config, SVG2Config
 from svg.pipelines.attach import attached, transformers_of
+from svg.state import RunState
 
 SPARSE = SVG2Config(
     top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.2, warmup_layers=0.0
@@ -230,6 +231,15 @@ def test_nan_is_named(load, run):
         pipe.transformer.blocks[1].attn1.to_v.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="v must be finite.*transformer layer 1, step 0 of 5, branch cond"):
         run(pipe)
+
+
+def test_the_last_forward_is_checked_too(load, run, monkeypatch):
+    """On a GPU the flags of a forward are read at the next one, those of the last when the pipeline is done."""
+    pipe = svg.accelerate(load("wan_2_2"), SPARSE)
+    ended = []
+    monkeypatch.setattr(RunState, "end_run", lambda state: ended.append((state.name, state.step)))
+    run(pipe, steps=6)
+    assert sorted(ended) == [("transformer", 2), ("transformer_2", 5)]
 
 
 def test_training_state_and_saving_are_untouched(load, tmp_path):

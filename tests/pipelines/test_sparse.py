@@ -60,16 +60,16 @@ def test_the_global_generator_is_left_alone(load, run, method):
 
 @pytest.mark.parametrize("method", SPARSE)
 @pytest.mark.parametrize("name", ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_1_5"])
-@pytest.mark.parametrize("how", ["flag", "exception"])
-def test_an_interrupted_run_does_not_disturb_the_next(load, run, name, method, how):
+@pytest.mark.parametrize("how, at", [("flag", 2), ("exception", 2), ("exception", 0)])
+def test_an_interrupted_run_does_not_disturb_the_next(load, run, name, method, how, at):
     pipe = svg.accelerate(load(name), SPARSE[method])
     fresh = run(pipe)
     fresh_report = _untimed(svg.report(pipe))
 
     def stop(pipe, step, timestep, tensors):
-        if step == 2 and how == "exception":
+        if step == at and how == "exception":
             raise KeyboardInterrupt
-        pipe._interrupt = step == 2
+        pipe._interrupt = step == at
         return tensors
 
     if how == "exception":
