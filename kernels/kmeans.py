@@ -1,11 +1,12 @@
 """k-means of tokens, one clustering a head: squared Euclidean distance, Lloyd's iterations from given centroids.
 
     labels[t]    = argmin_c |c|^2 - 2 x_t . c        (|x_t|^2 is the same for every c and only costs precision)
+                 = argmin_c |d|^2 + 2 mu . d - 2 x_t . d,   d = c - mu, mu the mean of a head's centroids
     centroids[c] = mean of x_t over labels[t] == c   (an empty cluster keeps its centroid)
 
-Scores are fp32, of centroids rounded to x's dtype (so the products run on tensor cores and their distances are exact for
-the rounded centroids); ties go to the lowest index. Sums run over tokens in sorted order, without atomics: two runs
-are bit-equal. fp16, bf16 and fp32 (three TF32 products), head dims up to 128, sm80 and newer; nothing waits for the device.
+The second form keeps precision where a head's tokens share a large mean, as keys do. Scores are fp32, of directions d
+rounded to x's dtype (so that products run on tensor cores, and are the exact distances to the rounded centroids); ties
+go to the lowest index. Sums run over tokens in sorted order, without atomics: two runs are bit-equal. fp16, bf16 and fp32 (three TF32 products), head dims up to 128, sm80 and newer; nothing waits for the device.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous, other strides arbitrary.
-        centroids: fp32 [B, H, C, D]; rounded to x's dtype before use.
+        centroids: fp32 [B, H, C, D]; their distance to their mean is rounded to x's dtype before use.
 
     Returns:
         labels int32 [B, H, S].
@@ -72,14 +73,13 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     _check_triton("kmeans_assign", x)
     B, H, S, D = x.shape
     C = centroids.shape[2]
-    rounded = centroids.to(x.dtype).contiguous()
-    norms = rounded.float().square().sum(-1)  # [B, H, C]
+    directions, offsets = _centred(centroids, x.dtype)
     labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
     row = target.launch_row(LAUNCH, x.device)[x.element_size()]
     with target.on_device(x):
         _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
-            x, rounded, norms, labels, H, S, C, *x.stride()[:3],
+            x, directions, offsets, labels, H, S, C, *x.stride()[:3],
             D=D, BLOCK_D=block_d, BLOCK_S=row.block_s, BLOCK_C=row.block_c,
             PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
             num_warps=row.num_warps, num_stages=row.num_stages,
@@ -90,14 +90,22 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 def kmeans_assign_reference(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Specification of `kmeans_assign` in plain torch; same arguments and result (fp64 x scores in fp64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rounded = centroids.to(x.dtype).to(wide)
-    norms = rounded.square().sum(-1).unsqueeze(2)  # [B, H, 1, C]
+    directions, offsets = _centred(centroids, x.dtype)
+    directions = directions.to(wide).transpose(2, 3)  # [B, H, D, C]
     chunk = max(1, SCORE_CHUNK // (x.shape[0] * x.shape[1] * centroids.shape[2]))
     # The scores of all tokens at once would be B * H * S * C numbers.
     parts = [
-        torch.argmin(norms - 2 * part.to(wide) @ rounded.transpose(2, 3), dim=-1) for part in x.split(chunk, dim=2)
+        torch.argmin(offsets.unsqueeze(2) - 2 * part.to(wide) @ directions, dim=-1) for part in x.split(chunk, dim=2)
     ]
     return torch.cat(parts, dim=2).to(torch.int32)
+
+
+def _centred(centroids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids minus their mean, in dtype [B, H, C, D], and what a score adds to -2 x . d, fp32 [B, H, C]."""
+    mean = centroids.mean(2, keepdim=True)
+    directions = (centroids - mean).to(dtype).contiguous()
+    exact = directions.to(centroids.dtype)
+    return directions, (exact * (exact + 2 * mean)).sum(-1)
 
 
 def kmeans_update(x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,7 +205,7 @@ LAUNCH = {
 
 @triton.jit(do_not_specialize=["S", "C"])
 def _assign_kernel(
-    x, centroids, norms, labels, H, S, C, stride_xb, stride_xh, stride_xs,
+    x, directions, offsets, labels, H, S, C, stride_xb, stride_xh, stride_xs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
@@ -207,17 +215,17 @@ def _assign_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     x_ptr = x + b * stride_xb + h * stride_xh + offs_s[:, None] * stride_xs + offs_d[None, :]
     x_tile = tl.load(x_ptr, mask=(offs_s < S)[:, None] & (offs_d < D)[None, :], other=0.0)  # [BS, BD]
-    centroids += bh * C * D
-    norms += bh * C
+    directions += bh * C * D
+    offsets += bh * C
     # Each column keeps its own best until the end: one reduction instead of one a tile.
     best = tl.full([BLOCK_S, BLOCK_C], float("inf"), dtype=tl.float32)
     best_first = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.int32)
     for first in range(0, C, BLOCK_C):
         inside = first + offs_c < C
-        c_ptr = centroids + (first + offs_c)[:, None] * D + offs_d[None, :]
-        c_tile = tl.load(c_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [BC, BD]
-        norm = tl.load(norms + first + offs_c, mask=inside, other=float("inf"))
-        score = norm[None, :] - 2 * tl.dot(x_tile, tl.trans(c_tile), input_precision=PRECISION)  # [BS, BC]
+        d_ptr = directions + (first + offs_c)[:, None] * D + offs_d[None, :]
+        d_tile = tl.load(d_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [BC, BD]
+        offset = tl.load(offsets + first + offs_c, mask=inside, other=float("inf"))
+        score = offset[None, :] - 2 * tl.dot(x_tile, tl.trans(d_tile), input_precision=PRECISION)  # [BS, BC]
         closer = score < best
         best = tl.where(closer, score, best)
         best_first = tl.where(closer, first, best_first)

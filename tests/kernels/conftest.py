@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from svg.kernels import target
 
 if target.INTERPRETED:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from svg.kernels import target
 
 if target.INTERPRETED:
@@ -39,7 +38,7 @@ SUITES = ("test_permute.py", "test_block_sparse.py", "test_kmeans.py", "test_top
 def test_kernels_pass_the_same_tests_as_their_references(suite):
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", str(Path(__file__).with_name(suite))]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 

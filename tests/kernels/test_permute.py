@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from svg.kernels import gather_tokens, inverse_permutation, scatter_tokens, sort_labels, target
 
 ODD_LENGTHS = (1, 63, 111, 129)

@@ -1,9 +1,9 @@
 """Compiles every Triton kernel for an architecture without a GPU and tells what came out.
 
 The public operations run on CPU tensors with a stand-in driver, and each launch stops after compilation: what is
-compiled is exactly what the operation would launch. Run as a program, in a process of its own:
+compiled is exactly what the operation would launch. Run as a program, in a process of its own; prints JSON:
 
-    python triton_aot.py ARCH OUT.json
+    python triton_aot.py ARCH
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -89,26 +89,32 @@ def compile_all(arch):
     for case, operation in run_operations(arch):
         launched.clear()
         operation()
-        report += [{"case": case, "kernel": name, **describe(compiled)} for name, compiled in launched]
+        report += [
+            {"case": case, "kernel": name, "shared": compiled.metadata.shared, **describe(compiled.asm["cubin"])}
+            for name, compiled in launched
+        ]
     return report
 
 
-def describe(compiled):
+@cache
+def describe(binary):
+    """Registers, bytes spilled a thread, and the matrix instructions of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(binary)
         cubin.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        )
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True)
-    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout))
+        usage = tool_output("cuobjdump", "-res-usage", cubin.name)
+        assembly = tool_output("nvdisasm", "-c", cubin.name)
+    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     return {
-        "shared": compiled.metadata.shared,
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
-        "instructions": sorted(set(re.findall(r"\b(?:[HQI](?:G)?MMA|UTC\w*MMA)\b", sass.stdout))),
+        "instructions": sorted(set(re.findall(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b", assembly))),
     }
 
 
+def tool_output(tool, *arguments):
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(compile_all(int(sys.argv[1]))))
+    print(json.dumps(compile_all(int(sys.argv[1]))))

@@ -47,7 +47,9 @@ def install():
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "computes_bf16", False):
         return
-    stock = {name: getattr(builder, name) for name in ("binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_dot")}
+    stock = {
+        name: getattr(builder, name) for name in ("binary_op", "unary_op", "cast_impl", "create_fp_to_fp", "create_dot")
+    }
 
     def binary_op(self, lhs, rhs, op):
         dtype = lhs.dtype.scalar
@@ -70,7 +72,9 @@ def install():
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         if rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
-            raise NotImplementedError("the corrected interpreter rounds to nearest only: RTZ is not used by our kernels")
+            raise NotImplementedError(
+                "the corrected interpreter rounds to nearest only: RTZ is not used by our kernels"
+            )
         return cast_impl(self, src, dst_type)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
@@ -82,6 +86,13 @@ def install():
         setattr(builder, method.__name__, method)
     builder.get_bf16 = lambda self, value: encode(np.array([value], np.float32), tl.bfloat16)
     # The aliases were bound to the stock cast when the class was made.
-    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui"):
+    for name in (
+        "create_fp_ext",
+        "create_fp_trunc",
+        "create_si_to_fp",
+        "create_ui_to_fp",
+        "create_fp_to_si",
+        "create_fp_to_ui",
+    ):
         setattr(builder, name, cast_impl)
     builder.computes_bf16 = True

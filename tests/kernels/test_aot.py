@@ -1,0 +1,55 @@
+"""Every kernel compiled ahead of time for each architecture: tensor-core instructions, no spills, shared memory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from svg.kernels import target
+
+pytestmark = pytest.mark.skipif(target.INTERPRETED, reason="the interpreter compiles nothing")
+COMPILER = Path(__file__).parents[1] / "support" / "triton_aot.py"
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
+TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+KERNELS = {
+    "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_update_kernel",
+    "_move_kernel", "_select_kernel",
+}  # fmt: skip
+archs = pytest.mark.parametrize("arch", SHARED_LIMIT)
+
+
+@cache
+def compiled(arch):
+    run = subprocess.run(
+        [sys.executable, "-P", COMPILER, str(arch)],
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def test_no_kernel_is_left_out():
+    source = "".join(path.read_text() for path in Path(target.__file__).parent.glob("*.py"))
+    assert set(re.findall(r"(\w+_kernel)\[", source)) == KERNELS
+
+
+@archs
+def test_every_kernel_compiles_within_the_limits(arch):
+    rows = compiled(arch)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[arch], row
+
+
+@archs
+def test_products_run_on_tensor_cores(arch):
+    rows = [row for row in compiled(arch) if row["kernel"] in ("_attention_kernel", "_assign_kernel")]
+    for row in rows:
+        # Three TF32 products may take the older instruction where the newer one has no layout for them.
+        allowed = {TENSOR_CORE[arch], "HMMA"} if "fp32" in row["case"] else {TENSOR_CORE[arch]}
+        assert row["instructions"] and set(row["instructions"]) <= allowed, row
