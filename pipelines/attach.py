@@ -95,11 +95,12 @@ def report(pipe: Any) -> dict[str, Any]:
         FloatingPointError: q, k or v of the last forward held NaN or infinity.
     """
     hooks = attached(pipe)
+    latest = max(hooks.values(), key=lambda hook: hook.started)
     for hook in hooks.values():
-        if not hook.is_current():
+        if not hook.same_run(latest):  # Wan2.2 may leave one of its transformers out of a run
             hook.reset()
     summaries = {name: {**summarise(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
-    return {"config": next(iter(hooks.values())).state.config.to_dict(), "transformers": summaries}
+    return {"config": latest.state.config.to_dict(), "transformers": summaries}
 
 
 def attached(pipe: Any) -> dict[str, RunHook]:

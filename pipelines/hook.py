@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 import weakref
 from typing import Any
 
@@ -42,6 +43,7 @@ class RunHook(ModelHook):
         self._pipe = weakref.ref(pipe)
         self._contexts = StateManager(BaseState)
         self._signature = inspect.signature(type(transformer).forward)
+        self.started = 0.0  # host clock at the start of the run
         self._timesteps: Tensor | None = None
         self._calls_in_step = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -91,9 +93,9 @@ class RunHook(ModelHook):
         self.state.end_run()
         return module
 
-    def is_current(self) -> bool:
-        """Whether the state belongs to the pipeline's last run (Wan2.2 may leave one of its transformers out)."""
-        return self._timesteps is getattr(self._scheduler(), "timesteps", None)
+    def same_run(self, other: RunHook) -> bool:
+        """Whether both transformers last ran under one schedule."""
+        return self._timesteps is other._timesteps
 
     def seconds(self) -> float:
         """Seconds spent in the transformer's forwards of the run; waits for the GPU."""
@@ -123,6 +125,7 @@ class RunHook(ModelHook):
             self.reset()
             self.state.begin_run()
             self._timesteps = timesteps
+            self.started = time.perf_counter()
         elif step == last:
             self._calls_in_step += 1
         else:

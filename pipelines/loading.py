@@ -57,8 +57,7 @@ def load_pipeline(
         _set_flow_shift(pipe, flow_shift)
     if vae_tiling:
         pipe.vae.enable_tiling()
-    _place(pipe, device, offload)
-    return pipe
+    return place(pipe, device, offload)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -174,7 +173,17 @@ def _set_flow_shift(pipe: Any, flow_shift: float) -> None:
     pipe.scheduler = type(pipe.scheduler).from_config(config, **{key: flow_shift})
 
 
-def _place(pipe: Any, device: torch.device, offload: str) -> None:
+def place(pipe: Any, device: torch.device, offload: str) -> Any:
+    """Put a pipeline on a device.
+
+    Args:
+        pipe: a Diffusers pipeline in CPU memory.
+        device: where it runs.
+        offload: as in `load_pipeline`.
+
+    Returns:
+        The same pipe.
+    """
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -182,6 +191,12 @@ def _place(pipe: Any, device: torch.device, offload: str) -> None:
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     else:
+        # The VAE stays on the device: it is small beside the transformer.
         pipe.enable_group_offload(
-            onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
+            onload_device=device,
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=device.type == "cuda",
+            exclude_modules=["vae"],
         )
+    return pipe

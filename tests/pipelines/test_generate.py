@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 import svg
-from svg.config import SVG2Config
+from svg.config import DenseConfig, SVG2Config
 from svg.pipelines import GenerationRequest, generate, report, reset, validate_request
+from svg.pipelines.loading import place
 
 SPARSE = SVG2Config(
     top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.3, warmup_layers=0.0
@@ -53,6 +54,19 @@ def test_accelerated_generation(load, image, name):
     assert attention == pytest.approx(result.attention_seconds)
     assert np.array_equal(generate(pipe, request).frames, result.frames)
     assert np.array_equal(generate(svg.restore(pipe), request).frames, plain.frames)
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+@pytest.mark.parametrize("name", ["wan", "wan_i2v", "hunyuan", "cogvideox_1_5"])
+def test_offloaded_generation(load, image, name, offload):
+    """Whole pipelines, VAE included; sequential offloading needs a GPU (Accelerate fails on a CPU)."""
+    request = request_for(load(name), image)
+    resident = generate(svg.accelerate(load(name), DenseConfig()), request)
+    pipe = svg.accelerate(place(load(name), torch.device("cpu"), offload), DenseConfig())
+    for _ in range(2):
+        result = generate(pipe, request)
+        assert np.abs(result.frames - resident.frames).max() < 1e-5
+        assert result.report["transformers"]["transformer"]["calls"] == resident.report["transformers"]["transformer"]["calls"]
 
 
 def test_frames_are_those_of_the_pipeline(load):
