@@ -186,16 +186,16 @@ class Launch:
 # arch -> (element bytes, padded head dim) -> tile sizes; smaller head dims take the 64 row.
 # sm80, sm89, sm100, sm120: not measured, chosen by ahead-of-time compile (no spills, shared memory).
 LAUNCH = {
-    80: {(2, 64): Launch(128, 64, 4, 3), (2, 128): Launch(128, 32, 8, 3),
-         (4, 64): Launch(32, 32, 4, 2), (4, 128): Launch(32, 32, 8, 2)},
+    80: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(128, 32, 8, 3),
+         (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     89: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(64, 32, 4, 3),
-         (4, 64): Launch(32, 32, 4, 2), (4, 128): Launch(32, 32, 8, 2)},
+         (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     90: {(2, 64): Launch(128, 64, 8, 3), (2, 128): Launch(128, 64, 8, 3),
-         (4, 64): Launch(64, 32, 4, 2), (4, 128): Launch(32, 32, 8, 2)},
+         (4, 64): Launch(64, 32, 4, 2), (4, 128): Launch(16, 32, 4, 2)},
     100: {(2, 64): Launch(128, 64, 4, 3), (2, 128): Launch(128, 64, 8, 3),
-          (4, 64): Launch(32, 32, 4, 2), (4, 128): Launch(32, 32, 8, 2)},
+          (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     120: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(64, 32, 4, 3),
-          (4, 64): Launch(32, 32, 4, 2), (4, 128): Launch(32, 32, 8, 2)},
+          (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
 }  # fmt: skip
 
 

@@ -195,10 +195,10 @@ class Launch:
 
 # arch -> element bytes -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
 LAUNCH = {
-    80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 32, 8, 2)},
-    89: {2: Launch(128, 64, 8, 2), 4: Launch(64, 32, 8, 2)},
-    90: {2: Launch(128, 64, 8, 3), 4: Launch(64, 32, 8, 2)},
-    100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 32, 8, 2)},
+    80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
+    89: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
+    90: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
+    100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
     120: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
 }
 
