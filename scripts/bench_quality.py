@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt", action="append")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trained-clips", type=int, default=8192)
+    parser.add_argument("--trained-clips", type=int, default=16384)
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"))
     parser.add_argument("--device", default="auto")

@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-seed", type=int, default=0)
-    parser.add_argument("--trained-clips", type=int, default=8192)
+    parser.add_argument("--trained-clips", type=int, default=16384)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)

@@ -4,6 +4,7 @@ Stages, each resumable from `--work`: `vae` (AutoencoderKLWan), `dit` (WanTransf
 17 x 128 x 160 clips), `long` (the same weights on a mix with 33 x 256 x 256 clips), `export` (a Diffusers directory in bf16).
 
     python scripts/train_tiny.py --work work/tiny --out pipelines/tiny-wan
+    python scripts/train_tiny.py --work work/more --start-from pipelines/tiny-wan --stages dit,long,export
 """
 
 from __future__ import annotations
@@ -350,12 +351,57 @@ class PromptEncoder(torch.nn.Module):
         return F.pad(hidden, (0, 0, 0, TEXT_TOKENS - ids.shape[1]))
 
 
+class BatchedMuon(torch.optim.Optimizer):
+    """Muon (orthogonalised momentum) over stacks of equal shapes.
+
+    `torch.optim.Muon` takes the matrices one by one: some 2 000 small kernels a step here, more host time than the model's own.
+    Same arithmetic: Nesterov momentum, five Newton-Schulz iterations in bf16, update scaled to AdamW's typical size.
+    """
+
+    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes: dict = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for matrices in shapes.values():
+                self._update(matrices, group)
+
+    def _update(self, matrices, group):
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta, grads = [self.state[p]["momentum"] for p in matrices], [p.grad for p in matrices]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # [N, rows, columns]
+        rows, columns = update.shape[1:]
+        update = self._orthogonalise(update) * (0.2 * math.sqrt(max(rows, columns)))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-group["lr"])
+
+    def _orthogonalise(self, x):
+        a, b, c = self.COEFFICIENTS
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        x = x.bfloat16()
+        x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7).view(-1, 1, 1)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.mT if tall else x
+
+
 def make_optimizers(transformer, prompts) -> list:
     """Muon for the blocks' matrices, AdamW for everything else."""
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for m in (transformer, prompts) for p in m.parameters() if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=1.5e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    muon = BatchedMuon(matrices, lr=1.5e-3, weight_decay=0.02)
     adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for optimizer in (muon, adam):
         optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
@@ -428,6 +474,21 @@ def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, ca
     save_tensors(checkpoint, flatten_state(modules, optimizers) | {"step": torch.tensor(progress.step)})
 
 
+def start_from(work: Path, source: Path) -> None:
+    """Write the checkpoints of `vae` and `dit` from an exported pipeline, so that training goes on where that one ended."""
+    vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae")
+    transformer = WanTransformer3DModel.from_pretrained(source, subfolder="transformer")
+    encoder = UMT5EncoderModel.from_pretrained(source / "text_encoder")
+    prompts = PromptEncoder(encoder, padding_id=0)
+    step = {"step": torch.tensor(0)}
+    save_tensors(work / "vae.safetensors", flatten_state({"vae": vae, "average": vae}, []) | step)
+    average = torch.nn.ModuleList([transformer, prompts])
+    modules = {"transformer": transformer, "prompts": prompts, "average": average}
+    save_tensors(work / "dit.safetensors", flatten_state(modules, []) | step)
+    statistics = {key: vae.config[key] for key in ("latents_mean", "latents_std")}
+    (work / "latents.json").write_text(json.dumps(statistics))
+
+
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -451,12 +512,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=Path("pipelines/tiny-wan"), help="folder of the exported pipeline")
+    parser.add_argument("--start-from", type=Path, help="an exported pipeline whose weights training goes on from")
     parser.add_argument("--stages", default="vae,dit,long,export")
     parser.add_argument("--vae-steps", type=int, default=1800)
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--dit-steps", type=int, default=3000)
     parser.add_argument("--long-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=8192, help="cached clips of the short size")
+    parser.add_argument("--clips", type=int, default=16384, help="cached clips of the short size")
     parser.add_argument("--long-clips", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--long-batch", type=int, default=6)
@@ -465,6 +527,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
+    if args.start_from:
+        start_from(args.work, args.start_from)
     cache: dict = {}
     for stage in args.stages.split(","):
         started = time.time()

@@ -1,0 +1,99 @@
+"""Time a full-size Wan 2.1 1.3B end to end: random weights, saved to disk in hub format and loaded like a hub model.
+
+Random weights say nothing about quality and have no sparsity to find, so SVG1's and SVG2's density is forced; what is measured is
+time, memory and that every part runs at full size. `--layers` and a small size make a rehearsal on a CPU.
+
+    python scripts/bench_wan.py --out wan-1.3b.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.resources
+import json
+import tempfile
+from pathlib import Path
+
+import diffusers
+import svg
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from svg.pipelines import GenerationRequest, generate, load_pipeline
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+PROMPT = "a cat walks on the grass"
+TEXT_DIM = 4096
+
+
+def save_random_wan(folder: Path, layers: int, vae_dim: int, device: str) -> None:
+    """Write a WanPipeline of Wan 2.1 1.3B's shape with random bf16 weights; only the text encoder is small."""
+    tokenizer = AutoTokenizer.from_pretrained(importlib.resources.files("svg.pipelines") / "tiny-wan" / "tokenizer")
+    torch.manual_seed(0)
+    with torch.device(device):
+        text_encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=64, num_heads=4, d_ff=128, num_layers=1)
+        )
+        transformer = WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, text_dim=TEXT_DIM, ffn_dim=8960, num_layers=layers
+        )
+        vae = AutoencoderKLWan(base_dim=vae_dim)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer=transformer)
+    pipe.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
+
+
+def configs(density: float) -> dict:
+    return {
+        "dense": svg.DenseConfig(),
+        "svg1": svg.SVG1Config(density=density, warmup_steps=0.0, warmup_layers=0.0),
+        "svg2": svg.SVG2Config(budget=density, top_p=1.0, num_q_clusters=100, num_k_clusters=500, min_k_ratio=0.0,
+                               warmup_steps=0.0, warmup_layers=0.0),
+    }  # fmt: skip
+
+
+def measure(pipe, config, request) -> dict:
+    cuda = pipe.transformer.device.type == "cuda"
+    svg.accelerate(pipe, config)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    result = generate(pipe, request)
+    svg.restore(pipe)
+    density = result.report["transformers"]["transformer"]["density"]["all_calls"]
+    row = {key: getattr(result, key) for key in ("seconds", "transformer_seconds", "attention_seconds", "vae_seconds")}
+    return row | {"density": density, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="81x480x832", help="frames x height x width")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--vae-dim", type=int, default=96)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    frames, height, width = map(int, args.size.split("x"))
+    device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_wan(Path(folder), args.layers, args.vae_dim, device)
+        pipe = load_pipeline(folder, device=args.device)
+    pipe.set_progress_bar_config(disable=True)
+    request = GenerationRequest(
+        prompt=PROMPT, height=height, width=width, num_frames=frames, steps=args.steps, guidance=5.0
+    )
+    result = {
+        "model": "Wan 2.1 1.3B architecture, random weights", "size": [frames, height, width], "steps": args.steps,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+    }  # fmt: skip
+    for name, config in configs(args.density).items():
+        measure(pipe, config, request)  # warms up: kernels compile, layouts are built
+        result[name] = measure(pipe, config, request)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(name, json.dumps(result[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
