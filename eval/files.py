@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+_NUMBERS = re.compile(r'\[\n(?:\s+(?:-?[\d.e+-]+|null|"-?inf"),?\n)+\s+\]')
 
 
 @contextmanager
@@ -51,8 +54,9 @@ def to_json(value):
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON, atomically; infinities become the strings "inf" and "-inf"."""
+    """Write `value` as indented JSON, atomically, lists of numbers on one line; infinities become "inf" and "-inf"."""
     text = json.dumps(to_json(value), indent=2, allow_nan=False)
+    text = _NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n")
 

@@ -19,6 +19,7 @@ from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, 
 from svg.pipelines.attach import attached
 from svg.pipelines.loading import BUNDLED, resolve_device
 
+from .command import command_line
 from .config import DenseConfig, MethodConfig
 from .job import Job
 from .versions import version_problems, versions
@@ -186,6 +187,7 @@ def _report(
     device = pipe._execution_device
     runs = {name: _run_summary(result) for name, result in results.items()}
     report = {
+        "command": command_line(job),
         "model": {
             "name": job.model,
             "bundled": job.model == BUNDLED,

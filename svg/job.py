@@ -24,7 +24,7 @@ class Job:
 
     Args:
         model: hub id, directory or "tiny-wan".
-        preset: name of the preset the settings started from, or None.
+        preset: name or YAML file of the preset the settings started from, or None.
         config: the method's settings.
         request: what to generate.
         image_path: where the request's image came from, or None.
@@ -96,7 +96,7 @@ def resolve(
     image_path = values.pop("image", None)
     return Job(
         model=model or (chosen.model if chosen else BUNDLED),
-        preset=chosen.name if chosen else None,
+        preset=(preset or chosen.name) if chosen else None,
         config=_config(chosen, method, settings),
         request=_request(values, image_path),
         image_path=image_path,

@@ -22,8 +22,10 @@ def summarise(state: RunState) -> dict[str, Any]:
         name, config (as a dict), calls {total, dense, sparse};
         density: all_calls and sparse_calls (means; None where there is no such call), per_step and per_layer (lists of
         {step or layer, all_calls, sparse_calls}), per_branch {branch: {all_calls, sparse_calls}}, per_head
-        {layer: one mean a head over the sparse calls};
+        {layer: one mean a head over the sparse calls}, map {steps, layers, heads, values: [step][layer][head], means
+        over the branches and the batch, 4 digits; None for a layer that was not called};
         head_kinds {layer: {spatial, temporal}} shares over the calls, or None for methods without kinds;
+        head_kinds_map as density.map, with the temporal share of the sparse calls (None for a layer that ran dense);
         attention_seconds {total, dense, sparse}, or None when calls were not timed.
 
     Raises:
@@ -46,8 +48,10 @@ def summarise(state: RunState) -> dict[str, Any]:
                 str(branch): _density(rows) for branch, rows in _group(records, means, lambda r: r.branch).items()
             },
             "per_head": _per_head(records, density),
+            "map": _map(records, density),
         },
         "head_kinds": _head_kinds(sparse),
+        "head_kinds_map": _kinds_map(records),
         "attention_seconds": _seconds(records),
     }
 
@@ -110,6 +114,32 @@ def _head_kinds(sparse: list[CallRecord]) -> dict[str, dict[str, float]] | None:
         temporal = torch.cat([kind.flatten() for _, kind in groups[layer]]).mean().item()
         shares[str(layer)] = {"spatial": 1 - temporal, "temporal": temporal}
     return shares
+
+
+def _map(records: list[CallRecord], values: list[Tensor]) -> dict[str, Any] | None:
+    """Values [B, H] of calls as one table over all steps, layers and heads."""
+    if not values:
+        return None
+    cells = _group(records, values, lambda record: (record.step, record.layer))
+    steps, layers = (sorted({index[axis] for index in cells}) for axis in (0, 1))
+    return {
+        "steps": steps,
+        "layers": layers,
+        "heads": values[0].shape[1],
+        "values": [[_head_means(cells.get((step, layer))) for layer in layers] for step in steps],
+    }
+
+
+def _head_means(rows: list[tuple[CallRecord, Tensor]] | None) -> list[float] | None:
+    if rows is None:
+        return None
+    means = torch.cat([values for _, values in rows]).mean(0)  # [calls * B, H] -> [H]
+    return [round(value, 4) for value in means.tolist()]
+
+
+def _kinds_map(records: list[CallRecord]) -> dict[str, Any] | None:
+    sparse = [record for record in records if record.kind is not None and not record.dense]
+    return _map(sparse, _read([record.kind for record in sparse]))
 
 
 def _seconds(records: list[CallRecord]) -> dict[str, float] | None:

@@ -157,7 +157,7 @@ def test_preset_below_flags(generate, tmp_path, capsys):
     report = report_of()
     assert report["method"]["top_p"] == 0.7 and report["method"]["num_k_clusters"] == 4
     assert (report["generation"]["height"], report["generation"]["width"]) == (32, 48)
-    assert report["preset"] == "mine" and read_video("out/dense.mp4")[1] == 4
+    assert report["preset"] == "mine.yaml" and read_video("out/dense.mp4")[1] == 4
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**preset, "svg2": {"topp": 0.7}}))
     assert generate("--out", "out2", "--preset", "mine.yaml", size=[]) == 2
     assert "topp" in one_error_line(capsys)

@@ -46,7 +46,10 @@ def test_hand_made_records():
     assert density["per_layer"][1]["sparse_calls"] == pytest.approx(0.45)
     assert density["per_branch"]["uncond"]["all_calls"] == pytest.approx(0.6)
     assert density["per_head"] == {"1": [pytest.approx(0.3), pytest.approx(0.6)]}
+    assert density["map"]["steps"] == [0, 1] and density["map"]["layers"] == [0, 1] and density["map"]["heads"] == 2
+    assert density["map"]["values"] == [[[1, 1], [1, 1]], [[1, 1], [0.3, 0.6]]]
     assert summary["head_kinds"] == {"1": {"spatial": 0.5, "temporal": 0.5}}
+    assert summary["head_kinds_map"] == {"steps": [1], "layers": [1], "heads": 2, "values": [[[0.5, 0.5]]]}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_a_run_is_json(config, make_qkv):
     assert set(summary["density"]["per_head"]) == (set() if dense else {"1", "2"})
     assert all(len(heads) == 3 for heads in summary["density"]["per_head"].values())
     assert set(summary["density"]["per_branch"]) == {"cond", "uncond"}
-    assert (summary["head_kinds"] is None) == (config.method != "svg1")
+    assert (summary["head_kinds"] is None) == (summary["head_kinds_map"] is None) == (config.method != "svg1")
     seconds = summary["attention_seconds"]
     assert seconds["total"] == pytest.approx(seconds["dense"] + seconds["sparse"]) and seconds["total"] > 0
 

@@ -1,0 +1,50 @@
+"""The `svg generate` command line of a resolved job, so that every result says how to get it again."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from .job import Job
+
+_METHOD = (
+    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters"),
+    *("warmup_steps", "warmup_layers", "dense_backend"),
+)
+_REQUEST = ("height", "width", "num_frames", "steps", "guidance", "true_cfg", "seed", "negative_prompt", "fps")
+
+
+def command_line(job: Job) -> str:
+    """Spell a job as a shell command that runs it again, the folder of the results left out.
+
+    Args:
+        job: what was done. Settings without a flag come from its preset, which the command names.
+
+    Returns:
+        One line, quoted for a POSIX shell.
+    """
+    settings = job.config.to_dict()
+    flags = {
+        "model": job.model,
+        "preset": job.preset,
+        "method": job.config.method,
+        **{name: settings.get(name) for name in _METHOD},
+        **{name: getattr(job.request, name) for name in _REQUEST},
+        "image": job.image_path,
+        **{name: getattr(job, name) for name in ("flow_shift", "device", "dtype", "offload", "lpips")},
+        "vae_tiling": job.vae_tiling,
+        "no_dense": not job.dense,
+        "no_control": not job.control,
+    }
+    words = [word for name, value in flags.items() for word in _words(name, value)]
+    return shlex.join(["svg", "generate", *words, "--", job.request.prompt])
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    # "=" keeps a text that begins with a dash from being read as a flag
+    return [f"{flag}={value}"] if isinstance(value, str) and value.startswith("-") else [flag, str(value)]
