@@ -28,7 +28,7 @@ def film_strip(frames: np.ndarray, picks: int) -> np.ndarray:
 def draw_side_by_side(run: Path, out: Path) -> None:
     """Frames of the dense video over those of the accelerated one, each strip named with what report.json measured."""
     report = json.loads((run / "report.json").read_text())
-    method = report["config"]["method"]["method"]
+    method = report["method"]["method"]
     rows = [("dense attention", "dense.mp4"), (f"{method}{_measured(report)}", "accelerated.mp4")]
     strips = [(label, film_strip(read_video(run / name)[0], 6)) for label, name in rows]
     h, w = strips[0][1].shape[:2]
@@ -38,15 +38,14 @@ def draw_side_by_side(run: Path, out: Path) -> None:
         top = i * (h + CAPTION)
         pen.text((MARGIN, top + 4), label, fill="black")
         picture.paste(Image.fromarray(strip), (MARGIN, top + CAPTION))
-    prompt = report["config"]["generation"]["prompt"]
+    prompt = report["generation"]["prompt"]
     pen.text((MARGIN, picture.height - CAPTION), textwrap.shorten(prompt, 150), fill=(90, 90, 90))
     picture.save(out)
 
 
 def _measured(report: dict) -> str:
-    quality = report["quality"]["accelerated"]
-    density = report["runs"]["accelerated"]["density"]["all_calls"]
-    return f": density {density:.2f}, PSNR {quality['psnr']['mean']:.1f} dB"
+    psnr = report["quality"]["accelerated"]["psnr"]["mean"]
+    return f": density {report['density']['all_calls']:.2f}, PSNR {psnr:.1f} dB"
 
 
 def draw_head_kinds(run: Path, out: Path) -> None:
@@ -57,7 +56,7 @@ def draw_head_kinds(run: Path, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     report = json.loads((run / "report.json").read_text())
-    kinds = report["runs"]["accelerated"]["head_kinds"]
+    kinds = report["runs"]["accelerated"]["transformers"]["transformer"]["head_kinds"]
     layers = sorted(kinds, key=int)
     spatial = [kinds[layer]["spatial"] for layer in layers]
     figure, axes = plt.subplots(figsize=(6, 2.6))
