@@ -7,6 +7,7 @@ import numpy as np
 from . import metrics
 from .lpips_weights import LpipsWeightsError
 from .video import Video, VideoError, check_frames
+from .vmaf import VmafError, vmaf
 
 LPIPS_NETS = ("alex", "vgg", "none")
 
@@ -20,10 +21,11 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         device: where SSIM and LPIPS are computed.
 
     Returns:
-        dict with `frames`, `height`, `width` and, each with `mean` and `per_frame`: `psnr` (dB), `ssim`, `lpips` and
-        `temporal_psnr` (dB, of frame-to-frame changes). A mean PSNR is over the frames that differ, `identical_frames`
+        dict with `frames`, `height`, `width` and, each with `mean` and `per_frame`: `psnr` (dB), `ssim`, `lpips`,
+        `vmaf` (0 to 100) and `temporal_psnr` (dB, of frame-to-frame changes). A mean PSNR is over the frames that differ, `identical_frames`
         counts the others, and `pooled` is the PSNR of the whole video's mean squared error. Identical videos give
-        infinite PSNR. Without LPIPS weights `lpips.mean` is None and `lpips.note` says how to get them.
+        infinite PSNR. Without LPIPS weights `lpips.mean` is None and `lpips.note` says how to get them; so for VMAF
+        without ffmpeg or on frames too small for it.
 
     Raises:
         VideoError: sizes or lengths differ, or frames of a wrong type.
@@ -49,6 +51,7 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         "psnr": _psnr(errors),
         "ssim": _mean(np.concatenate(similarities)),
         "lpips": {"net": lpips_net, **(_mean(np.concatenate(distances)) if lpips else {"mean": None, "note": note})},
+        "vmaf": _vmaf(reference, output),
         "temporal_psnr": _psnr(np.concatenate(changes)),
     }
 
@@ -60,6 +63,13 @@ def _lpips(net, device):
         return metrics.Lpips(net, device), None
     except LpipsWeightsError as error:
         return None, str(error)
+
+
+def _vmaf(reference, output):
+    try:
+        return _mean(vmaf(reference, output))
+    except VmafError as error:
+        return {"mean": None, "note": str(error)}
 
 
 def _pairs(reference, output):

@@ -16,7 +16,7 @@ from .files import atomic_path
 
 _BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
           "-color_trc", "bt709", "-color_range", "tv"]  # fmt: skip
-_STREAM = re.compile(r"Stream #.*Video: .*?, (?P<pixels>[a-z0-9]+)[(,].*?(?:, (?P<fps>[\d.]+k?) fps|$)", re.MULTILINE)
+_STREAM = re.compile(r"Stream #.*Video: .*?, (?P<pixels>[a-z0-9]+)[(,].*?(?:, (?P<fps>[\d.]+k?) fps(?:, (?P<tbr>[\d.]+k?) tbr)?|$)", re.MULTILINE)
 _ALPHA = re.compile(r"^(yuva|gbrap|rgba|argb|bgra|abgr|ya|pal8)")
 _GREY = re.compile(r"^(gray|mono)")
 GAP = 4  # pixels between the two halves of a side-by-side picture
@@ -33,11 +33,13 @@ class Video:
 
     Attributes:
         path: the file.
-        fps: frames per second written in its header.
+        fps: frames per second written in its header, the mean if they vary.
+        variable: whether the header says that they vary.
     """
 
     path: Path
     fps: float
+    variable: bool = False
 
     def __iter__(self):
         """Yield every stored frame once, uint8 [H, W, 3], whatever its time stamp."""
@@ -88,7 +90,8 @@ def open_video(path):
     _check_pixels(path, stream["pixels"])
     if stream["fps"] is None:
         raise VideoError(f"{path} states no frame rate: store it as mp4, for example with write_video")
-    return Video(path, float(stream["fps"].replace("k", "e3")))
+    variable = stream["tbr"] is not None and stream["tbr"] != stream["fps"]
+    return Video(path, float(stream["fps"].replace("k", "e3")), variable)
 
 
 def read_video(path):

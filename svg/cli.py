@@ -1,10 +1,11 @@
-"""`svg`: generate, evaluate, presets, doctor. Nothing heavy is imported before a command runs."""
+"""`svg`: generate, evaluate, bench, presets, doctor. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from . import __version__
 from .config import METHODS
 
 LPIPS_NETS = ("alex", "vgg", "none")
+BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "step", "all")
 OFFLOADS = ("none", "model", "group", "sequential")
 _METHOD_FLAGS = (
     *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters"),
@@ -92,30 +94,42 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
 @click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every frame's numbers here.")
-def evaluate(reference: str, output: str, lpips: str, device: str, json_path: str | None) -> None:
-    """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame."""
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write a table of them here, a row a frame.")
+def evaluate(
+    reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None
+) -> int:
+    """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
+
+    Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
+    """
     from rich.console import Console
 
-    from svg.eval.compare import compare
     from svg.eval.files import write_json
-    from svg.eval.video import open_video
     from svg.pipelines.loading import resolve_device
 
-    from .tables import print_comparison
+    from .evaluate import evaluate_folders, evaluate_pair, find_pairs, write_csv
+    from .tables import print_comparison, print_comparisons
 
     console = Console()
-    a, b = open_video(reference), open_video(output)
-    result = compare(a, b, lpips, resolve_device(device))
-    notes = ["the numbers include what encoding lost: `svg generate` measures raw frames"]
-    if a.fps != b.fps:
-        notes.append(f"the frame rates differ ({a.fps:g} and {b.fps:g} a second): frame i was compared with frame i")
-    if lpips != "none" and result["lpips"]["mean"] is None:
-        notes.append(result["lpips"]["note"])
+    pairs = find_pairs(reference, output)
+    chosen = resolve_device(device)
+    if os.path.isdir(reference):
+        result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"[dim]{name} ...[/dim]"))
+        rows = [pair for pair in result["pairs"] if "error" not in pair]
+        print_comparisons(console, reference, output, result)
+        result = {"reference": reference, "output": output, **result}
+        code = 0 if len(rows) == len(pairs) else 1
+    else:
+        result = evaluate_pair(*pairs[0][1:], lpips, chosen)
+        rows, code = [{"name": pairs[0][0], **result}], 0
+        print_comparison(console, reference, output, result)
+        for note in result["notes"]:
+            console.print(f"note: {note}", highlight=False)
     if json_path:
-        write_json(json_path, {"reference": reference, "output": output, **result, "notes": notes})
-    print_comparison(console, reference, output, result)
-    for note in notes:
-        console.print(f"note: {note}", highlight=False)
+        write_json(json_path, result)
+    if csv_path:
+        write_csv(csv_path, rows)
+    return code
 
 
 @cli.command()
@@ -137,6 +151,36 @@ def presets(name: str | None) -> None:
     content = {"model": preset.model, "source": preset.source, "generation": vars(preset.generation)}
     methods = {method: config.to_dict() for method, config in preset.methods.items()}
     click.echo(yaml.safe_dump({**content, **methods}, sort_keys=False), nl=False)
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(BENCHES), default="all")
+@click.option("--save", is_flag=True, help="Write docs/benchmarks/<gpu>.json and docs/benchmarks.md.")
+@click.option("--docs", type=click.Path(file_okay=False), default="docs", show_default=True, help="Folder of --save.")
+@click.option("--sweep", is_flag=True, help="Also time other tile sizes, which takes minutes.")
+def bench(what: str, save: bool, docs: str, sweep: bool) -> None:
+    """Time this GPU's ceilings, our kernels, and peers that are installed."""
+    from rich.console import Console
+
+    from .bench import report
+    from .bench.run import Bench, gpu_name, run
+    from .tables import bench_line
+
+    console = Console()
+    command = " ".join(["svg bench", what, *(["--save"] if save else []), *(["--sweep"] if sweep else [])])
+    found = Bench(
+        command=command,
+        show=lambda key, entry: console.print(bench_line(key, entry), highlight=False, soft_wrap=True),
+        say=lambda line: console.print(f"note: {line}", highlight=False, soft_wrap=True),
+        sweep=sweep,
+    )
+    try:
+        run(what, found)
+    finally:
+        # An hour-long machine may end in the middle: what was measured stays.
+        if save and found.results:
+            for path in report.save(Path(docs), gpu_name(), found.results):
+                console.print(f"wrote {path}", highlight=False)
 
 
 @cli.command()

@@ -109,6 +109,28 @@ def print_comparison(console: Console, reference: str, output: str, result: dict
     console.print(table)
 
 
+def print_comparisons(console: Console, reference: str, output: str, result: dict[str, Any]) -> None:
+    """Print what `svg evaluate` measured of two folders."""
+    console.print(f"{output} against {reference}:", highlight=False)
+    measured = [pair for pair in result["pairs"] if "error" not in pair]
+    if measured:
+        table = Table("video", title="means over the frames", title_justify="left")
+        columns = _metrics(measured[0])
+        for label, _, _ in columns:
+            table.add_column(label, justify="right")
+        for pair in measured:
+            table.add_row(pair["name"], *(number(pair[metric]["mean"], digits) for _, metric, digits in columns))
+        table.add_section()
+        table.add_row("mean", *(number(result["mean"][metric], digits) for _, metric, digits in columns))
+        console.print(table)
+    for pair in result["pairs"]:
+        if "error" in pair:
+            console.print(f"not measured: {pair['name']}: {pair['error']}", highlight=False)
+    notes = dict.fromkeys(note for pair in measured for note in pair["notes"])
+    for note in notes:
+        console.print(f"note: {note}", highlight=False)
+
+
 def number(value: float | None, digits: int) -> str:
     """Format a number for a table: "-" for None, "inf" for infinity."""
     if value is None:
@@ -146,6 +168,7 @@ def _metrics(result: dict[str, Any]) -> list[tuple[str, str, int]]:
         ("PSNR, dB", "psnr", 2),
         ("SSIM", "ssim", 4),
         (f"LPIPS ({result['lpips']['net']})", "lpips", 4),
+        ("VMAF", "vmaf", 2),
         ("temporal PSNR, dB", "temporal_psnr", 2),
     ]
 
@@ -163,3 +186,20 @@ def _head_kinds(run: dict[str, Any] | None) -> str:
 def _written(runs: dict[str, Any]) -> list[str]:
     videos = [f"{name}.mp4" for name in ("dense", "accelerated") if name in runs]
     return [*videos, *(["side_by_side.mp4"] if len(videos) == 2 else []), "report.json"]
+
+
+def bench_line(key: str, entry: dict[str, Any]) -> str:
+    """One result of `svg bench` as a line.
+
+    Args:
+        key: the result's key.
+        entry: its fields.
+
+    Returns:
+        Key, value, unit, density, goal and baseline.
+    """
+    from .bench.report import goal, number
+
+    density = "" if entry["density"] is None else f"density {number(entry['density'])}"
+    parts = (goal(key, entry["value"]), density, entry["baseline"] or "")
+    return f"{key:<58} {number(entry['value']):>8} {entry['unit']:<10} " + "  ".join(part for part in parts if part)
