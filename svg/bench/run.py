@@ -1,0 +1,360 @@
+"""`svg bench`: ceilings, our kernels and the peers that are installed, on one GPU in one run.
+
+Every time is the median of CUDA-event times after warm-up calls. Sparse methods are measured on structured inputs (see
+inputs.py), and useful work counts only (query, key) pairs inside selected clusters, never tile tails.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svg.kernels import block_sparse_attention, gather_tokens, kmeans, scatter_tokens, sort_labels, top_p_block_map
+
+from ..attend import attend
+from ..config import MethodConfig, SVG1Config, SVG2Config
+from ..layout import TokenLayout
+from ..methods import svg2
+from ..methods.dense import dense_attention
+from ..methods.plan import Plan
+from ..state import LayerState, RunState
+from ..versions import versions
+from .inputs import Inputs, recorded, synthetic
+from .layers import bench_layers
+from .peers import PEERS
+from .sweep import sweep_assign, sweep_attention
+from .timing import median_ms
+
+WAN_720P = TokenLayout(21, 45, 80)
+HUNYUAN_720P = TokenLayout(33, 45, 80, 256, "last")
+HEADS, DIM = 8, 128
+MATMUL, COPY = 8192, 1 << 30  # side of the matrix product, bf16 elements of the copy
+DEVICE = "cuda"
+
+
+@dataclass
+class Bench:
+    """What the sections share: how to time, the inputs, and the results.
+
+    Args:
+        command: the command line, for the report.
+        show: called with every result's key and fields, as soon as it is there.
+        say: called with a line about what is left out, and why.
+        sweep: also time other tile sizes.
+    """
+
+    command: str
+    show: Callable[[str, dict[str, Any]], None]
+    say: Callable[[str], None]
+    sweep: bool = False
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _versions: dict[str, Any] | None = None
+    _inputs: dict[tuple, Inputs] = field(default_factory=dict)
+
+    def note(self, key: str, value: float, unit: str, shape: str, *, density=None, inputs=None, baseline=None) -> None:
+        """Keep and show one result."""
+        if self._versions is None:
+            self._versions = bench_versions()
+        entry = {
+            "value": float(value), "unit": unit, "shape": shape, "density": None if density is None else float(density),
+            "inputs": inputs, "baseline": baseline, "versions": self._versions, "command": self.command,
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        self.results[key] = entry
+        self.show(key, entry)
+
+    def inputs(self, layout: TokenLayout, heads: int, dim: int = DIM) -> Inputs:
+        """Recorded inputs, or synthetic ones where Diffusers is missing, which is said."""
+        key = (layout, heads, dim)
+        if key not in self._inputs:
+            self._inputs.clear()  # 100 MB and more each
+            self._inputs[key] = self._make(layout, heads, dim)
+        return self._inputs[key]
+
+    def _make(self, layout: TokenLayout, heads: int, dim: int) -> Inputs:
+        try:
+            import diffusers  # noqa: F401
+        except ImportError:
+            self.say("inputs are synthetic: recording tiny-wan needs the package diffusers")
+            return synthetic(layout, heads, dim, DEVICE)
+        return recorded(layout, heads, dim, DEVICE)
+
+
+def bench_versions() -> dict[str, str | None]:
+    """Versions behind the numbers."""
+    found = versions()
+    return {
+        **{name: found[name] for name in ("svg-video", "python", "torch", "triton", "diffusers")},
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+        **{name: peer.version() for name, peer in PEERS.items() if peer.version()},
+    }
+
+
+def run(what: str, bench: Bench) -> None:
+    """Run the ceilings and one section, or all.
+
+    Args:
+        what: a name of SECTIONS, or "all".
+        bench: collects the results.
+
+    Raises:
+        ValueError: there is no CUDA device, or no such section.
+    """
+    if what not in (*SECTIONS, "all"):
+        raise ValueError(f"what must be one of {', '.join(SECTIONS)}, all, got {what!r}")
+    _require_gpu()
+    with torch.inference_mode():
+        bench_ceilings(bench)
+        for name, section in SECTIONS.items():
+            if what in (name, "all"):
+                section(bench)
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("svg bench needs a CUDA device, got none: the numbers are about GPUs, run it on one")
+
+
+def bench_ceilings(bench: Bench) -> None:
+    """What the GPU can do at best: bf16 matrix product and copy."""
+    n = MATMUL
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    ms = median_ms(lambda: a @ b, 20)
+    bench.note("ceiling/matmul/bf16/tflops", 2 * n**3 / ms / 1e9, "TFLOP/s", f"{n}^3", inputs="normal")
+    bench.note("ceiling/copy/tb_per_s", _copy_tb_per_s(), "TB/s", f"{2 * COPY >> 20} MiB read, as many written")
+
+
+def _copy_tb_per_s() -> float:
+    x = torch.zeros(COPY, device=DEVICE, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / median_ms(lambda: y.copy_(x)) / 1e9
+
+
+def bench_attention(bench: Bench) -> None:
+    """The block-sparse kernel alone, dense attention beside it, and the peers."""
+    _attention(bench, WAN_720P, HEADS, (0.10, 0.25, 0.50))
+    _attention(bench, HUNYUAN_720P, HEADS // 2, (0.25,))
+
+
+def _attention(bench: Bench, layout: TokenLayout, heads: int, densities: tuple[float, ...]) -> None:
+    inputs = bench.inputs(layout, heads)
+    q, k, v = inputs.heads_first()
+    S = layout.total_tokens
+    shape = f"B=1 H={heads} S={S} D={DIM}"
+    dense_flops = 4 * heads * S * S * DIM
+    dense = {}
+    for backend in ("cudnn", "flash"):
+        dense[backend] = median_ms(lambda backend=backend: dense_attention(q, k, v, backend=backend), 5)
+        key = f"dense/{backend}/bf16/S{S}/tflops"
+        bench.note(key, dense_flops / dense[backend] / 1e9, "TFLOP/s", shape, density=1, inputs=inputs.description)
+    baseline = f"cuDNN dense {dense['cudnn']:.2f} ms"
+    for density in densities:
+        plan = cluster_plan(inputs, density)
+        got = plan.density().mean().item()
+        prefix = f"block_sparse/bf16/S{S}/density{density:.2f}"
+        sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
+
+        def sparse(plan=plan, k=sorted_k, v=sorted_v):
+            return _block_sparse(plan, q, k, v)
+
+        ms = median_ms(sparse)
+        tflops = got * dense_flops / ms / 1e9
+        about = {"density": got, "inputs": inputs.description, "baseline": baseline}
+        bench.note(f"{prefix}/tflops", tflops, "TFLOP/s", shape, **about)
+        bench.note(f"{prefix}/speedup_vs_cudnn", dense["cudnn"] / ms, "x", shape, **about)
+        bench.note(f"{prefix}/recall", recall(plan, q, k), "share of attention mass", shape, **about)
+        for name, peer in PEERS.items():
+            if peer.block_sparse and (density == 0.25):
+                _peer(bench, peer, name, prefix, (q, sorted_k, sorted_v, plan), got * dense_flops, shape, about)
+        if bench.sweep and density == 0.25:
+            sweep_attention(bench, sparse, f"{prefix}/sweep", got * dense_flops, shape, about, DIM)
+    for name, peer in PEERS.items():
+        if peer.dense:
+            about = {"density": 1, "inputs": inputs.description, "baseline": baseline}
+            _peer(bench, peer, name, f"dense/{name}/S{S}", (q, k, v), dense_flops, shape, about)
+
+
+def _peer(bench, peer, name, prefix, arguments, flops, shape, about) -> None:
+    if not peer.version():
+        return bench.say(f"{name} is not installed: left out")
+    try:
+        op = (peer.block_sparse or peer.dense)(*arguments)
+        ms = median_ms(op, 5)
+    except peer.errors as error:
+        return bench.say(f"{name} could not run here ({type(error).__name__}: {str(error)[:120]}): left out")
+    bench.note(f"{prefix}/{name}/tflops", flops / ms / 1e9, "TFLOP/s", shape, **about)
+
+
+def cluster_plan(inputs: Inputs, density: float, q_clusters: int = 300, k_clusters: int = 1000) -> Plan:
+    """SVG2's plan at a forced density: the heaviest key clusters of each query cluster, up to the budget.
+
+    Args:
+        inputs: what to cluster, in 20 iterations.
+        density: budget.
+        q_clusters, k_clusters: numbers of clusters.
+
+    Returns:
+        The plan.
+    """
+    config = forced(density, first_iterations=20, num_q_clusters=q_clusters, num_k_clusters=k_clusters)
+    return svg2.plan(*inputs.heads_first(), config, LayerState(0, "cond", 0), inputs.layout)
+
+
+def forced(density: float, **settings) -> SVG2Config:
+    """SVG2 settings under which every query cluster spends its whole budget, and no step or layer is dense."""
+    return SVG2Config(top_p=1.0, min_k_ratio=0.0, budget=density, warmup_steps=0.0, warmup_layers=0.0, **settings)
+
+
+def _block_sparse(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return block_sparse_attention(
+        q, k, v, plan.block_map, plan.q_sizes, plan.k_sizes,
+        map_index=plan.map_index, q_permutation=plan.q_permutation,
+    )  # fmt: skip
+
+
+def recall(plan: Plan, q: Tensor, k: Tensor, rows: int = 64) -> float:
+    """Share of dense attention's mass that a plan keeps, over evenly spread query rows.
+
+    Args:
+        plan: the plan.
+        q, k: [B, H, S, D] in original order.
+        rows: query rows a head.
+
+    Returns:
+        The mean over rows and heads.
+    """
+    S = q.shape[2]
+    place = torch.linspace(0, S - 1, rows, device=q.device).long()  # sorted positions
+    kept = []
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:2])).tolist():
+        m = plan.map_index[b, h].long()
+        cluster = torch.searchsorted(plan.q_sizes[m].cumsum(0), place, right=True)
+        k_cluster = torch.searchsorted(plan.k_sizes[m].cumsum(0), torch.arange(S, device=q.device), right=True)
+        mask = plan.block_map[m][cluster][:, k_cluster]  # [rows, S], sorted keys
+        row, column = (p if p is None else p[b, h].long() for p in (plan.q_permutation, plan.k_permutation))
+        picked = q[b, h, place if row is None else row[place]].float()
+        keys = k[b, h] if column is None else k[b, h, column]
+        mass = (picked @ keys.float().T * q.shape[-1] ** -0.5).softmax(-1)
+        kept.append((mass * mask).sum(-1).mean())
+    return torch.stack(kept).mean().item()
+
+
+def bench_kmeans(bench: Bench) -> None:
+    """One iteration of assignment and update; the sort that the permutation needs comes with it."""
+    inputs = bench.inputs(WAN_720P, HEADS)
+    x = inputs.heads_first()[1]
+    S = x.shape[2]
+    shape = f"B=1 H={HEADS} S={S} D={DIM}"
+    for clusters in (1000, 300):
+        start = x[:, :, torch.randperm(S, device=DEVICE)[:clusters]].float()
+        _, start, _ = kmeans(x, start, 5)
+        ms = median_ms(lambda start=start: kmeans(x, start, 4)) / 4
+        key = f"kmeans/S{S}/K{clusters}"
+        bench.note(f"{key}/ms_per_iteration", ms, "ms", shape, inputs=inputs.description)
+        for name, peer in PEERS.items():
+            if peer.kmeans and peer.version():
+                time = median_ms(peer.kmeans(x, start, 4)) / 4
+                bench.note(f"{key}/{name}/ms_per_iteration", time, "ms", shape, inputs=inputs.description)
+        if bench.sweep:
+            sweep_assign(bench, x, start, f"{key}/sweep", shape, inputs.description)
+
+
+def bench_permute(bench: Bench) -> None:
+    """Sorting labels, gathering and scattering rows."""
+    inputs = bench.inputs(WAN_720P, HEADS)
+    x = inputs.heads_first()[1]
+    S = x.shape[2]
+    shape = f"B=1 H={HEADS} S={S} D={DIM}"
+    labels, _, _ = kmeans(x, x[:, :, :1000].float(), 2)
+    ms = median_ms(lambda: sort_labels(labels, 1000))
+    bench.note(f"permute/S{S}/K1000/sort_ms", ms, "ms", shape, inputs=inputs.description)
+    order, _ = sort_labels(labels, 1000)
+    copy = _copy_tb_per_s()
+    moved = gather_tokens(x, order)
+    tb = 2 * x.nbytes / median_ms(lambda: gather_tokens(x, order), 20) / 1e9
+    about = {"inputs": inputs.description, "baseline": f"copy {copy:.2f} TB/s"}
+    bench.note("permute/copy_bandwidth_fraction", tb / copy, "of copy bandwidth", shape, **about)
+    tb = 2 * x.nbytes / median_ms(lambda: scatter_tokens(moved, order), 20) / 1e9
+    bench.note("permute/scatter/copy_bandwidth_fraction", tb / copy, "of copy bandwidth", shape, **about)
+
+
+def bench_svg1(bench: Bench) -> None:
+    """The whole SVG1 call: profiling, permutation, attention."""
+    config = SVG1Config(density=0.25, warmup_steps=0.0, warmup_layers=0.0)
+    _whole_call(bench, config, bench.inputs(WAN_720P, HEADS))
+
+
+def bench_svg2(bench: Bench) -> None:
+    """The whole SVG2 call from warm centroids, and the share that is not attention."""
+    inputs = bench.inputs(WAN_720P, HEADS)
+    ms, density = _whole_call(bench, forced(0.25), inputs)
+    q, k, v = inputs.heads_first()
+    config, memory = forced(0.25), LayerState(0, "cond", 0)
+    plan = svg2.plan(q, k, v, config, memory, inputs.layout)
+    sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
+    attention = median_ms(lambda: _block_sparse(plan, q, sorted_k, sorted_v))
+    S = inputs.layout.total_tokens
+    shape = f"B=1 H={HEADS} S={S} D={DIM}"
+    about = {"density": density, "inputs": inputs.description, "baseline": f"whole call {ms:.2f} ms"}
+    bench.note(f"svg2/bf16/S{S}/density0.25/overhead_share", 1 - attention / ms, "of the call", shape, **about)
+    for name, op in _svg2_parts(q, k, v, plan, memory).items():
+        bench.note(f"svg2/bf16/S{S}/density0.25/{name}_ms", median_ms(op), "ms", shape, **about)
+
+
+def _svg2_parts(q, k, v, plan, memory) -> dict[str, Callable]:
+    centroids = {side: memory.cache[f"{side}_centroids"] for side in "qk"}
+    B, H = q.shape[:2]
+    sizes = plan.k_sizes.view(B, H, -1)
+    return {
+        "kmeans_q": lambda: kmeans(q, centroids["q"], 2),
+        "kmeans_k": lambda: kmeans(k, centroids["k"], 2),
+        "map": lambda: top_p_block_map(centroids["q"], centroids["k"], sizes, 1.0, 0.0, q.shape[-1] ** -0.5, 0.25),
+        "gather_kv": lambda: [gather_tokens(x, plan.k_permutation) for x in (k, v)],
+    }
+
+
+def _whole_call(bench: Bench, config: MethodConfig, inputs: Inputs) -> tuple[float, float]:
+    """Times `attend` against dense cuDNN; returns its milliseconds and density."""
+    state = RunState(config, num_layers=1)
+    state.begin_forward(0, 1, "cond", inputs.layout)
+    ms = median_ms(lambda: attend(inputs.q, inputs.k, inputs.v, state, 0))
+    density = state.records[-1].density.mean().item()
+    q, k, v = inputs.heads_first()
+    dense = median_ms(lambda: dense_attention(q, k, v, backend="cudnn"), 5)
+    S = inputs.layout.total_tokens
+    key = f"{config.method}/bf16/S{S}/density0.25"
+    shape = f"B=1 H={q.shape[1]} S={S} D={q.shape[-1]}"
+    about = {"density": density, "inputs": inputs.description, "baseline": f"cuDNN dense {dense:.2f} ms"}
+    bench.note(f"{key}/ms", ms, "ms", shape, **about)
+    bench.note(f"{key}/speedup_vs_cudnn", dense / ms, "x", shape, **about)
+    return ms, density
+
+
+def bench_step(bench: Bench) -> None:
+    """One full-width layer of Wan 14B and of HunyuanVideo at 720p."""
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        return bench.say("step is left out: layers are Diffusers', and the package diffusers is missing")
+    bench_layers(bench, forced(0.25), {"wan14b_720p": WAN_720P, "hunyuan_720p": HUNYUAN_720P})
+
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "attention": bench_attention,
+    "kmeans": bench_kmeans,
+    "permute": bench_permute,
+    "svg1": bench_svg1,
+    "svg2": bench_svg2,
+    "step": bench_step,
+}
+
+
+def gpu_name() -> str:
+    """The current GPU's name."""
+    return torch.cuda.get_device_name()

@@ -1,0 +1,73 @@
+"""Other rows of the launch tables, timed one after the other: how the tables are filled."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from svg.kernels import block_sparse, kmeans_assign, target
+
+from .timing import median_ms
+
+
+def sweep_attention(bench, op: Callable, prefix: str, flops: float, shape: str, about: dict, dim: int) -> None:
+    """Time an attention call under every candidate row.
+
+    Args:
+        bench: collects the results.
+        op: the call.
+        prefix: of the results' keys.
+        flops: useful operations of the call.
+        shape, about: as `Bench.note` takes them.
+        dim: head dim.
+    """
+    key = (2, 64 if dim <= 64 else 128)
+    table = target.launch_row(block_sparse.LAUNCH, torch.device("cuda"))
+    for row in block_sparse.candidates():
+        with _replaced(table, key, row):
+            ms = _time(op)
+        if ms is None:
+            bench.say(f"{prefix}/{row.name()} does not fit this GPU: left out")
+        else:
+            bench.note(f"{prefix}/{row.name()}/tflops", flops / ms / 1e9, "TFLOP/s", shape, **about)
+
+
+def sweep_assign(bench, x: Tensor, start: Tensor, prefix: str, shape: str, inputs: str) -> None:
+    """Time the assignment under other tile sizes.
+
+    Args:
+        bench: collects the results.
+        x, start: tokens and centroids.
+        prefix, shape, inputs: as `Bench.note` takes them.
+    """
+    # The package's attribute of that name is the function.
+    module = sys.modules["svg.kernels.kmeans"]
+    table = target.launch_row(module.LAUNCH, x.device)
+    for s, c, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3)):
+        with _replaced(table, x.element_size(), module.Launch(s, c, warps, stages)):
+            ms = _time(lambda: kmeans_assign(x, start))
+        if ms is not None:
+            name = f"{prefix}/assign_{s}x{c}_w{warps}_s{stages}/ms"
+            bench.note(name, ms, "ms", shape, inputs=inputs)
+
+
+@contextmanager
+def _replaced(table: dict, key, row) -> Iterator[None]:
+    kept = table[key]
+    table[key] = row
+    try:
+        yield
+    finally:
+        table[key] = kept
+
+
+def _time(op: Callable) -> float | None:
+    try:
+        return median_ms(op, 5)
+    except target.triton.runtime.errors.OutOfResources:
+        return None
