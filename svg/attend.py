@@ -11,7 +11,7 @@ from .layout import TokenLayout
 from .methods import svg1, svg2
 from .methods.dense import dense_attention, key_mask
 from .methods.plan import execute
-from .state import CallRecord, RunState, Timer
+from .state import CallRecord, ObservedCall, RunState, Timer
 
 __all__ = ["attend", "dense_attention"]
 
@@ -49,13 +49,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
     timer = Timer(q.device) if state.timing else None
     dense = config.method == "dense" or state.is_warmup(layer)
     if dense:
-        kind, density = None, torch.ones(q.shape[:2])
+        kind, density, plan = None, torch.ones(q.shape[:2]), None
         out = dense_attention(q, k, v, key_mask(layout, text_mask), config.dense_backend)
     else:
-        out, density, kind = _sparse(q, k, v, state, layer, text_mask)
+        out, plan = _sparse(q, k, v, state, layer, text_mask)
+        density, kind = plan.density(), plan.kind
     if timer is not None:
         timer.stop()
     state.records.append(CallRecord(state.step, layer, state.branch, density, kind, dense, timer))
+    if state.observer is not None:
+        state.observer(ObservedCall(layer, q, k, v, text_mask, out, plan))
     return out.transpose(1, 2)
 
 
@@ -67,7 +70,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
-    return execute(plan, q, k, v), plan.density(), plan.kind
+    return execute(plan, q, k, v), plan
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,27 @@ class CallRecord:
         return None if self.timer is None else self.timer.seconds()
 
 
+@dataclass(frozen=True)
+class ObservedCall:
+    """One attention call as an observer sees it, right after it ran.
+
+    Args:
+        layer: index of the layer.
+        q, k, v: float [B, H, S, D].
+        text_mask: bool [B, text_tokens], or None.
+        out: float [B, H, S, D].
+        plan: the method's Plan, or None where the call was dense or the method has none.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text_mask: Tensor | None
+    out: Tensor
+    plan: Any
+
+
 @dataclass
 class LayerState:
     """What one layer keeps for one guidance branch within a run.
@@ -111,6 +134,7 @@ class RunState:
     Attributes:
         step, num_steps, branch, layout: set by `begin_forward`; step is None outside a run.
         timing: whether calls are timed.
+        observer: called with an ObservedCall after every attention call, or None; it outlives runs.
         records: one CallRecord per attention call of the run.
     """
 
@@ -121,6 +145,7 @@ class RunState:
         self.num_layers = num_layers
         self.name = name
         self.timing = True
+        self.observer: Callable[[ObservedCall], None] | None = None
         self.reset()
 
     def reset(self) -> None:
