@@ -74,7 +74,7 @@ def run(job: Job, display: Display) -> dict[str, Any]:
         finally:
             restore(pipe)
         display.stage("measuring and writing")
-        frames = {name: _to_uint8(result.frames, name) for name, result in results.items()}
+        frames = {name: to_uint8(result.frames, name) for name, result in results.items()}
         report = _report(job, pipe, results, _quality(frames, job, pipe), notes)
         _write(folder, frames, job, report)
     return report
@@ -94,10 +94,10 @@ def _run_all(pipe: Any, job: Job, display: Display) -> tuple[dict[str, Generatio
     notes = []
     for name, config in plans.items():
         display.stage(f"warming up {name}")
-        _warm_up(pipe, job, config)
+        warm_up(pipe, job, config)
     if job.control and job.dense:
         display.stage("warming up control")
-        plans["control"] = _warm_up_control(pipe, job, notes)
+        plans["control"] = warm_up_control(pipe, job, notes)
     results = {}
     for name, config in plans.items():
         if config is None:
@@ -118,19 +118,19 @@ def _plans(job: Job) -> dict[str, MethodConfig | None]:
     return plans
 
 
-def _warm_up(pipe: Any, job: Job, config: MethodConfig) -> None:
+def warm_up(pipe: Any, job: Job, config: MethodConfig) -> None:
     """Compile and allocate, untimed: both steps run the method itself, in every layer."""
     accelerate(pipe, dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0))
     generate(pipe, dataclasses.replace(job.request, steps=WARMUP_STEPS), lambda progress: None)
 
 
-def _warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:
+def warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:
     """The first dense backend that differs from the baseline's and can run this model."""
     refused = None
     for backend in _control_backends(pipe, job):
         config = DenseConfig(dense_backend=backend, check_finite=job.config.check_finite)
         try:
-            _warm_up(pipe, job, config)
+            warm_up(pipe, job, config)
         except ValueError as error:
             refused = error
         else:
@@ -157,7 +157,8 @@ def _math_bytes(pipe: Any) -> int:
     return 4 * heads * state.layout.total_tokens**2
 
 
-def _to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
+def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:
+    """Frames in [0, 1] as the 8-bit ones that are measured and written; NaN and infinity are refused."""
     if not np.isfinite(frames).all():
         raise FloatingPointError(f"frames of the {name} run must be finite, got NaN or infinity: try --dtype fp32")
     return (frames.clip(0, 1) * 255).round().astype(np.uint8)
@@ -185,7 +186,7 @@ def _report(
     job: Job, pipe: Any, results: dict[str, GenerationResult], quality: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
     device = pipe._execution_device
-    runs = {name: _run_summary(result) for name, result in results.items()}
+    runs = {name: run_summary(result) for name, result in results.items()}
     report = {
         "command": command_line(job),
         "model": {
@@ -200,17 +201,18 @@ def _report(
         "method": job.config.to_dict(),
         "generation": {**dataclasses.asdict(dataclasses.replace(job.request, image=None)), "image": job.image_path},
         "seeds": {"noise": job.request.seed, "method": job.config.seed},
-        "device": _device(device),
+        "device": describe_device(device),
         "versions": versions(),
         "runs": runs,
         "speedup": _speedup(runs),
-        "density": _density(runs.get("accelerated")),
+        "density": overall_density(runs.get("accelerated")),
         "quality": quality,
     }
     return {**report, "notes": notes + _notes(job, device, report)}
 
 
-def _run_summary(result: GenerationResult) -> dict[str, Any]:
+def run_summary(result: GenerationResult) -> dict[str, Any]:
+    """What a report says of one run: config, seconds and the transformers' summaries."""
     transformers = result.report["transformers"]
     if result.report["config"]["method"] == "dense":  # a table of ones tells nothing
         kept = ("calls", "attention_seconds", "transformer_seconds")
@@ -234,7 +236,7 @@ def _speedup(runs: dict[str, Any]) -> dict[str, float] | None:
     return {stage: before[stage] / after[stage] for stage in ("end_to_end", "transformer", "attention")}
 
 
-def _density(run: dict[str, Any] | None) -> dict[str, float | None] | None:
+def overall_density(run: dict[str, Any] | None) -> dict[str, float | None] | None:
     """Density over all transformers' calls; per step, layer and head it stands beside each transformer."""
     if run is None:
         return None
@@ -250,7 +252,8 @@ def _weighted(pairs: list[tuple[float | None, int]]) -> float | None:
     return sum(value * count for value, count in pairs if count) / total if total else None
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """What a report says of the device."""
     if device.type != "cuda":
         return {"type": device.type, "threads": torch.get_num_threads()}
     return {"type": "cuda", "name": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
