@@ -51,7 +51,7 @@ def load_pipeline(
     _check_offload(offload, device)
     if flow_shift is not None and not flow_shift > 0:
         raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
-    source = _locate(model)
+    source = locate_model(model)
     pipe = _from_pretrained(source, _pipeline_class(source), dtype)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
@@ -101,7 +101,12 @@ def _check_offload(offload: str, device: torch.device) -> None:
         raise ValueError(f"offload must be none on device cpu, got {offload!r}; leave it out or use device cuda")
 
 
-def _locate(model: str | Path | None) -> str | Path:
+def locate_model(model: str | Path | None) -> str | Path:
+    """Where a model is: the Path of a directory that is there, or a hub id as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if model is None or str(model) == BUNDLED:
         folder = Path(str(importlib.resources.files("svg.pipelines"))) / BUNDLED
         if not folder.is_dir():

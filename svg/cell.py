@@ -1,0 +1,153 @@
+"""A cell of a sweep: one generation, fully resolved, named by the hash of what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from svg.pipelines import GenerationRequest
+from svg.pipelines.loading import locate_model
+
+from .config import config_from_dict
+from .job import Job
+
+VERSION = 1  # of cells, journal and sweep.json
+ROLES = ("dense", "control", "accelerated")
+_SAMPLE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One generation of a sweep; plain values only, as sweep.json holds them.
+
+    Args:
+        role: "dense" (the reference), "control" (dense once more on another backend) or "accelerated".
+        label: short name, such as "svg2 top_p=0.7".
+        model: {"name", "preset", "fingerprint"}.
+        method: the method's settings, "method" among them; of a control: those of its reference.
+        generation: fields of GenerationRequest, with "image" as a path and "image_sha256".
+        run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}.
+        reference: id of the dense cell it is compared with, or None for the dense cell.
+        control: id of the control cell of its group, or None.
+    """
+
+    role: str
+    label: str
+    model: dict[str, Any]
+    method: dict[str, Any]
+    generation: dict[str, Any]
+    run: dict[str, Any]
+    reference: str | None
+    control: str | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of what decides the result: no label, no preset's name."""
+        content = asdict(self)
+        del content["label"], content["control"]
+        content["model"] = {key: self.model[key] for key in ("name", "fingerprint")}
+        text = json.dumps({"version": VERSION, **content}, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def job(self) -> Job:
+        """The cell as a job of `svg generate`, image loaded.
+
+        Raises:
+            ValueError, TypeError: a value breaks its rule.
+            OSError: the image cannot be read.
+        """
+        generation = {key: value for key, value in self.generation.items() if key != "image_sha256"}
+        path = generation.pop("image")
+        image = Image.open(path).convert("RGB") if path is not None else None
+        return Job(
+            model=self.model["name"],
+            preset=self.model["preset"],
+            config=config_from_dict(self.method),
+            request=GenerationRequest(image=image, **generation),
+            image_path=path,
+            out=Path("svg-out"),
+            force=False,
+            dense=True,
+            control=self.role == "control",
+            **self.run,
+        )
+
+
+def cell_of(
+    job: Job, mark: str | None, *, role: str, label: str, dtype: str, device: str, reference: Cell | None = None
+) -> Cell:
+    """A job's cell.
+
+    Args:
+        job: the resolved job.
+        mark: the model's `fingerprint`.
+        role, label: as in Cell.
+        dtype, device: resolved: "bf16", "fp16" or "fp32", "cpu" or "cuda".
+        reference: the dense cell of the same model, prompt and seed, or None for that cell itself.
+
+    Returns:
+        The cell.
+
+    Raises:
+        OSError: the image cannot be read.
+    """
+    request = asdict(replace(job.request, image=None))
+    request |= {"image": job.image_path, "image_sha256": _sha256(job.image_path)}
+    return Cell(
+        role=role,
+        label=label,
+        model={"name": job.model, "preset": job.preset, "fingerprint": mark},
+        method=job.config.to_dict(),
+        generation=request,
+        run={
+            "device": device,
+            "dtype": dtype,
+            "offload": job.offload,
+            "flow_shift": job.flow_shift,
+            "vae_tiling": job.vae_tiling,
+            "lpips": job.lpips,
+        },
+        reference=None if reference is None else reference.id,
+    )
+
+
+def fingerprint(model: str) -> str | None:
+    """Tell one state of a model's directory from another, without reading gigabytes.
+
+    Args:
+        model: hub id, directory or "tiny-wan".
+
+    Returns:
+        16 hexadecimal digits over every JSON file and over name, size, first and last MiB of every weights file; None for
+        a hub id, whose revision is the hub's business.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = locate_model(model)
+    if not isinstance(folder, Path):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".safetensors"):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def _sha256(path: str | None) -> str | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
