@@ -4,6 +4,7 @@ Frames are uint8 [F, H, W, 3], RGB, full range. Files are h264 in mp4, yuv420p, 
 show the colours that were written. A 4:2:0 picture has even sides: an odd side is repeated once and read back even.
 """
 
+import importlib.util
 import re
 import subprocess
 import tempfile
@@ -171,6 +172,11 @@ def check_frames(frames, name="frames"):
     if frames.dtype != np.uint8:
         raise VideoError(f"{name} must be uint8, got {frames.dtype}: from [0, 1] use (x * 255).round().astype('uint8')")
     return frames
+
+
+def ffmpeg_is_there():
+    """Return whether imageio-ffmpeg, whose ffmpeg reads and writes all videos, is installed; nothing is imported."""
+    return importlib.util.find_spec("imageio_ffmpeg") is not None
 
 
 def _ffmpeg(*arguments, level="error"):

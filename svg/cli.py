@@ -1,4 +1,4 @@
-"""`svg`: generate, evaluate, bench, presets, doctor. Nothing heavy is imported before a command runs."""
+"""`svg`: generate, evaluate, sweep, record, bench, presets, doctor. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from . import __version__
 from .config import METHODS
+from .sweep.commands import record, sweep
 
 LPIPS_NETS = ("alex", "vgg", "none")
 BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "step", "all")
@@ -76,7 +77,7 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
     from .job import resolve
     from .tables import TerminalDisplay, print_job, print_report
 
-    _quiet_loading()
+    quiet_loading()
     console = Console()
     settings = {name: options.pop(name) for name in _METHOD_FLAGS}
     generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}
@@ -130,6 +131,10 @@ def evaluate(
     if csv_path:
         write_csv(csv_path, rows)
     return code
+
+
+cli.add_command(sweep)
+cli.add_command(record)
 
 
 @cli.command()
@@ -247,7 +252,7 @@ def _fail(error: Exception, message: str) -> int:
     return 2
 
 
-def _quiet_loading() -> None:
+def quiet_loading() -> None:
     """The libraries' own bars for local files say nothing; those of downloads stay."""
     import diffusers
     import transformers

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
 # what a person starts: these may import everything
-FRONT = {"bench", "cli", "command", "job", "generate", "evaluate", "tables", "doctor", "versions"}
+FRONT = {"bench", "cli", "command", "job", "generate", "evaluate", "record", "sweep", "tables", "doctor", "versions"}
 
 # package -> project packages it may import from (besides itself); the front is judged apart
 ALLOWED = {
@@ -32,8 +32,8 @@ FOREIGN = {  # package -> libraries it must not know
 def sources():
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            bench = path.parent == ROOT / "svg" / "bench"
-            front = package == "svg" and (bench or path.parent == ROOT / "svg" and path.stem in FRONT)
+            inside = path.parent.name in ("bench", "sweep")
+            front = package == "svg" and (inside or path.parent == ROOT / "svg" and path.stem in FRONT)
             yield pytest.param(package, front, path, id=str(path.relative_to(ROOT)))
 
 

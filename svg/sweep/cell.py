@@ -14,8 +14,8 @@ from PIL import Image
 from svg.pipelines import GenerationRequest
 from svg.pipelines.loading import locate_model
 
-from .config import config_from_dict
-from .job import Job
+from ..config import config_from_dict
+from ..job import Job
 
 VERSION = 1  # of cells, journal and sweep.json
 ROLES = ("dense", "control", "accelerated")

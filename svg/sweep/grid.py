@@ -1,0 +1,272 @@
+"""The grid of a sweep: models x methods x budgets x prompts x seeds, from YAML or flags, as a list of cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from svg.pipelines.loading import BUNDLED, OFFLOADS
+
+from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
+from ..job import Job, resolve
+from .cell import Cell, cell_of, fingerprint
+from .grid_file import GridError, Mapping, read_mapping
+
+SIZE_KEYS = ("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "fps")
+RUN_KEYS = ("device", "dtype", "offload", "vae_tiling", "lpips")
+KEYS = ("models", "prompts", "seeds", "budgets", "methods", "control", "negative_prompt", *SIZE_KEYS, *RUN_KEYS)
+_DEFAULTS = {"models": [BUNDLED], "seeds": [0], "methods": ["svg1", "svg2"], "control": True}
+_RUN_DEFAULTS = {"device": "auto", "dtype": None, "offload": "none", "vae_tiling": False, "lpips": "alex"}
+_CHOICES = {
+    "dtype": (None, "bf16", "fp16", "fp32"),
+    "offload": OFFLOADS,
+    "vae_tiling": (False, True),
+    "lpips": ("alex", "vgg", "none"),
+    "control": (False, True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What to sweep, validated, methods and budgets multiplied out.
+
+    Args:
+        models: {"model", "preset"} each.
+        prompts: {"prompt", and optionally "negative_prompt", "image"} each.
+        seeds: seeds of the noise.
+        methods: (settings of one method, where they stand) each.
+        size: height, width, frames, steps and so on that override the presets'.
+        run: device, dtype, offload, vae_tiling, lpips.
+        control: whether every group gets a control cell.
+    """
+
+    models: list[Mapping]
+    prompts: list[dict[str, Any]]
+    seeds: list[int]
+    methods: list[tuple[dict[str, Any], Mapping]]
+    size: dict[str, Any]
+    run: dict[str, Any]
+    control: bool
+
+
+def read_grid(path: str | Path | None, flags: dict[str, Any], prompts_needed: bool = True) -> Grid:
+    """Put a YAML file and flags together: a flag that is given wins.
+
+    Args:
+        path: YAML file with any of KEYS, or None.
+        flags: the same keys; None means not given.
+        prompts_needed: whether there must be a prompt.
+
+    Returns:
+        The grid.
+
+    Raises:
+        GridError: an unknown key, a wrong type or an impossible value, with its line and the file's name.
+    """
+    try:
+        content = Mapping() if path is None else read_mapping(path)
+        content.check("a grid", list(KEYS))
+        for key, value in flags.items():
+            if value is not None:
+                content[key] = value
+                content.lines.pop(key, None)
+        return _grid(content, prompts_needed)
+    except GridError as error:
+        if path is None:
+            raise
+        raise GridError(f"{path}: {error}") from error
+
+
+def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
+    """Multiply a grid out.
+
+    Args:
+        grid: the grid.
+        device: "cpu" or "cuda".
+        dtype: overrides the grid's; None: the grid's, or what suits the device.
+
+    Returns:
+        Cells in a fixed order: model, prompt, seed; then dense, control, methods. No id is there twice.
+
+    Raises:
+        ValueError: sizes are missing, or a preset, model or setting is not there.
+    """
+    dtype = dtype or grid.run["dtype"] or ("bf16" if device == "cuda" else "fp32")
+    cells: dict[str, Cell] = {}
+    for model in grid.models:
+        mark = fingerprint(model["model"] or BUNDLED)
+        jobs = _jobs(grid, model)
+        labels = _labels([job.config for job in jobs])
+        for prompt, seed in itertools.product(grid.prompts, grid.seeds):
+            for cell in _group(grid, jobs, labels, prompt, seed, {"mark": mark, "device": device, "dtype": dtype}):
+                cells.setdefault(cell.id, cell)
+    return list(cells.values())
+
+
+def method_configs(grid: Grid) -> list[tuple[str, MethodConfig]]:
+    """The methods of a grid's first model alone, for recorded inputs.
+
+    Args:
+        grid: the grid.
+
+    Returns:
+        (label, config) each.
+    """
+    configs = [job.config for job in _jobs(grid, grid.models[0])]
+    return list(zip(_labels(configs), configs))
+
+
+def _group(
+    grid: Grid, jobs: list[Job], labels: list[str], prompt: dict[str, Any], seed: int, common: dict[str, Any]
+) -> Iterator[Cell]:
+    values = {"negative_prompt": None, "image": None, **prompt}
+    image_path = values.pop("image")
+
+    def cell(job: Job, role: str, label: str, reference: Cell | None = None) -> Cell:
+        request = dataclasses.replace(job.request, seed=seed, **values)
+        job = dataclasses.replace(job, request=request, image_path=image_path)
+        return cell_of(job, role=role, label=label, reference=reference, **common)
+
+    base = dataclasses.replace(jobs[0], config=DenseConfig())
+    dense = cell(base, "dense", "dense")
+    control = cell(base, "control", "control", dense) if grid.control else None
+    rest = [cell(job, "accelerated", label, dense) for job, label in zip(jobs, labels) if job.config != DenseConfig()]
+    mark = None if control is None else control.id
+    for found in (dense, control, *rest):
+        if found is not None:
+            yield dataclasses.replace(found, control=mark)
+
+
+def _jobs(grid: Grid, model: Mapping) -> list[Job]:
+    """One job a method, with a prompt to be replaced."""
+    return [_job(grid, model, settings, where) for settings, where in grid.methods]
+
+
+def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -> Job:
+    settings = dict(settings)
+    method = settings.pop("method")
+    rest = {key: value for key, value in grid.run.items() if key != "device"}
+    try:
+        return resolve(
+            preset=model.get("preset"),
+            model=model["model"],
+            method=method,
+            settings=settings,
+            generation={"prompt": "-", **grid.size},
+            out=Path("svg-out"),
+            force=False,
+            device="cpu",
+            dense=True,
+            control=False,
+            **rest,
+        )
+    except (ValueError, TypeError) as error:
+        key = next((key for key in settings if key in str(error)), None)
+        raise GridError(f"{where.where(key)}{error}") from error
+
+
+def _labels(configs: list[MethodConfig]) -> list[str]:
+    """The method and those settings that differ among the configs of one method."""
+    labels = []
+    for config in configs:
+        same = [other for other in configs if other.method == config.method]
+        varying = [f.name for f in fields(config) if len({getattr(other, f.name) for other in same}) > 1]
+        labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in varying)]))
+    return labels
+
+
+def _grid(content: Mapping, prompts_needed: bool) -> Grid:
+    values = {**_DEFAULTS, "prompts": [], "budgets": None, **_RUN_DEFAULTS, **content}
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            shown = ", ".join(map(json.dumps, choices))
+            raise GridError(f"{content.where(key)}{key} must be one of {shown}, got {values[key]!r}")
+    if prompts_needed and not values["prompts"]:
+        raise GridError("prompts must hold at least one prompt: add `prompts:` to the file or --prompt")
+    return Grid(
+        models=[_entry(item, content, "models", "model", ("preset",)) for item in _list(content, values, "models")],
+        prompts=[
+            {"negative_prompt": values.get("negative_prompt")}
+            | _entry(item, content, "prompts", "prompt", ("negative_prompt", "image"))
+            for item in _list(content, values, "prompts", empty=not prompts_needed)
+        ],
+        seeds=[_seed(item, content) for item in _list(content, values, "seeds")],
+        methods=_methods(content, values),
+        size={key: values[key] for key in SIZE_KEYS if values.get(key) is not None},
+        run={key: values[key] for key in RUN_KEYS},
+        control=values["control"],
+    )
+
+
+def _list(content: Mapping, values: dict[str, Any], key: str, empty: bool = False) -> list[Any]:
+    items = values[key]
+    if not isinstance(items, list) or not (items or empty):
+        raise GridError(f"{content.where(key)}{key} must be a list with at least one entry, got {items!r}")
+    return items
+
+
+def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[str, ...]) -> Mapping:
+    """A list's entry as a mapping: a text alone is its main key."""
+    if isinstance(item, str):
+        entry = Mapping({main: item})
+        entry.line = content.lines.get(name, 0)
+        return entry
+    if not isinstance(item, Mapping):
+        raise GridError(f"{content.where(name)}an entry of {name} must be text or keys and values, got {item!r}")
+    item.check(f"an entry of {name}", [main, *optional])
+    for key, value in item.items():
+        if not isinstance(value, str):
+            raise GridError(f"{item.where(key)}{key} must be text, got {value!r}")
+    if main not in item and name != "models":
+        raise GridError(f"{item.where()}an entry of {name} must have {main!r}")
+    item.setdefault(main, None)
+    return item
+
+
+def _seed(item: Any, content: Mapping) -> int:
+    if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**63:
+        raise GridError(f"{content.where('seeds')}a seed must be an integer in [0, 2**63), got {item!r}")
+    return item
+
+
+def _methods(content: Mapping, values: dict[str, Any]) -> list[tuple[dict[str, Any], Mapping]]:
+    budgets = None if values["budgets"] is None else _list(content, values, "budgets")
+    found = []
+    for item in _list(content, values, "methods"):
+        entry = Mapping({"method": item}) if isinstance(item, str) else item
+        if not isinstance(entry, Mapping):
+            raise GridError(f"{content.where('methods')}an entry of methods must be text or keys and values, got {item!r}")
+        entry.line = entry.line or content.lines.get("methods", 0)
+        found += [(settings, entry) for settings in _product(entry, budgets)]
+    return found
+
+
+def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, Any]]:
+    """Every combination of the settings that are lists, each validated with its line."""
+    method = entry.get("method")
+    if method not in METHODS:
+        raise GridError(f"{entry.where('method')}method must be one of {', '.join(METHODS)}, got {method!r}")
+    names = [field.name for field in fields(METHODS[method])]
+    entry.check(f"method {method}", ["method", *names])
+    settings: dict[str, Any] = dict(entry)
+    if budgets is not None and (budget := _budget_field(names)) is not None:
+        settings.setdefault(budget, budgets)
+    choices = [[(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()]
+    for combination in itertools.product(*choices):
+        chosen = dict(combination)
+        try:
+            config_from_dict(chosen)
+        except (ValueError, TypeError) as error:
+            key = next((key for key in chosen if key in str(error)), None)
+            raise GridError(f"{entry.where(key)}{error}") from error
+        yield chosen
+
+
+def _budget_field(names: list[str]) -> str | None:
+    """What a budget means to a method: svg1's density, svg2's upper bound; dense has none."""
+    return next((name for name in ("density", "budget") if name in names), None)

@@ -1,0 +1,133 @@
+"""What generates a cell: one model held in memory, warmed up once a setting; knows no folder and no other cell."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from svg.eval.compare import compare
+from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, restore, validate_request
+
+from ..config import MethodConfig
+from ..generate import describe_device, overall_density, run_summary, to_uint8, warm_up, warm_up_control
+from ..job import Job
+from ..versions import versions
+from .cell import Cell
+
+
+class Stopped(RuntimeError):
+    """A cell was broken off because the sweep was."""
+
+
+class Worker:
+    """Generates cells one after the other; a model is loaded when the first cell asks for it.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:<index>": which one of the kind that cells ask for.
+        threads: CPU threads of torch, or None to leave them.
+        on_step: told about every step, or None.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        threads: int | None = None,
+        on_step: Callable[[Cell, StepProgress], None] | None = None,
+    ):
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        self.stop = threading.Event()
+        self._device = device
+        self._on_step = on_step
+        self._loaded: tuple | None = None
+        self._pipe: Any = None
+        self._configs: dict[tuple, MethodConfig] = {}  # what is warmed up, and what a control turned out to be
+
+    def run(self, cell: Cell, reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+        """Generate a cell and measure it.
+
+        Args:
+            cell: the cell.
+            reference: frames of its dense cell, uint8 [F, H, W, 3]; None for a dense cell.
+
+        Returns:
+            record: what sweep.json says of a finished cell beyond the cell itself, files apart.
+            frames: uint8 [F, H, W, 3].
+
+        Raises:
+            What loading, generating and measuring raise.
+        """
+        started, job = datetime.now(UTC), cell.job()
+        pipe = self._load(cell, job)
+        validate_request(pipe, job.request)
+        try:
+            config = self._warmed_up(pipe, cell, job)
+            accelerate(pipe, config)
+            result = generate(pipe, job.request, lambda progress: self._step(cell, progress))
+        finally:
+            restore(pipe)
+        frames = to_uint8(result.frames, cell.label)
+        device = pipe._execution_device
+        summary = run_summary(result)
+        return {
+            "method": summary["config"],
+            "quality": None if reference is None else compare(reference, frames, job.lpips, device),
+            "seconds": summary["seconds"],
+            "density": _density(summary),
+            "transformers": summary["transformers"],
+            "pipeline": type(pipe).__name__,
+            "device": describe_device(device),
+            "versions": versions(),
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }, frames
+
+    def _load(self, cell: Cell, job: Job) -> Any:
+        key = (cell.model["name"], cell.model["fingerprint"], *(v for k, v in cell.run.items() if k != "lpips"))
+        if key != self._loaded:
+            self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit
+            self._pipe = load_pipeline(
+                job.model,
+                device=self._device,
+                dtype=job.dtype,
+                offload=job.offload,
+                flow_shift=job.flow_shift,
+                vae_tiling=job.vae_tiling,
+            )
+            self._loaded = key
+        return self._pipe
+
+    def _warmed_up(self, pipe: Any, cell: Cell, job: Job) -> MethodConfig:
+        """Compile and allocate, untimed, once for every setting and size."""
+        request = job.request
+        key = (cell.role, job.config, request.height, request.width, request.num_frames, request.guidance > 1)
+        if key not in self._configs:
+            if cell.role == "control":
+                warm_up(pipe, job, job.config)  # tells how large the attention map is
+                notes: list[str] = []
+                config = warm_up_control(pipe, job, notes)
+                if config is None:
+                    raise ValueError("; ".join(notes))
+            else:
+                config = job.config
+                warm_up(pipe, job, config)
+            self._configs[key] = config
+        return self._configs[key]
+
+    def _step(self, cell: Cell, progress: StepProgress) -> None:
+        if self.stop.is_set():
+            raise Stopped("the sweep was interrupted")
+        if self._on_step is not None:
+            self._on_step(cell, progress)
+
+
+def _density(summary: dict[str, Any]) -> dict[str, float | None]:
+    if summary["config"]["method"] == "dense":
+        return {"all_calls": 1.0, "sparse_calls": None}
+    return overall_density(summary)
