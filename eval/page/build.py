@@ -1,0 +1,103 @@
+"""Puts data, style and scripts into one HTML file that asks the network for nothing."""
+
+import base64
+import hashlib
+import html
+import json
+from importlib import resources
+from pathlib import Path
+
+from ..files import atomic_path
+from .run import load_run
+from .sweep import load_sweep
+
+PAGE = "report.html"
+SCRIPTS = ("core", "chart", "pareto", "table", "player", "heatmap", "bars", "main")
+
+
+def build_page(folder):
+    """Write the report page of a run or a sweep into its folder.
+
+    Args:
+        folder: what `svg generate` or `svg sweep` wrote; the page plays the videos in it.
+
+    Returns:
+        Path of the page, folder/report.html; an earlier page is replaced.
+
+    Raises:
+        ValueError: the folder holds neither report.json nor sweep.json, or a damaged one.
+        FileNotFoundError: there is no such folder.
+    """
+    path = Path(folder) / PAGE
+    text = render(load_page_data(folder))
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+def load_page_data(folder):
+    """Read a result folder into the one form that page and plots share.
+
+    Args:
+        folder: of a run (report.json) or a sweep (sweep.json).
+
+    Returns:
+        dict, see `svg.eval.page.cells.page_data`.
+
+    Raises:
+        ValueError, FileNotFoundError: as build_page.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    for name, load in (("sweep.json", load_sweep), ("report.json", load_run)):
+        if (folder / name).is_file():
+            return _load(folder / name, load)
+    raise ValueError(f"folder must hold report.json (svg generate) or sweep.json (svg sweep), got {folder}")
+
+
+def _load(path, load):
+    try:
+        return load(json.loads(path.read_text(encoding="utf-8")), path.parent)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be JSON as svg wrote it, got: {error}. Run the command again") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} must be as this version of svg writes it, got {reason}. Run it again") from error
+
+
+def render(data):
+    """The page as text.
+
+    Args:
+        data: see load_page_data. Its texts are not trusted: a prompt may hold any character.
+
+    Returns:
+        HTML whose content security policy allows only the scripts that ship with this package.
+    """
+    scripts = [_asset(f"{name}.js") for name in SCRIPTS]
+    fields = {
+        "title": html.escape(data["title"]),
+        "policy": _policy(scripts),
+        "style": _asset("page.css"),
+        "data": _embed(data),
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
+    }
+    parts = _asset("page.html").split("@@")  # text, name, text, name, ..., text
+    return "".join(fields[part] if index % 2 else part for index, part in enumerate(parts))
+
+
+def _embed(data):
+    """JSON that cannot end its script element, whatever a text in it says."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _policy(scripts):
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    return f"default-src 'none'; img-src data:; media-src 'self' file:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def _asset(name):
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
