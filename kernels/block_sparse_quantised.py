@@ -1,0 +1,273 @@
+"""Block-sparse attention with INT8 Q K^T, and P V in FP8 or 16 bits: `block_sparse_attention`'s tiles, quantised.
+
+Keys and values are quantised while they are gathered into sorted order, one pass each after one read for statistics; a
+tile of queries is quantised by the program that attends with it. Every query and every key has a scale of its own, so
+that tiles may start anywhere. V is stored transposed; sm90 and newer read it through tensor descriptors, which take
+tiles from any token on.
+
+Precisions, dtypes, head dims and archs as in `quantised_attention`, but no INT4: its smoothing of Q needs fixed blocks.
+"""
+
+from functools import partial
+
+import torch
+
+from . import target
+from .block_sparse import LOG2_E, block_sparse_attention_reference, check, key_tiles, query_tiles
+from .permute import gather_tokens, gather_tokens_reference
+from .quantised_attention import (
+    Launch,
+    attend_tile,
+    finish_rows,
+    key_source,
+    pv_dtype,
+    rounded_attention,
+    unsmoothed_lse,
+    value_source,
+)
+from .quantize import (
+    absmax_of_rows,
+    dequantize_channels,
+    dequantize_tokens,
+    padded_head_dim,
+    quantize_channels,
+    quantize_channels_reference,
+    quantize_tokens,
+    quantize_tokens_reference,
+    round_to_int8,
+    statistics,
+    statistics_reference,
+)
+from .target import tl, triton
+
+PRECISIONS = ("int8-fp8", "int8-fp16")
+
+
+def block_sparse_attention_quantised(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    q_sizes: torch.Tensor,
+    k_sizes: torch.Tensor,
+    *,
+    map_index: torch.Tensor,
+    q_permutation: torch.Tensor | None = None,
+    k_permutation: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    precision: str = "int8-fp8",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention in 8 bits in which each query cluster sees only the key clusters its map row selects.
+
+    Args:
+        q: [B, H, S, D] fp16, bf16 or fp32, in original order (in sorted order where q_permutation is None).
+        k, v: [B, H, Sk, D], q's dtype, in original order (in sorted order where k_permutation is None).
+        block_map: bool [M, Cq, Ck].
+        q_sizes: int32 [M, Cq], tokens in each query cluster; a row sums to S. Zeros are allowed.
+        k_sizes: int32 [M, Ck], tokens in each key cluster; a row sums to Sk. Zeros are allowed.
+        map_index: int32 or int64 [B, H], which of the M maps a head uses.
+        q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries; None: identity.
+        k_permutation: the same [B, H, Sk] for keys and values.
+        sm_scale: softmax scale; default D ** -0.5.
+        precision: "int8-fp8" or "int8-fp16" (P V in 16 bits: the safe mode).
+        smooth_k: take K's mean over all tokens off.
+        smooth_v: take V's channel means off and add them to the output (FP8 only).
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out [B, H, S, D] in q's original order, dtype and memory layout; with return_lse also lse fp32 [B, H, S],
+        natural log, of the scores before smoothing. A query with nothing selected gives zeros, and -inf.
+
+    Raises:
+        ValueError: shapes disagree, an unknown precision, smooth_v without FP8, a last dim is strided.
+        TypeError: dtypes are mixed or not supported.
+        NotImplementedError: head dim above 128; on the Triton path, a GPU without FP8 or a gradient would be needed.
+
+    Source: arXiv 2505.18875, section 4.4 (dynamic block sizes), with the quantisation of arXiv 2411.10958, section 3.
+    """
+    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if smooth_v and precision != "int8-fp8":
+        raise ValueError(f"smooth_v needs FP8 values, got precision {precision!r}: leave it off")
+    if k_permutation is not None and k_permutation.shape != k.shape[:3]:
+        raise ValueError(
+            f"k_permutation must be [B, H, Sk] = {tuple(k.shape[:3])}, got {tuple(k_permutation.shape)}: expand it"
+        )
+    op = _launch if target.use_triton(q) else block_sparse_attention_quantised_reference
+    return op(
+        q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
+        k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
+def block_sparse_attention_quantised_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_map: torch.Tensor,
+    q_sizes: torch.Tensor,
+    k_sizes: torch.Tensor,
+    *,
+    map_index: torch.Tensor,
+    q_permutation: torch.Tensor | None = None,
+    k_permutation: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    precision: str = "int8-fp8",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Specification of `block_sparse_attention_quantised` in plain torch; same arguments and result.
+
+    Quantised and turned back into fp32, then the unquantised specification with P rounded in its attention.
+    """
+    D = q.shape[-1]
+    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    fp8 = precision == "int8-fp8"
+    stats = statistics_reference(k, v)
+    mean = stats.k_mean if smooth_k else None
+    keys = quantize_tokens_reference(k, side="k", mean=mean, permutation=k_permutation)
+    if fp8:
+        channels = quantize_channels_reference(v, stats, smooth=smooth_v, permutation=k_permutation)
+        values = dequantize_channels(channels, v.shape[2], D)
+    else:
+        values = v if k_permutation is None else gather_tokens_reference(v, k_permutation)
+        values = values.to(pv_dtype(v)).float()
+    out, lse = block_sparse_attention_reference(
+        dequantize_tokens(quantize_tokens_reference(q, side="q"), D), dequantize_tokens(keys, D), values,
+        block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale,
+        return_lse=True, attend=partial(_attend, p_dtype=torch.float8_e4m3fn if fp8 else pv_dtype(v)),
+    )  # fmt: skip
+    if smooth_v:
+        out = torch.where(lse[..., None] == -torch.inf, 0.0, out + channels.mean[:, :, None, :D])
+    out = torch.empty_like(q).copy_(out)
+    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+
+
+def _attend(q, k, v, scale, p_dtype):
+    return rounded_attention(q, k, v, scale, p_dtype)[0]
+
+
+# arch -> (P V in FP8, padded head dim) -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared
+# memory).
+LAUNCH = {
+    80: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(128, 32, 8, 3)},
+    89: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
+         (True, 64): Launch(128, 32, 4, 3), (True, 128): Launch(64, 32, 4, 3)},
+    90: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
+         (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+    100: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
+          (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+    120: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
+          (True, 64): Launch(128, 32, 4, 3, tma=True), (True, 128): Launch(64, 32, 4, 3, tma=True)},
+}  # fmt: skip
+
+
+def _launch(
+    q, k, v, block_map, q_sizes, k_sizes,
+    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, return_lse,
+):  # fmt: skip
+    target.refuse_gradients("block_sparse_attention_quantised", q, k, v)
+    fp8 = precision == "int8-fp8"
+    if fp8:
+        target.require_fp8(q.device)
+    B, H, S, D = q.shape
+    Sk, block_d = k.shape[2], padded_head_dim(D)
+    row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
+    stats = statistics(k, v) if smooth_k or fp8 else None
+    mean = stats.k_mean if smooth_k else None
+    keys = quantize_tokens(k, side="k", mean=mean, permutation=k_permutation)
+    channels = quantize_channels(v, stats, smooth=smooth_v, permutation=k_permutation) if fp8 else None
+    if fp8:
+        values = channels.values
+    else:
+        values = (v if k_permutation is None else gather_tokens(v, k_permutation)).to(pv_dtype(v))
+    out = torch.empty_like(q)
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
+    with target.on_device(q):
+        q_tiles, q_counts = query_tiles(q_sizes, S, row.block_m)
+        k_tiles, k_counts = key_tiles(block_map, k_sizes, Sk, row.block_n)
+        _sparse_quantised_kernel[(q_tiles.shape[1], B * H)](
+            q, key_source(keys.values, row), keys.scale, value_source(values, row),
+            channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, q_permutation,
+            map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
+            sm_scale * LOG2_E, H, S, Sk, block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
+            *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
+            *((0, 0, 0) if q_permutation is None else q_permutation.stride()),
+            D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, TWO_LEVEL=row.two_level,
+            MAGIC=row.magic, TMA=row.tma, num_warps=row.num_warps, num_stages=row.num_stages,
+        )  # fmt: skip
+    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+
+
+@triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width"])
+def _sparse_quantised_kernel(
+    q, k, k_scale, v, v_scale, v_mean, out, lse, permutation, map_index, query_tiles, query_counts, key_tiles,
+    key_counts, scale_log2, H, S, Sk, Cq, query_width, key_width,
+    stride_qb, stride_qh, stride_qs, stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os,
+    stride_pb, stride_ph, stride_ps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    m = tl.load(map_index + bh).to(tl.int64)
+    if tl.program_id(0) >= tl.load(query_counts + m):
+        return
+    tile = query_tiles + (m * query_width + tl.program_id(0)) * 3
+    cluster = tl.load(tile)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = offs_m < tl.load(tile + 2)  # [BM]
+    token = (tl.load(tile + 1) + offs_m).to(tl.int64)
+    if permutation is not None:
+        token = tl.load(permutation + b * stride_pb + h * stride_ph + token * stride_ps, mask=inside, other=0)
+        token = token.to(tl.int64)
+    mask = inside[:, None] & (offs_d < D)[None, :]  # [BM, BD]
+    q_ptr = q + b * stride_qb + h * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
+    q_wide = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
+    largest = absmax_of_rows(q_wide)
+    largest = tl.where(largest > 1e-30, largest, 1.0)  # quantize.TINY
+    q_tile = round_to_int8(q_wide, tl.div_rn(tl.full([BLOCK_M], 127.0, tl.float32), largest)[:, None])
+    row_scale = tl.where(largest < float("inf"), largest / 127.0, float("nan")) * scale_log2
+    k_scale += bh * Sk
+    k_row, v_row = (bh * Sk).to(tl.int32), (bh * BLOCK_D).to(tl.int32)
+    if not TMA:
+        k += bh * Sk * BLOCK_D
+    if not (TMA and FP8):
+        v += b * stride_vb + h * stride_vh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    map_row = m * Cq + cluster
+    tiles = key_tiles + map_row * key_width
+    full = tl.load(key_counts + map_row * 2)
+    for i in range(full):
+        first = tl.load(tiles + i) // BLOCK_N
+        acc, l_i, m_i = attend_tile(
+            q_tile, row_scale, k, k_scale, v, None, k_row, v_row, stride_v, first, BLOCK_N, offs_m, acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, False, False, True, FP8, TWO_LEVEL, MAGIC, TMA,
+        )  # fmt: skip
+    for i in range(full, tl.load(key_counts + map_row * 2 + 1)):
+        entry = tl.load(tiles + i)
+        acc, l_i, m_i = attend_tile(
+            q_tile, row_scale, k, k_scale, v, None, k_row, v_row, stride_v, entry // BLOCK_N, entry % BLOCK_N + 1,
+            offs_m, acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, True, False, True, FP8, TWO_LEVEL, MAGIC, TMA,
+        )  # fmt: skip
+    acc = finish_rows(
+        acc, l_i, v_scale + bh * BLOCK_D if FP8 else None, v_mean + bh * BLOCK_D if v_mean is not None else None, BLOCK_D, FP8
+    )
+    if v_mean is not None:
+        acc = tl.where((l_i == 0)[:, None], 0.0, acc)
+    out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
+    tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
+    if lse is not None:
+        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (8.807354922057604 if FP8 else 0.0)
+        tl.store(lse + bh * S + token, total * 0.6931471805599453, mask=inside)  # ln 2
