@@ -14,6 +14,7 @@ import torch
 from svg.eval.compare import compare
 from svg.eval.files import result_folder, write_json
 from svg.eval.lpips_weights import BACKBONES
+from svg.eval.page import PAGE, build_page
 from svg.eval.video import side_by_side, write_video
 from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, load_pipeline, restore, validate_request
 from svg.pipelines.attach import attached
@@ -24,7 +25,7 @@ from .config import DenseConfig, MethodConfig
 from .job import Job
 from .versions import version_problems, versions
 
-RESULTS = ("dense.mp4", "accelerated.mp4", "side_by_side.mp4", "report.json")
+RESULTS = ("dense.mp4", "accelerated.mp4", "side_by_side.mp4", PAGE, "report.json")
 WARMUP_STEPS = 2
 _MATH_LIMIT = 4 * 2**30  # bytes of scores that the "math" backend may hold
 
@@ -180,6 +181,7 @@ def _write(folder: Path, frames: dict[str, np.ndarray], job: Job, report: dict[s
         pair = side_by_side(frames["dense"], frames["accelerated"], ("dense", job.config.method))
         write_video(folder / "side_by_side.mp4", pair, job.request.fps)
     write_json(folder / "report.json", report)
+    build_page(folder)
 
 
 def _report(

@@ -185,7 +185,7 @@ def _head_kinds(run: dict[str, Any] | None) -> str:
 
 def _written(runs: dict[str, Any]) -> list[str]:
     videos = [f"{name}.mp4" for name in ("dense", "accelerated") if name in runs]
-    return [*videos, *(["side_by_side.mp4"] if len(videos) == 2 else []), "report.json"]
+    return [*videos, *(["side_by_side.mp4"] if len(videos) == 2 else []), "report.html", "report.json"]
 
 
 def bench_line(key: str, entry: dict[str, Any]) -> str:

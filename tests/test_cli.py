@@ -122,9 +122,9 @@ def test_same_seed_gives_the_same_videos(generate):
 
 def test_dense_method_and_no_dense(generate):
     assert generate("--out", "a", "--method", "dense") == 0
-    assert sorted(os.listdir("a")) == ["dense.mp4", "report.json"] and set(report_of("a")["quality"]) == {"control"}
+    assert sorted(os.listdir("a")) == ["dense.mp4", "report.html", "report.json"] and set(report_of("a")["quality"]) == {"control"}
     assert generate("--out", "b", "--no-dense", *CLUSTERS) == 0
-    assert sorted(os.listdir("b")) == ["accelerated.mp4", "report.json"]
+    assert sorted(os.listdir("b")) == ["accelerated.mp4", "report.html", "report.json"]
     assert report_of("b")["quality"] == {} and report_of("b")["speedup"] is None
 
 
@@ -173,7 +173,7 @@ def test_force_replaces_and_only_that(generate, capsys):
     assert "--force" in one_error_line(capsys)
     assert {name: Path("out", name).read_bytes() for name in before} == before
     assert generate("--out", "out", "--no-dense", *fast, "--seed", 1, "--force") == 0
-    assert sorted(os.listdir("out")) == ["accelerated.mp4", "mine.txt", "report.json"]
+    assert sorted(os.listdir("out")) == ["accelerated.mp4", "mine.txt", "report.html", "report.json"]
     assert report_of()["seeds"]["noise"] == 1
 
 

@@ -10,7 +10,7 @@ const METRICS = {
   psnr: { name: "PSNR", unit: "dB", digits: 2, up: true },
   ssim: { name: "SSIM", unit: "", digits: 4, up: true },
   lpips: { name: "LPIPS", unit: "", digits: 4, up: false },
-  temporal_psnr: { name: "Temporal PSNR", unit: "dB", digits: 2, up: true },
+  temporal_psnr: { name: "Temporal PSNR", short: "Temporal", unit: "dB", digits: 2, up: true },
   vmaf: { name: "VMAF", unit: "", digits: 2, up: true },
 };
 const TIMES = { attention: "Attention", transformer: "Transformer", end_to_end: "End to end" };
@@ -118,6 +118,11 @@ function format(number, digits) {
   if (plain === null || plain === undefined) return "–";
   if (!Number.isFinite(plain)) return plain > 0 ? "∞" : "-∞";
   return plain.toFixed(digits);
+}
+
+// How much faster than dense, or slower.
+function fasterText(factor) {
+  return factor >= 1 ? `${factor.toFixed(2)}x faster` : `${(1 / factor).toFixed(2)}x slower`;
 }
 
 function seconds(number) {

@@ -95,7 +95,7 @@ function panel(layer, steps, heads, at, stops) {
   }
   context.putImageData(picture, 0, 0);
   const cursor = el("div", { class: "cursor", hidden: true });
-  const size = Math.max(3, Math.min(14, Math.floor(160 / Math.max(steps.length, heads))));
+  const size = Math.max(3, Math.min(22, Math.floor(148 / Math.max(steps.length, heads))));
   const screen = el("div", { class: "map", style: { width: `${size * steps.length}px`, height: `${size * heads}px` } }, canvas, cursor);
   const mark = (here) => {
     cursor.hidden = !here;

@@ -44,7 +44,7 @@ function selectedBody(cell) {
   const computed = cell.density && tile("Density, all calls", format(cell.density.all_calls, 3), cell.density.sparse_calls !== null && `sparse calls ${format(cell.density.sparse_calls, 3)}`);
   const times = Object.entries(TIMES).map(([key, text]) => {
     const faster = speedup(cell, key);
-    return tile(text, seconds(cell.seconds?.[key]), faster && `${faster.toFixed(2)}x dense`);
+    return tile(text, seconds(cell.seconds?.[key]), faster && fasterText(faster));
   });
   return [name, el("dl", { class: "tiles" }, tiles, computed, times), command];
 }

@@ -1,7 +1,7 @@
 "use strict";
 // Quality against time and against density: one mark a setting, dense and control as the scale.
 
-const PLOT = { height: 340, left: 52, right: 14, top: 48, bottom: 46 };
+const PLOT = { height: 350, left: 58, right: 14, top: 46, bottom: 46, rail: 24 };
 
 function paretoSection() {
   const known = Object.keys(METRICS).filter((key) => CELLS.some((cell) => cell.quality[key] !== null && cell.role === "accelerated"));
@@ -9,7 +9,7 @@ function paretoSection() {
   if (!known.includes(state.metric)) state.metric = known[0];
   const several = new Set(CELLS.map((cell) => `${cell.prompt} ${cell.seed}`)).size > 1;
   const controls = el("div", { class: "controls" },
-    choice("metric", "Quality", known.map((key) => [key, METRICS[key].name]), state.metric, (metric) => update({ metric })),
+    choice("metric", "Quality", known.map((key) => [key, METRICS[key].short || METRICS[key].name]), state.metric, (metric) => update({ metric })),
     choice("time", "Time", Object.entries(TIMES), state.time, (time) => update({ time })),
     several && choice("each", "Marks", [["mean", "Mean"], ["each", "Every cell"]], "mean", (key) => update({ each: key === "each" })));
   const plots = el("div", { class: "plots" });
@@ -52,11 +52,15 @@ function numbersOf(mark, axis) {
 function plot(axis, width) {
   const all = marks().map((mark) => numbersOf(mark, axis)).filter((mark) => mark.x !== null);
   const sparse = all.filter((mark) => mark.cell.role === "accelerated" && mark.y !== null);
-  const box = { left: PLOT.left, right: width - PLOT.right, top: PLOT.top, bottom: PLOT.height - PLOT.bottom };
   const xs = axis === "time" ? [0, Math.max(...all.map((mark) => mark.x), 1e-9) * 1.08] : [0, 1.04];
   const spans = { psnr: 2, ssim: 0.02, lpips: 0.02, temporal_psnr: 2, vmaf: 5 };
-  const ends = around(sparse.map((mark) => mark.y).filter(Number.isFinite).concat(sparse.length ? [] : [0, 1]), spans[state.metric]);
-  const bounds = limit(ends, all.filter((mark) => mark.cell.role === "control"));
+  const finite = sparse.map((mark) => mark.y).filter(Number.isFinite);
+  const ends = around(finite.length ? finite : [0, 1], spans[state.metric]);
+  const controls = all.filter((mark) => mark.cell.role === "control");
+  const bounds = limit(ends, controls);
+  const rails = [["dense", "= dense"], ...(controls.some((mark) => !isOnScale(mark.y, bounds)) ? [["control", "control"]] : [])];
+  const top = PLOT.top + PLOT.rail * (rails.length - 1);
+  const box = { left: PLOT.left, right: width - PLOT.right, top, bottom: PLOT.height - PLOT.bottom };
   const { up } = METRICS[state.metric];
   const mapX = scale(xs, [box.left, box.right]);
   const mapY = scale(bounds, up ? [box.bottom, box.top] : [box.top, box.bottom]);
@@ -66,13 +70,13 @@ function plot(axis, width) {
   const title = `${name} against ${axis === "time" ? TIMES[state.time].toLowerCase() + " time" : "density"}`;
   const drawing = svg("svg", { class: "plot", width, height: PLOT.height, viewBox: `0 0 ${width} ${PLOT.height}`, role: "group", "aria-label": `${title}; arrow keys go from mark to mark` },
     svg("text", { class: "title", x: 0, y: 14 }, `${name}${METRICS[state.metric].unit && `, ${METRICS[state.metric].unit}`}${up ? "" : " (axis reversed: less is better)"}`),
-    rail(box),
+    rails.map(([, text], index) => rail(text, railY(index), box)),
     band(all, bounds, mapY, box),
     axisX(mapX, ticks(...xs, width < 420 ? 4 : 6).filter(([number]) => number <= (axis === "density" ? 1 : Infinity)), { ...box, label: shortLabel }),
     axisY(mapY, ticks(...bounds, 5), box),
     frontLine(sparse, mapX, mapY),
     lines(sparse, mapX, mapY),
-    points(all, bounds, mapX, mapY, box));
+    points(all, bounds, mapX, mapY));
   return el("figure", { "data-axis": axis }, el("figcaption", { class: "offscreen" }, title), drawing);
 }
 
@@ -93,10 +97,15 @@ function isOnScale(number, [low, high]) {
   return Number.isFinite(number) && number >= low && number <= high;
 }
 
-function rail({ left, right, top }) {
+// Strips above the axis for what lies beyond it: identical to dense, and a control that is far away.
+function rail(text, y, { left, right }) {
   return svg("g", { "aria-hidden": "true" },
-    svg("rect", { class: "rail", x: left, y: top - 28, width: right - left, height: 22, rx: 4 }),
-    svg("text", { class: "rail-text", x: left - 8, y: top - 13, "text-anchor": "end" }, "= dense"));
+    svg("rect", { class: "rail", x: left, y: y - 10, width: right - left, height: 20, rx: 4 }),
+    svg("text", { class: "rail-text", x: left - 8, y: y + 4, "text-anchor": "end" }, text));
+}
+
+function railY(index) {
+  return 34 + PLOT.rail * index;
 }
 
 function band(all, bounds, mapY, { left, right, top, bottom }) {
@@ -134,10 +143,10 @@ function lines(sparse, mapX, mapY) {
   });
 }
 
-function points(all, bounds, mapX, mapY, box) {
+function points(all, bounds, mapX, mapY) {
   const ordered = all.filter((mark) => mark.y !== null || mark.cell.role === "dense").sort((a, b) => a.x - b.x);
   const group = svg("g", { class: "points" });
-  const nodes = ordered.map((mark) => point(mark, bounds, mapX, mapY, box));
+  const nodes = ordered.map((mark) => point(mark, bounds, mapX, mapY));
   group.append(...nodes);
   (nodes.find((node) => node.classList.contains("selected")) || nodes[0])?.setAttribute("tabindex", "0");
   group.addEventListener("keydown", (event) => {
@@ -153,13 +162,13 @@ function points(all, bounds, mapX, mapY, box) {
   return group;
 }
 
-function point(mark, bounds, mapX, mapY, box) {
+function point(mark, bounds, mapX, mapY) {
   const { cell } = mark;
+  const kind = kindOf(cell);
   const onScale = isOnScale(mark.y, bounds);
   const x = mapX(mark.x);
-  const y = onScale ? mapY(mark.y) : box.top - 17;
+  const y = onScale ? mapY(mark.y) : railY(kind === "control" ? 1 : 0);
   const colour = colourOf(cell);
-  const kind = kindOf(cell);
   const chosen = mark.cells.some((member) => member.id === state.selected);
   const open = kind === "control" ? { fill: "none", stroke: colour, "stroke-width": 2.4 } : { fill: colour, stroke: "#fff", "stroke-width": 1.4 };
   const select = () => update({ selected: (mark.cells.find((member) => member.video) || cell).id });
@@ -177,7 +186,7 @@ function point(mark, bounds, mapX, mapY, box) {
   chosen && svg("circle", { class: "halo", cx: x, cy: y, r: 12 }),
   svg("circle", { class: "target", cx: x, cy: y, r: 13 }),
   marker(kind, x, y, state.each ? 4.5 : 6, open),
-  !onScale && kind === "control" && svg("text", { class: "rail-text", x: x - 12, y: box.top - 13, "text-anchor": "end" }, `control ${format(mark.y, METRICS[state.metric].digits)}`));
+  !onScale && kind === "control" && svg("text", { class: "rail-text", x: x - 12, y: y + 4, "text-anchor": "end" }, metricText(state.metric, mark.y)));
   return node;
 }
 
@@ -195,7 +204,7 @@ function tipRows(mark) {
   return [
     ...quality,
     ["Density", `${format(of((cell) => cell.density?.all_calls), 3)} all calls${mark.cell.role === "accelerated" ? `, ${format(of((cell) => cell.density?.sparse_calls), 3)} sparse` : ""}`],
-    [TIMES[state.time], `${seconds(of((cell) => cell.seconds?.[state.time]))}${faster ? ` (${faster.toFixed(2)}x)` : ""}`],
+    [TIMES[state.time], `${seconds(of((cell) => cell.seconds?.[state.time]))}${faster ? ` (${fasterText(faster)})` : ""}`],
   ];
 }
 

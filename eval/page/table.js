@@ -21,7 +21,7 @@ function tableSection() {
   const heads = columns.map((column, index) => el("th", { scope: "col", class: column.text ? "text" : null, title: column.hint }, buttons[index]));
   const body = el("tbody");
   const count = el("p", { class: "count", role: "status" });
-  const table = el("table", {}, el("caption", { class: "offscreen" }, "All cells"), el("thead", {}, el("tr", {}, heads, el("th", { scope: "col" }, el("span", { class: "offscreen" }, "Command")))), body);
+  const table = el("table", {}, el("caption", { class: "offscreen" }, "All cells"), el("thead", {}, el("tr", {}, heads, el("th", { scope: "col" }, el("span", { class: "head" }, "Command")))), body);
   const draw = () => {
     const cells = sorted(filtered({ keepReferences: false }), columns);
     const held = body.contains(document.activeElement) && document.activeElement.closest("tr").dataset.id;
@@ -65,7 +65,7 @@ function compareNumbers(a, b) {
 function row(cell, columns) {
   const chosen = cell.id === state.selected;
   const cells = columns.map((column, index) => (index ? dataCell(cell, column) : nameCell(cell, chosen)));
-  const copyCell = el("td", { class: "action" }, copyButton(() => cell.command, "Copy command"));
+  const copyCell = el("td", { class: "action" }, copyButton(() => cell.command));
   const attributes = { "data-id": cell.id, class: `${chosen ? "selected " : ""}${cell.status}`, onclick: () => update({ selected: cell.id }) };
   return el("tr", attributes, cells, copyCell);
 }
