@@ -128,7 +128,7 @@ function fasterText(factor) {
 function seconds(number) {
   const plain = value(number);
   if (plain === null || plain === undefined) return "–";
-  return plain >= 100 ? `${plain.toFixed(0)} s` : plain >= 1 ? `${plain.toFixed(2)} s` : `${(plain * 1000).toFixed(1)} ms`;
+  return `${plain.toFixed(plain >= 100 ? 1 : plain >= 1 ? 2 : 3)} s`;
 }
 
 function metricText(metric, number) {

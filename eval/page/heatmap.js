@@ -3,8 +3,8 @@
 
 const MISSING = 255;
 const DENSITY_STOPS = [[247, 250, 252], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 38, 84]];
-const KIND_STOPS = [[0, 114, 178], [226, 232, 240], [230, 126, 0]];
-const NO_VALUE = [229, 231, 235];
+const KIND_STOPS = [[0, 114, 178], [252, 249, 240], [230, 126, 0]];
+const NO_VALUE = [193, 200, 209];
 
 function colourAt(stops, share) {
   const place = share * (stops.length - 1);
@@ -95,7 +95,7 @@ function panel(layer, steps, heads, at, stops) {
   }
   context.putImageData(picture, 0, 0);
   const cursor = el("div", { class: "cursor", hidden: true });
-  const size = Math.max(3, Math.min(22, Math.floor(148 / Math.max(steps.length, heads))));
+  const size = Math.max(3, Math.min(22, Math.floor((innerWidth > 720 ? 148 : 106) / Math.max(steps.length, heads))));
   const screen = el("div", { class: "map", style: { width: `${size * steps.length}px`, height: `${size * heads}px` } }, canvas, cursor);
   const mark = (here) => {
     cursor.hidden = !here;

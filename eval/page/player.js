@@ -183,17 +183,21 @@ function setRate(view, rate) {
 function wireControls(view) {
   const { together } = view;
   const toggle = () => (together.playing ? together.pause() : together.play()).then(() => showPlaying(view));
-  const step = (by) => together.pause().then(() => together.seek(together.frame + by)).then(() => showPlaying(view));
+  const go = (frame) => together.pause().then(() => together.seek(frame())).then(() => showPlaying(view));
+  const step = (by) => go(() => together.frame + by);
   view.play.addEventListener("click", () => (toggle(), showPlaying(view)));
   view.back.addEventListener("click", () => step(-1));
   view.forward.addEventListener("click", () => step(1));
-  view.seek.addEventListener("input", () => step(Number(view.seek.value) - together.frame));
+  view.seek.addEventListener("input", () => {
+    const frame = Number(view.seek.value);
+    go(() => frame);
+  });
   view.sides.forEach(({ video, problem }) => video.addEventListener("error", () => (problem.hidden = false)));
   view.node.addEventListener("keydown", (event) => {
     const typing = event.target.matches("select, input[type=radio]");
     const keys = {
       " ": () => (toggle(), showPlaying(view)), ArrowLeft: () => step(-1), ArrowRight: () => step(1),
-      Home: () => step(-together.frame), End: () => step(together.frames),
+      Home: () => go(() => 0), End: () => go(() => together.frames - 1),
     };
     if (typing || !keys[event.key] || (event.key === " " && event.target.matches("button"))) return;
     event.preventDefault();

@@ -149,7 +149,13 @@ class Chromium:
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def picture(self, path, whole=False):
-        """Write a PNG of the window, or of the whole page."""
-        data = self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        Path(path).write_bytes(base64.b64decode(data))
+    def picture(self, selector=None):
+        """PNG of the window, or of the first element that matches, as bytes."""
+        if selector is None:
+            return base64.b64decode(self.send("Page.captureScreenshot")["data"])
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        x, y, width, height = self.evaluate(f"""(() => {{
+            const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();
+            return [b.left + scrollX, b.top + scrollY, b.width, b.height]; }})()""")
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        return base64.b64decode(self.send("Page.captureScreenshot", clip=clip)["data"])

@@ -1,0 +1,386 @@
+"""The page in real headless Chromium, opened from disk."""
+
+import io
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svg.eval.page import build_page
+
+FRAMES, FPS = 9, 8
+BOTH_LOADED = "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3)"
+FRAME_NUMBERS = f"[...document.querySelectorAll('video')].map((v) => v.currentTime * {FPS})"
+COUNTER = "document.querySelector('.counter').textContent"
+
+
+@pytest.fixture
+def sweep(browser, sweep_folder):
+    browser.open(build_page(sweep_folder))
+    browser.wait(BOTH_LOADED)
+    yield browser
+    assert browser.errors == []
+
+
+@pytest.fixture
+def run(browser, run_folder):
+    browser.open(build_page(run_folder))
+    browser.wait(BOTH_LOADED)
+    yield browser
+    assert browser.errors == []
+
+
+def rows(browser):
+    return browser.evaluate("[...document.querySelectorAll('tbody .pick')].map((e) => e.textContent)")
+
+
+def column(browser, name):
+    return browser.evaluate(f"""(() => {{
+        const heads = [...document.querySelectorAll('thead th')].map((e) => e.textContent.trim());
+        const index = heads.indexOf({name!r});
+        return [...document.querySelectorAll('tbody tr')].map((row) => row.children[index].textContent); }})()""")
+
+
+def points(browser, axis="time"):
+    return browser.evaluate(f"""[...document.querySelectorAll('#pareto [data-axis={axis}] .point')]
+        .map((p) => [p.dataset.label, ...p.querySelector('path').getAttribute('transform').match(/[-\\d.]+/g).map(Number)])""")
+
+
+def pixels(browser, selector):
+    """uint8 [H, W, 3] of an element, its rounded corners cut off."""
+    return np.asarray(Image.open(io.BytesIO(browser.picture(selector))).convert("RGB"))[8:-8, 8:-8]
+
+
+def settle(browser):
+    browser.wait("[...document.querySelectorAll('video')].every((v) => !v.seeking && v.readyState >= 2)")
+    time.sleep(0.1)
+
+
+# ---- loading
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("kind", ["sweep", "run"])
+def test_loads_from_disk_alone(browser, sweep_folder, run_folder, kind, width, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree({"sweep": sweep_folder, "run": run_folder}[kind], folder)
+    page = build_page(folder)
+    browser.open(page, width=width)
+    browser.wait(BOTH_LOADED)
+    assert browser.errors == []
+    here = folder.resolve().as_uri()
+    assert browser.requests and all(url.startswith((here, "data:")) for url in browser.requests)
+    headings = browser.evaluate("[...document.querySelectorAll('h2')].map((e) => e.textContent)")
+    for heading in ("Side by side", "Quality against cost", "What was computed", "Where the time went", "Cells"):
+        assert heading in headings
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_nothing_sticks_out_on_a_phone(browser, sweep_folder):
+    browser.open(build_page(sweep_folder), width=390, height=844)
+    browser.wait(BOTH_LOADED)
+    wide = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroller, .offscreen, svg') &&
+        e.getBoundingClientRect().width && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 90))"""
+    assert browser.evaluate(wide) == []
+    small = """[...document.querySelectorAll('.transport button, .choice label, .filter button')]
+        .filter((e) => e.getBoundingClientRect().height < 28).length"""
+    assert browser.evaluate(small) == 0
+
+
+def test_hostile_prompt_is_shown_not_run(sweep):
+    assert sweep.evaluate("document.title") == "Sweep of tiny-wan"
+    assert sweep.evaluate("document.querySelectorAll('img').length") == 0
+    assert "</script><script>" in sweep.evaluate("document.querySelector('tbody').textContent")
+
+
+def test_policy_refuses_foreign_scripts(browser, run_folder, tmp_path):
+    text = build_page(run_folder).read_text()
+    page = tmp_path / "bad.html"
+    page.write_text(text.replace("</body>", "<script>document.title = 'broken'</script></body>"))
+    browser.open(page)
+    assert browser.evaluate("document.title") != "broken"
+    assert any("Content Security Policy" in error for error in browser.errors)
+
+
+def test_missing_video_is_said(browser, run_folder, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    page = build_page(folder)
+    (folder / "accelerated.mp4").write_bytes(b"no video")
+    browser.open(page)
+    browser.wait("!document.querySelectorAll('.screen .problem')[1].hidden")
+    assert browser.evaluate("document.querySelectorAll('.screen .problem')[0].hidden")
+
+
+# ---- plots
+
+
+def test_plots_show_every_setting(sweep):
+    labels = ["dense", "control", "svg1 density=0.3", "svg2 top_p=0.7", "svg2 top_p=0.9"]
+    for axis in ("time", "density"):
+        assert sorted(label for label, _, _ in points(sweep, axis)) == sorted(labels)
+    place = {label: (x, y) for label, x, y in points(sweep)}
+    by_time = ["svg2 top_p=0.7", "svg1 density=0.3", "svg2 top_p=0.9", "dense", "control"]
+    assert sorted(place, key=lambda label: place[label][0]) == by_time
+    up = ["dense", "control", "svg2 top_p=0.9", "svg1 density=0.3", "svg2 top_p=0.7"]
+    assert sorted(place, key=lambda label: place[label][1]) == up
+    assert sweep.evaluate("document.querySelectorAll('#pareto .control-band').length") == 2
+
+
+def test_metric_switch(sweep):
+    before = points(sweep)
+    for key, name in (("ssim", "SSIM"), ("lpips", "LPIPS"), ("psnr", "PSNR")):
+        sweep.click(f"#pareto input[value={key}]")
+        titles = sweep.evaluate("[...document.querySelectorAll('#pareto .title')].map((e) => e.textContent)")
+        assert all(title.startswith(name) for title in titles) and len(titles) == 2
+        place = {label: y for label, _, y in points(sweep)}
+        assert place["svg2 top_p=0.9"] < place["svg1 density=0.3"] < place["svg2 top_p=0.7"]  # better is up
+    assert points(sweep) == before
+
+
+def test_time_switch_and_single_cells(sweep):
+    sweep.click("#pareto input[value=end_to_end]")
+    assert "End to end, seconds" in sweep.evaluate("document.querySelector('[data-axis=time]').textContent")
+    sweep.click("#pareto input[value=each]")
+    assert len(points(sweep)) == 20
+
+
+def test_hover_names_the_cell(sweep):
+    sweep.point("#pareto [data-label='svg2 top_p=0.9'] .target")
+    tip = sweep.evaluate("document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent")
+    assert "svg2 top_p=0.9, mean of 4 cells" in tip and "31.15 dB" in tip and "0.600" in tip
+    sweep.press("Escape")
+    assert sweep.evaluate("document.getElementById('tip').hidden")
+
+
+def test_click_on_a_mark_selects(sweep):
+    sweep.click("#pareto [data-label='svg2 top_p=0.7'] .target")
+    assert "svg2 top_p=0.7" in sweep.evaluate("document.querySelector('.selected-name').textContent")
+    sides = "[...document.querySelectorAll('.side select')].map((s) => s.selectedOptions[0].textContent.split(',')[0])"
+    assert sweep.evaluate(sides) == ["dense", "svg2 top_p=0.7"]
+
+
+def test_plots_by_keyboard(sweep):
+    sweep.evaluate("document.querySelector('#pareto [data-axis=time] .point[tabindex=\"0\"]').focus()")
+    sweep.press("ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowLeft", "ArrowRight")
+    focus = "document.activeElement.dataset.label"
+    assert sweep.evaluate(focus) == "svg1 density=0.3"
+    assert not sweep.evaluate("document.getElementById('tip').hidden")
+    sweep.press("Enter")
+    assert sweep.evaluate(focus) == "svg1 density=0.3"  # drawn anew, the focus stays
+    assert "svg1 density=0.3" in sweep.evaluate("document.querySelector('.selected-name').textContent")
+
+
+# ---- table
+
+
+@pytest.mark.parametrize("name", ["PSNR", "Density", "Attention"])
+def test_sorts(sweep, name):
+    def numbers():
+        return [float(text.split()[0]) for text in column(sweep, name) if text != "–"]
+
+    unsorted = rows(sweep)
+    heads = sweep.evaluate("[...document.querySelectorAll('thead th')].map((e) => e.textContent)")
+    button = f"thead th:nth-child({1 + heads.index(name)}) button"
+    sweep.click(button)
+    assert numbers() == sorted(numbers()) and column(sweep, name)[-1] == "–"  # no number: last, either way
+    sweep.click(button)
+    assert numbers() == sorted(numbers(), reverse=True) and column(sweep, name)[-1] == "–"
+    assert sweep.evaluate(f"document.querySelector('{button}').parentNode.getAttribute('aria-sort')") == "descending"
+    sweep.click(button)
+    assert rows(sweep) == unsorted
+
+
+def test_filters_table_and_plots(sweep):
+    assert len(rows(sweep)) == 21
+    sweep.evaluate("document.querySelector('input[type=search]').focus()")
+    sweep.type("svg2 0.9")
+    assert set(rows(sweep)) == {"svg2 top_p=0.9"} and len(rows(sweep)) == 4
+    assert {label for label, _, _ in points(sweep)} == {"dense", "control", "svg2 top_p=0.9"}
+    sweep.evaluate("document.querySelector('form.filter').reset()")
+    assert len(rows(sweep)) == 21
+    sweep.evaluate("""(() => { const box = [...document.querySelectorAll('form.filter select')][0];
+        box.value = 'svg1'; box.dispatchEvent(new Event('change')); })()""")
+    assert set(rows(sweep)) == {"svg1 density=0.3"}
+    sweep.evaluate("document.querySelector('input[type=search]').focus()")
+    sweep.type("nothing like this")
+    assert rows(sweep) == [] and "No cell matches" in sweep.evaluate("document.querySelector('tbody').textContent")
+    sweep.click("tbody .empty button")
+    assert len(rows(sweep)) == 21
+
+
+def test_row_by_keyboard(sweep):
+    sweep.evaluate("document.querySelectorAll('tbody .pick')[3].focus()")
+    sweep.press("Enter")
+    assert "svg2 top_p=0.7" in sweep.evaluate("document.querySelector('.selected-name').textContent")
+    assert sweep.evaluate("document.activeElement.textContent") == "svg2 top_p=0.7"
+
+
+def test_failed_cell_says_why(sweep):
+    sweep.click("tr.failed .pick")
+    text = sweep.evaluate("document.getElementById('selected').textContent")
+    assert "q held NaN in layer 3" in text and "svg generate --method svg2" in text
+
+
+def test_copies_the_command(sweep):
+    sweep.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    sweep.click("tbody tr:nth-child(3) .copy")
+    sweep.wait("document.querySelector('tbody tr:nth-child(3) .copy').textContent === 'Copied'")
+    copied = sweep.evaluate("navigator.clipboard.readText()")
+    assert copied == "svg generate --method svg1 --seed 0 -- 'a red ball'"
+
+
+# ---- players
+
+
+def same_frame(browser, frame=None):
+    """Both videos stand inside one frame, and their difference is drawn from it."""
+    settle(browser)
+    first, second = (int(number) for number in browser.evaluate(FRAME_NUMBERS))
+    assert first == second and (frame is None or first == frame)
+    assert browser.evaluate(COUNTER) == f"{first + 1} / {FRAMES}"
+
+
+def show_dense_twice(browser):
+    """The same content in both players: their difference is black only if both show the same frame."""
+    browser.evaluate("""(() => { const [a, b] = document.querySelectorAll('.side select');
+        b.value = a.value; b.dispatchEvent(new Event('change')); })()""")
+    browser.wait(BOTH_LOADED)
+
+
+@pytest.mark.parametrize("frame", [0, 1, 4, 7, 8])
+def test_seek(run, frame):
+    run.evaluate(f"""(() => {{ const seek = document.querySelector('.track input');
+        seek.value = {frame}; seek.dispatchEvent(new Event('input')); }})()""")
+    same_frame(run, frame)
+
+
+def test_seeks_in_a_hurry_end_together(run):
+    run.evaluate("""(() => { const seek = document.querySelector('.track input');
+        for (const frame of [8, 2, 6, 1, 7, 3, 5]) { seek.value = frame; seek.dispatchEvent(new Event('input')); } })()""")
+    run.wait(f"{FRAME_NUMBERS}.every((n) => Math.floor(n) === 5)")
+    same_frame(run, 5)
+
+
+def test_players_by_keyboard(run):
+    run.evaluate("document.querySelector('.player').focus()")
+    for key, frame in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 8), ("ArrowRight", 8), ("Home", 0)):
+        run.press(key)
+        run.wait(f"{COUNTER} === '{frame + 1} / {FRAMES}'")
+        same_frame(run, frame)
+    run.press(" ")
+    run.wait("[...document.querySelectorAll('video')].every((v) => !v.paused)")
+    assert run.evaluate("document.querySelector('.play').getAttribute('aria-label')") == "Pause"
+    run.press(" ")
+    run.wait("[...document.querySelectorAll('video')].every((v) => v.paused)")
+    same_frame(run)
+
+
+def test_plays_within_one_frame_and_goes_round(run):
+    run.click(".play")
+    run.wait("[...document.querySelectorAll('video')].every((v) => !v.paused)")
+    apart, shown = [], []
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end:
+        first, second = run.evaluate(FRAME_NUMBERS)
+        apart.append(abs(first - second))
+        shown.append(int(first))
+        time.sleep(0.02)
+    assert max(apart) <= 1 and len(set(shown)) >= 6
+    assert any(later < earlier for earlier, later in zip(shown, shown[1:]))  # it went round
+    run.click(".play")
+    run.wait("[...document.querySelectorAll('video')].every((v) => v.paused)")
+    same_frame(run)
+
+
+@pytest.mark.parametrize("frame", [3, 8])
+def test_difference_of_one_frame_is_black(run, frame):
+    settle(run)
+    assert pixels(run, ".difference canvas").max() > 60  # dense against svg1: the bars differ in colour
+    show_dense_twice(run)
+    run.evaluate("document.querySelector('.player').focus()")
+    run.press("End", *["ArrowLeft"] * (FRAMES - 1 - frame))
+    run.wait(f"{COUNTER} === '{frame + 1} / {FRAMES}'")
+    same_frame(run, frame)
+    assert pixels(run, ".difference canvas").max() <= 4
+    run.evaluate("document.querySelectorAll('video')[1].currentTime = 0.5 / 8")  # one video elsewhere is seen
+    settle(run)
+    assert pixels(run, ".difference canvas").max() > 60
+
+
+def test_difference_brightness(run):
+    settle(run)
+    level = {}
+    for gain in ("1", "4"):
+        run.click(f"input[name=gain][value='{gain}']")
+        settle(run)
+        level[gain] = pixels(run, ".difference canvas").astype(float).max(axis=(0, 1))[1]
+    assert level["4"] == pytest.approx(4 * level["1"], abs=8) and level["1"] > 20
+
+
+# ---- what was computed, where the time went
+
+
+def test_heat_maps(run):
+    kinds = run.evaluate("[...document.querySelectorAll('.heatmap')].map((e) => e.dataset.id)")
+    assert kinds == ["density", "kinds"]
+    sizes = "[...document.querySelectorAll('#heatmap-density canvas')].map((c) => [c.width, c.height])"
+    assert run.evaluate(sizes) == [[4, 2]] * 3
+    run.evaluate("document.querySelector('#heatmap-density .maps').focus()")
+    run.press("ArrowRight", "ArrowRight", "ArrowDown", "PageDown")
+    readout = "document.querySelector('#heatmap-density .readout').textContent"
+    assert run.evaluate(readout) == "Step 3, layer 1, head 1: density 0.44"
+    run.evaluate("document.querySelector('#heatmap-kinds .maps').focus()")
+    run.press("ArrowDown")
+    assert "no sparse call" in run.evaluate("document.querySelector('#heatmap-kinds .readout').textContent")
+    run.point("#heatmap-density .panel:nth-child(3) canvas")
+    assert "layer 2, head 1" in run.evaluate(readout)
+
+
+def test_time_bars_add_up(run):
+    bars = run.evaluate("""[...document.querySelectorAll('.bar')].map((bar) => [bar.querySelector('.bar-name').textContent,
+        [...bar.querySelectorAll('i')].map((i) => parseFloat(i.style.width)).reduce((a, b) => a + b), bar.querySelector('.bar-total').textContent])""")
+    assert [name for name, _, _ in bars] == ["dense (auto)", "svg1 density=0.3", "control (auto)"]
+    seconds = np.array([float(total.split()[0]) for _, _, total in bars])
+    assert np.allclose([width for _, width, _ in bars], 100 * seconds / seconds.max(), atol=0.5)
+
+
+def test_sections_follow_the_selected_cell(sweep):
+    sweep.click("tbody tr:nth-child(3) .pick")
+    assert sweep.evaluate("document.querySelectorAll('.heatmap').length") == 2
+    sweep.click("tbody tr:nth-child(4) .pick")
+    assert sweep.evaluate("[...document.querySelectorAll('.heatmap')].map((e) => e.dataset.id)") == ["density"]
+    sweep.click("tbody tr:nth-child(1) .pick")
+    assert "select a sparse cell" in sweep.evaluate("document.getElementById('inside').textContent")
+
+
+def test_tab_reaches_every_part(sweep):
+    sweep.evaluate("document.activeElement.blur()")
+    seen = set()
+    for _ in range(400):
+        sweep.press("Tab")
+        seen.add(sweep.evaluate("document.activeElement.closest('section')?.id ?? null"))
+        if seen >= {"pareto", "cells", "selected", "player", "inside", "time", "reading"}:
+            break
+    assert seen >= {"pareto", "cells", "selected", "player", "inside", "time"}
+
+
+# ---- the scripts themselves
+
+
+def test_no_name_is_defined_twice():
+    """The scripts share one scope: a second function of one name would silently replace the first."""
+    import re
+
+    import svg.eval.page as package
+
+    folder = Path(package.__file__).parent
+    names = [
+        name
+        for path in sorted(folder.glob("*.js"))
+        for name in re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", path.read_text(), re.MULTILINE)
+    ]
+    assert len(names) > 50 and len(names) == len(set(names))

@@ -1,0 +1,145 @@
+"""From a result folder to the page's data, without a browser."""
+
+import base64
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from svg.cli import main
+from svg.eval.files import write_json
+from svg.eval.page import build_page
+from svg.eval.page.build import load_page_data, render
+
+
+def embedded(text):
+    """The data as a browser would read it from the page."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def copy(folder, target, change):
+    shutil.copytree(folder, target)
+    (path,) = (path for name in ("sweep.json", "report.json") if (path := target / name).exists())
+    content = json.loads(path.read_text())
+    change(content)
+    write_json(path, content)
+    return target
+
+
+def test_page_holds_what_was_measured(sweep_folder):
+    content = json.loads((sweep_folder / "sweep.json").read_text())
+    data = embedded(build_page(sweep_folder).read_text())
+    assert [item["id"] for item in data["cells"]] == [item["id"] for item in content["cells"]]
+    for shown, item in zip(data["cells"], content["cells"]):
+        assert (shown["prompt"], shown["command"]) == (item["generation"]["prompt"], item["reproduce"])
+        assert shown["status"] == item["status"]
+        if item["status"] == "finished":
+            assert shown["seconds"] == item["seconds"] and shown["density"] == item["density"]
+        if item.get("quality"):
+            means = {name: item["quality"].get(name, {}).get("mean") for name in shown["quality"]}
+            assert shown["quality"] == means
+
+
+def test_hostile_texts_stay_texts(sweep_folder):
+    text = build_page(sweep_folder).read_text()
+    data = text.split('id="data">')[1].split("</script>")[0]
+    assert not set("<>&\u2028") & set(data)
+    assert "<b>markup" not in text and "onerror=alert" not in text.split('id="data">')[0]
+    assert text.count("<script") == 1 + text.count("<script>")
+
+
+def test_title_is_escaped(run_folder, tmp_path):
+    def rename(report):
+        report["generation"]["prompt"] = "</title><script>1</script>"
+
+    text = render(load_page_data(copy(run_folder, tmp_path / "run", rename)))
+    assert "<title>&lt;/title&gt;&lt;script&gt;1&lt;/script&gt;</title>" in text
+
+
+def test_run_as_cells(run_folder):
+    data = load_page_data(run_folder)
+    assert [(item["role"], item["reference"], item["control"]) for item in data["cells"]] == [
+        ("dense", None, "control"),
+        ("accelerated", "dense", "control"),
+        ("control", "dense", None),
+    ]
+    assert [item["video"] for item in data["cells"]] == ["dense.mp4", "accelerated.mp4", None]
+    assert data["cells"][1]["label"] == "svg1 density=0.3"
+    assert any("no speed-up is expected" in note for note in data["notes"])
+
+
+def test_maps_survive_packing(run_folder):
+    report = json.loads((run_folder / "report.json").read_text())
+    part = report["runs"]["accelerated"]["transformers"]["transformer"]
+    (shown,) = load_page_data(run_folder)["cells"][1]["maps"]
+    shape = len(shown["steps"]), len(shown["layers"]), shown["heads"]
+    density = np.frombuffer(base64.b64decode(shown["density"]), np.uint8).reshape(shape)
+    assert np.allclose(density / 254, part["density"]["map"]["values"], atol=0.5 / 254 + 1e-9)
+    kinds = np.frombuffer(base64.b64decode(shown["temporal"]), np.uint8).reshape(shape)
+    assert (kinds[0] == 255).all()  # the first step was dense: it has no kinds
+    assert np.allclose(kinds[1:] / 254, part["head_kinds_map"]["values"], atol=0.5 / 254 + 1e-9)
+
+
+def test_layer_without_a_call(run_folder, tmp_path):
+    def drop(report):
+        report["runs"]["accelerated"]["transformers"]["transformer"]["density"]["map"]["values"][2][1] = None
+
+    (shown,) = load_page_data(copy(run_folder, tmp_path / "run", drop))["cells"][1]["maps"]
+    density = np.frombuffer(base64.b64decode(shown["density"]), np.uint8).reshape(4, 3, 2)
+    assert (density[2, 1] == 255).all() and (density != 255).sum() == density.size - 2
+
+
+def test_infinite_quality_and_missing_video(run_folder, tmp_path):
+    def identical(report):
+        report["quality"]["control"]["psnr"] = {"mean": float("inf"), "per_frame": [float("inf")] * 9}
+
+    folder = copy(run_folder, tmp_path / "run", identical)
+    (folder / "accelerated.mp4").unlink()
+    _, accelerated, control = load_page_data(folder)["cells"]
+    assert control["quality"]["psnr"] == "inf" and accelerated["video"] is None
+
+
+def test_running_sweep_says_so(sweep_folder, tmp_path):
+    def pending(sweep):
+        kept = ("id", "role", "label", "model", "method", "generation", "run", "reference", "control", "reproduce")
+        sweep["cells"][4] = {**{key: sweep["cells"][4][key] for key in kept}, "status": "pending"}
+        sweep["state"], sweep["counts"]["pending"] = "running", 1
+
+    data = load_page_data(copy(sweep_folder, tmp_path / "sweep", pending))
+    assert data["state"] == "running" and data["cells"][4]["status"] == "pending"
+    assert len({item["group"] for item in data["cells"]}) == 1
+    assert any("still to come" in note for note in data["notes"]) and any("1 of 21 cells failed" in n for n in data["notes"])
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        (None, None, ["report.json", "sweep.json"]),
+        ("report.json", "{", ["report.json", "JSON"]),
+        ("report.json", '{"runs": {}}', ["report.json", "this version"]),
+        ("sweep.json", '{"format": "svg-sweep", "version": 9}', ["version 1", "version 9"]),
+    ],
+)
+def test_bad_folders(tmp_path, capsys, name, text, words):
+    if name:
+        (tmp_path / name).write_text(text)
+    assert main(["page", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and all(word in line for word in words), line
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_missing_folder(tmp_path, capsys):
+    assert main(["page", str(tmp_path / "nowhere")]) == 2
+    assert "no folder at" in capsys.readouterr().err
+
+
+def test_plots(sweep_folder, tmp_path, capsys):
+    folder = copy(sweep_folder, tmp_path / "sweep", lambda content: None)
+    assert main(["page", str(folder), "--plots", "--metric", "lpips"]) == 0
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "pareto.svg").read_text()
+    assert main(["page", str(folder), "--plots", "--metric", "psnr2"]) == 2
+    assert "metric must be one of psnr" in capsys.readouterr().err
