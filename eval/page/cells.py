@@ -52,7 +52,7 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
         quality: result of svg.eval.compare.compare, or None.
         video: relative path or None; a file that isn't there counts as None.
         transformers: {name: summary of its calls}, or None.
-        device: {"type", "name" or "threads"}, or None.
+        device: {"type", "name" or "threads"}; the type alone for a cell that has not run.
         model, dtype: names.
         rest: id, role, status, label, reference, control, command, error, seconds, density: taken as they are.
 
@@ -85,13 +85,12 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
 
 
 def device_name(device):
-    """A device as text: its name, or "CPU, 2 threads"."""
-    if not device:
+    """A device as text, its name or "CPU, 2 threads"; None where only its type is known."""
+    if not device or not ("name" in device or "threads" in device):
         return None
-    if device.get("name"):
+    if "name" in device:
         return device["name"]
-    threads = device.get("threads")
-    return f"{device['type'].upper()}, {threads} thread{'s' if threads != 1 else ''}" if threads else device["type"]
+    return f"{device['type'].upper()}, {device['threads']} thread{'s' if device['threads'] != 1 else ''}"
 
 
 def method_label(method):

@@ -137,10 +137,16 @@ function lines(sparse, mapX, mapY) {
   if (state.each) return null;
   const methods = [...new Set(sparse.map((mark) => mark.cell.method))];
   return methods.map((method) => {
-    const own = sparse.filter((mark) => mark.cell.method === method && Number.isFinite(mark.y)).sort((a, b) => a.x - b.x);
+    const own = sparse.filter((mark) => mark.cell.method === method && Number.isFinite(mark.y));
+    own.sort((a, b) => budgetOf(a) - budgetOf(b));
     const path = own.map((mark, index) => `${index ? "L" : "M"}${mapX(mark.x)} ${mapY(mark.y)}`).join("");
     return own.length > 1 && svg("path", { class: "series", d: path, stroke: colourOf(own[0].cell), "aria-hidden": "true" });
   });
+}
+
+// A line goes from budget to budget, also where time does not follow it.
+function budgetOf(mark) {
+  return mean(mark.cells.map((cell) => cell.density?.all_calls));
 }
 
 function points(all, bounds, mapX, mapY) {
