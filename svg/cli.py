@@ -51,6 +51,7 @@ def cli() -> None:
 @click.option("--num-k-clusters", type=int, help="svg2: key clusters a head.")
 @click.option("--warmup-steps", type=float, help="Share of the steps kept dense, in [0, 1].")
 @click.option("--warmup-layers", type=float, help="Share of the layers kept dense, in [0, 1].")
+@click.option("--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several.")
 @click.option("--dense-backend", help="Backend of dense attention: auto, cudnn, flash, efficient, math.")
 @click.option("--height", type=int)
 @click.option("--width", type=int)
@@ -77,12 +78,13 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
     from rich.console import Console
 
     from .generate import run
-    from .job import resolve
+    from .job import parse_assignments, resolve
     from .tables import TerminalDisplay, print_job, print_report
 
     quiet_loading()
     console = Console()
     settings = {name: options.pop(name) for name in _METHOD_FLAGS}
+    settings |= parse_assignments(options.pop("assignments"))
     generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}
     job = resolve(settings=settings, generation=generation, dense=not no_dense, control=not no_control, **options)
     print_job(console, job)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from typing import Any
 
+from svg.configs import load_preset
+
+from .config import METHODS, MethodConfig
 from .job import Job
 
 _METHOD = (
@@ -18,7 +22,8 @@ def command_line(job: Job) -> str:
     """Spell a job as a shell command that runs it again, the folder of the results left out.
 
     Args:
-        job: what was done. Settings without a flag come from its preset, which the command names.
+        job: what was done. Settings without a flag of their own are spelt with --set, unless its preset, which the command
+            names, has them.
 
     Returns:
         One line, quoted for a POSIX shell.
@@ -37,7 +42,22 @@ def command_line(job: Job) -> str:
         "no_control": not job.control,
     }
     words = [word for name, value in flags.items() for word in _words(name, value)]
+    for name, value in _unflagged(job).items():
+        words += ["--set", f"{name}={json.dumps(value)}"]
     return shlex.join(["svg", "generate", *words, "--", job.request.prompt])
+
+
+def _unflagged(job: Job) -> dict[str, Any]:
+    """Settings without a flag that a bare `svg generate` of this model, preset and method would not have."""
+    settings = job.config.to_dict()
+    method = settings.pop("method")
+    bare = _bare_config(job.preset, method).to_dict()
+    return {name: value for name, value in settings.items() if name not in _METHOD and value != bare[name]}
+
+
+def _bare_config(preset: str | None, method: str) -> MethodConfig:
+    methods = load_preset(preset).methods if preset is not None else {}
+    return methods.get(method) or METHODS[method]()
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,30 @@ def resolve(
         flow_shift=flow_shift,
         **rest,
     )
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE texts as settings.
+
+    Args:
+        assignments: such as "block_size=32"; values are JSON numbers, true, false or null, or text.
+
+    Returns:
+        Value by name; whether a method has them is for its config to say.
+
+    Raises:
+        ValueError: one has no "=".
+    """
+    settings = {}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not (name and sign):
+            raise ValueError(f"--set must be NAME=VALUE, got {text!r}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value  # text needs no quotes
+    return settings
 
 
 def _preset(name: str | None, model: str | None) -> Preset | None:

@@ -78,7 +78,7 @@ class Recording:
         with safe_open(self.path, framework="pt", device=str(device)) as file:
             q, k, v = (file.get_tensor(f"{call.name}.{tensor}") for tensor in "qkv")
             masked = f"{call.name}.text_mask"
-            return q, k, v, file.get_tensor(masked) if masked in file.keys() else None
+            return q, k, v, file.get_tensor(masked) if masked in set(file.keys()) else None
 
 
 class Recorder:

@@ -7,8 +7,9 @@ import json
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,17 +92,12 @@ class Results:
         Raises:
             OSError: the folder cannot be written to, such as on a full disk; entries before this one are intact.
         """
-        try:
+        with self._writing():
             files = {} if frames is None else self._write_files(cell, frames)
             record = {**record, **files}
             self.journal.write(cell.id, record, [name for name in files.values() if name is not None])
             self.records[cell.id] = record
-            self.write_summary()
-        except (OSError, VideoError) as error:
-            raise OSError(
-                f"{self.out} could not be written to ({error}): "
-                f"{self.count('finished')} finished cells in it are intact; make room and run the same command again"
-            ) from error
+        self.write_summary()
         return record
 
     def reference(self, cell: Cell) -> np.ndarray | None:
@@ -132,8 +128,20 @@ class Results:
             "cells": [self._entry(cell) for cell in self.cells],
             "notes": self.notes,
         }
-        write_json(self.out / "sweep.json", summary)
+        with self._writing():
+            write_json(self.out / "sweep.json", summary)
         return summary
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk is told as what it is, with what it spared."""
+        try:
+            yield
+        except (OSError, VideoError) as error:
+            raise OSError(
+                f"{self.out} could not be written to ({error}): {self.count('finished')} finished cells in it are intact; "
+                f"make room and run the same command again"
+            ) from error
 
     def _entry(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.id, {"status": "pending"})
