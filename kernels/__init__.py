@@ -8,12 +8,16 @@ if __name__ == "kernels":
 
 from .block_sparse import block_sparse_attention, block_sparse_attention_reference
 from .kmeans import (
+    Clustering,
+    cluster_means,
+    cluster_means_reference,
     kmeans,
     kmeans_assign,
     kmeans_assign_reference,
     kmeans_update,
     kmeans_update_reference,
 )
+from .neighbours import neighbour_order, neighbour_order_reference
 from .permute import (
     gather_tokens,
     gather_tokens_reference,
@@ -21,6 +25,7 @@ from .permute import (
     scatter_tokens,
     scatter_tokens_reference,
     sort_labels,
+    sort_labels_reference,
 )
 from .top_p import top_p_block_map, top_p_block_map_reference
 
@@ -29,15 +34,21 @@ __all__ = [
     "block_sparse_attention_reference",
     "gather_tokens",
     "gather_tokens_reference",
+    "Clustering",
+    "cluster_means",
+    "cluster_means_reference",
     "inverse_permutation",
     "kmeans",
     "kmeans_assign",
     "kmeans_assign_reference",
     "kmeans_update",
     "kmeans_update_reference",
+    "neighbour_order",
+    "neighbour_order_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "sort_labels",
+    "sort_labels_reference",
     "top_p_block_map",
     "top_p_block_map_reference",
 ]

@@ -5,6 +5,8 @@
 Three kernels. `_query_tiles_kernel` cuts every query cluster into tiles of BLOCK_M rows. `_key_tiles_kernel` merges
 neighbouring selected key clusters of a map row into runs and cuts those into tiles of BLOCK_N keys, full tiles first,
 so that `_attention_kernel` has two flat loops: full tiles without a mask, then each run's last tile with one.
+K and V tiles come through the tensor memory accelerator (`tma`) or through pointers, as the launch table says; a tile
+may start at any row, so what the accelerator brings beyond a run is masked by its score (those values must be finite).
 Surplus programs of the upper-bound grid exit at once, so nothing waits for the device and a CUDA graph can hold it all.
 Memory besides the output: 4 bytes for each (query cluster, key tile), which is Cq * (S / BLOCK_N + Ck / 2) a map.
 
@@ -12,6 +14,9 @@ fp16, bf16 and fp32 (fp32 as three TF32 products), fp32 accumulation, base-2 sof
 power of two. sm80 and newer.
 """
 
+import itertools
+from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +70,7 @@ def block_sparse_attention(
     Source: arXiv 2505.18875, section 4.4 (attention with dynamic block sizes).
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    _check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
+    check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
     op = _launch if target.use_triton(q) else block_sparse_attention_reference
     return op(
         q, k, v, block_map, q_sizes, k_sizes,
@@ -85,10 +90,12 @@ def block_sparse_attention_reference(
     q_permutation: torch.Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
+    attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention` in plain torch; same arguments and result, any dtype and head dim.
 
     One dense attention for each query cluster over its selected keys, all heads of a map at once: memory stays linear.
+    `attend` is that attention.
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     B, H, S, D = q.shape
@@ -102,7 +109,7 @@ def block_sparse_attention_reference(
     for m in map_index.unique().tolist():
         heads = (map_index == m).nonzero().squeeze(1)
         out[heads], lse[heads] = _attend_one_map(
-            rows[heads], keys[heads], values[heads], block_map[m], q_sizes[m], k_sizes[m], sm_scale, return_lse
+            rows[heads], keys[heads], values[heads], block_map[m], q_sizes[m], k_sizes[m], sm_scale, return_lse, attend
         )
     if index is not None:
         out = torch.empty_like(out).scatter_(1, index[..., None].expand(-1, -1, D), out)
@@ -111,7 +118,7 @@ def block_sparse_attention_reference(
     return (out, lse.view(B, H, S)) if return_lse else out
 
 
-def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse):
+def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, attend):
     """q [N, S, D], k and v [N, Sk, D] of the N heads that share a map -> out [N, S, D], lse [N, S]."""
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -126,7 +133,7 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse):
         chosen = None if dense else token_map[i].nonzero().squeeze(1)
         k_i, v_i = (k, v) if dense else (k.index_select(1, chosen), v.index_select(1, chosen))
         q_i = q[:, start:stop]
-        out[:, start:stop] = F.scaled_dot_product_attention(q_i[None], k_i[None], v_i[None], scale=sm_scale)[0]
+        out[:, start:stop] = attend(q_i[None], k_i[None], v_i[None], scale=sm_scale)[0]
         if with_lse:
             lse[:, start:stop] = _log_sum_exp(q_i.to(lse.dtype), k_i.to(lse.dtype), sm_scale)
     return out, lse
@@ -138,7 +145,8 @@ def _log_sum_exp(q, k, sm_scale):
     return torch.cat(parts, dim=1)
 
 
-def _check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale):
+def check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale) -> None:
+    """Raises ValueError or TypeError where the arguments of a block-sparse attention do not fit together."""
     if q.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
             "q must be [B, H, S, D] and k, v [B, H, Sk, D], "
@@ -175,22 +183,44 @@ def _check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_sc
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile sizes of one architecture, dtype width and padded head dim."""
+    """How one architecture, dtype width and padded head dim is computed.
+
+    Args:
+        block_m, block_n: rows and keys of a tile.
+        num_warps, num_stages: as Triton takes them.
+        tma: load K and V through descriptors (Hopper and newer); rows that are no multiple of 16 bytes take pointers.
+        lazy: keep a row's stale maximum until it is 2^8 too small, and rescale only then.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    lazy: bool = False
+
+    def name(self) -> str:
+        """Such as 128x64_w8_s3_tma."""
+        flags = "".join(f"_{flag}" for flag in ("tma", "lazy") if getattr(self, flag))
+        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
+
+
+def candidates() -> Iterator[Launch]:
+    """Rows worth timing for 16-bit inputs; what doesn't fit a GPU is refused at its launch."""
+    for tma, lazy in itertools.product((False, True), (False, True)):
+        for m, n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4), (256, 64, 16)):
+            for stages in (2, 3):
+                yield Launch(m, n, warps, stages, tma, lazy)
 
 
 # arch -> (element bytes, padded head dim) -> tile sizes; smaller head dims take the 64 row.
-# sm80, sm89, sm100, sm120: not measured, chosen by ahead-of-time compile (no spills, shared memory).
+# Not measured, chosen by ahead-of-time compile (no spills, shared memory); `svg bench attention --sweep` times others.
 LAUNCH = {
     80: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(128, 32, 8, 3),
          (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     89: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(64, 32, 4, 3),
          (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
-    90: {(2, 64): Launch(128, 64, 8, 3), (2, 128): Launch(128, 64, 8, 3),
+    90: {(2, 64): Launch(128, 64, 8, 3, tma=True), (2, 128): Launch(128, 64, 8, 3, tma=True),
          (4, 64): Launch(64, 32, 4, 2), (4, 128): Launch(16, 32, 4, 2)},
     100: {(2, 64): Launch(128, 64, 4, 3), (2, 128): Launch(128, 64, 8, 3),
           (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
@@ -213,24 +243,35 @@ def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, s
     row = target.launch_row(LAUNCH, q.device)[q.element_size(), max(64, block_d)]
     out = torch.empty_like(q)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
+    tma = row.tma and target.fits_descriptor(k) and target.fits_descriptor(v)
     perm_strides = (0, 0, 0) if q_permutation is None else q_permutation.stride()
     with target.on_device(q):
-        query_tiles, query_counts = _query_tiles(q_sizes, S, row.block_m)
-        key_tiles, key_counts = _key_tiles(block_map, k_sizes, k.shape[2], row.block_n)
-        _attention_kernel[(query_tiles.shape[1], B * H)](
+        q_tiles, query_counts = query_tiles(q_sizes, S, row.block_m)
+        k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n)
+        launch = target.with_workspace(_attention_kernel[(q_tiles.shape[1], B * H)], q.device)
+        launch(
             q, k, v, out, lse, q_permutation, map_index.contiguous(),
-            query_tiles, query_counts, key_tiles, key_counts,
-            sm_scale * LOG2_E, H, S, Cq, query_tiles.shape[1], key_tiles.shape[2],
+            q_tiles, query_counts, k_tiles, key_counts,
+            sm_scale * LOG2_E, H, S, k.shape[2], Cq, q_tiles.shape[1], k_tiles.shape[2],
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *perm_strides,
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", TMA=tma, LAZY=row.lazy,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _query_tiles(q_sizes: torch.Tensor, tokens: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles of query rows: int32 [M, T, 3] of (cluster, first sorted row, rows), and how many of the T are used [M]."""
+def query_tiles(q_sizes: torch.Tensor, tokens: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query cluster cut into tiles of block_m rows.
+
+    Args:
+        q_sizes: int32 [M, Cq], tokens in each query cluster.
+        tokens: S.
+        block_m: rows of a tile.
+
+    Returns:
+        int32 [M, T, 3] of (cluster, first sorted row, rows), and how many of the T are used, int32 [M].
+    """
     M, Cq = q_sizes.shape
     tiles = torch.empty(M, tokens // block_m + Cq, 3, dtype=torch.int32, device=q_sizes.device)
     counts = torch.empty(M, dtype=torch.int32, device=q_sizes.device)
@@ -240,10 +281,20 @@ def _query_tiles(q_sizes: torch.Tensor, tokens: int, block_m: int) -> tuple[torc
     return tiles, counts
 
 
-def _key_tiles(
+def key_tiles(
     block_map: torch.Tensor, k_sizes: torch.Tensor, tokens: int, block_n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tiles of selected keys: int32 [M, Cq, W] of first key * BLOCK_N + keys - 1, and [M, Cq, 2] full and all tiles."""
+    """Runs of selected key clusters cut into tiles of block_n keys, full tiles first.
+
+    Args:
+        block_map: bool [M, Cq, Ck].
+        k_sizes: int32 [M, Ck], tokens in each key cluster.
+        tokens: Sk.
+        block_n: keys of a tile.
+
+    Returns:
+        int32 [M, Cq, W] of first key * block_n + keys - 1, and int32 [M, Cq, 2], how many are full and how many in all.
+    """
     M, Cq, Ck = block_map.shape
     if tokens * block_n >= 1 << 31:
         raise NotImplementedError(
@@ -323,41 +374,63 @@ def _key_tiles_kernel(
 
 
 @triton.jit
+def _load_tile(
+    x, first, inside, stride,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows first ... of x, a pointer or a descriptor: [BN, BD]."""
+    if TMA:
+        return x.load([first, 0])
+    else:
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_d = tl.arange(0, BLOCK_D)
+        pointer = x + first.to(tl.int64) * stride + offs_n[:, None] * stride + offs_d[None, :]
+        mask = (offs_d < D)[None, :] if D < BLOCK_D else None
+        if PARTIAL:
+            mask = inside[:, None] if mask is None else mask & inside[:, None]
+        return tl.load(pointer, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
 def _attend_tile(
     q, k, v, tile, acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    first = (tile // BLOCK_N).to(tl.int64)
-    inside = offs_n <= tile % BLOCK_N  # [BN]
-    k_ptr = k + first * stride_ks + offs_n[:, None] * stride_ks + offs_d[None, :]
-    v_ptr = v + first * stride_vs + offs_n[:, None] * stride_vs + offs_d[None, :]
-    mask = (offs_d < D)[None, :] if D < BLOCK_D else None
-    if PARTIAL:
-        mask = inside[:, None] if mask is None else mask & inside[:, None]
-    k_tile = tl.load(k_ptr, mask=mask, other=None if mask is None else 0.0)  # [BN, BD]
-    v_tile = tl.load(v_ptr, mask=mask, other=None if mask is None else 0.0)
+    first = tile // BLOCK_N
+    inside = tl.arange(0, BLOCK_N) <= tile % BLOCK_N  # [BN]
+    k_tile = _load_tile(k, first, inside, stride_ks, D, BLOCK_D, BLOCK_N, PARTIAL, TMA)
+    v_tile = _load_tile(v, first, inside, stride_vs, D, BLOCK_D, BLOCK_N, PARTIAL, TMA)
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
     if PARTIAL:
         s = tl.where(inside[None, :], s, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BM]
+    peak = tl.max(s, 1) * scale_log2  # [BM]
+    if LAZY:
+        m_new = tl.where(peak > m_i + 8.0, peak, m_i)
+        if tl.max((m_new > m_i).to(tl.int32), 0) > 0:
+            alpha = tl.exp2(m_i - m_new)
+            acc = acc * alpha[:, None]
+            l_i = l_i * alpha
+    else:
+        m_new = tl.maximum(m_i, peak)
+        alpha = tl.exp2(m_i - m_new)
+        acc = acc * alpha[:, None]
+        l_i = l_i * alpha
     p = tl.exp2(s * scale_log2 - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
+    l_i = l_i + tl.sum(p, 1)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l_i, m_new
 
 
-@triton.jit(do_not_specialize=["S", "Cq", "query_width", "key_width"])
+@triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width"])
 def _attention_kernel(
     q, k, v, out, lse, permutation, map_index, query_tiles, query_counts, key_tiles, key_counts,
-    scale_log2, H, S, Cq, query_width, key_width,
+    scale_log2, H, S, Sk, Cq, query_width, key_width,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -378,6 +451,9 @@ def _attention_kernel(
     q_tile = tl.load(q_ptr, mask=mask, other=0.0)
     k += b * stride_kb + h * stride_kh
     v += b * stride_vb + h * stride_vh
+    if TMA:
+        k = tl.make_tensor_descriptor(k, [Sk, D], [stride_ks, 1], [BLOCK_N, BLOCK_D])
+        v = tl.make_tensor_descriptor(v, [Sk, D], [stride_vs, 1], [BLOCK_N, BLOCK_D])
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -387,12 +463,12 @@ def _attention_kernel(
     for i in range(full):
         acc, l_i, m_i = _attend_tile(
             q_tile, k, v, tl.load(tiles + i), acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
-            D, BLOCK_D, BLOCK_N, False, PRECISION,
+            D, BLOCK_D, BLOCK_N, False, PRECISION, TMA, LAZY,
         )  # fmt: skip
     for i in range(full, tl.load(key_counts + row * 2 + 1)):
         acc, l_i, m_i = _attend_tile(
             q_tile, k, v, tl.load(tiles + i), acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
-            D, BLOCK_D, BLOCK_N, True, PRECISION,
+            D, BLOCK_D, BLOCK_N, True, PRECISION, TMA, LAZY,
         )  # fmt: skip
     divisor = tl.where(l_i == 0, 1.0, l_i)  # a row with nothing selected gives zeros
     acc = acc / divisor[:, None]

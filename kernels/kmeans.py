@@ -10,6 +10,7 @@ go to the lowest index. Sums run over tokens in sorted order, without atomics: t
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,9 +23,23 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCORE_CHUNK = 1 << 24
 
 
-def kmeans(
-    x: torch.Tensor, centroids: torch.Tensor, iterations: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Clustering(NamedTuple):
+    """One clustering of every head's tokens.
+
+    Args:
+        labels: int32 [B, H, S].
+        centroids: fp32 [B, H, C, D], the means under exactly these labels.
+        sizes: int32 [B, H, C], tokens in each cluster.
+        permutation: int32 [B, H, S], sorted -> original index, stable.
+    """
+
+    labels: torch.Tensor
+    centroids: torch.Tensor
+    sizes: torch.Tensor
+    permutation: torch.Tensor
+
+
+def kmeans(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Clustering:
     """Lloyd's k-means from given centroids, one clustering for each batch item and head.
 
     Args:
@@ -33,7 +48,7 @@ def kmeans(
         iterations: number of assign-and-update rounds, at least 1.
 
     Returns:
-        labels int32 [B, H, S]; centroids fp32 [B, H, C, D], the means under exactly these labels; sizes int32 [B, H, C].
+        The clustering after the last round, with the permutation that its sums were taken in.
 
     Raises:
         ValueError: iterations below 1, or shapes disagree.
@@ -46,8 +61,9 @@ def kmeans(
         raise ValueError(f"iterations must be at least 1, got {iterations}: one is the cheapest warm-started choice")
     for _ in range(iterations):
         labels = kmeans_assign(x, centroids)
-        centroids, sizes = kmeans_update(x, labels, centroids)
-    return labels, centroids, sizes
+        permutation, sizes = sort_labels(labels, centroids.shape[2])
+        centroids = cluster_means(x, permutation, sizes, centroids)
+    return Clustering(labels, centroids, sizes, permutation)
 
 
 def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -131,21 +147,8 @@ def kmeans_update(x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor
         raise ValueError(
             f"labels must be [B, H, S] = {tuple(x.shape[:3])}, got {tuple(labels.shape)}: label each token"
         )
-    if not target.use_triton(x):
-        return kmeans_update_reference(x, labels, centroids)
-    _check_triton("kmeans_update", x)
-    B, H, S, D = x.shape
-    C = centroids.shape[2]
-    permutation, sizes = sort_labels(labels, C)
-    means = torch.empty_like(centroids, memory_format=torch.contiguous_format)
-    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
-    with target.on_device(x):
-        _update_kernel[(C, B * H)](
-            x, permutation, sizes, torch.cumsum(sizes, -1, dtype=torch.int32), centroids.contiguous(), means,
-            H, S, C, *x.stride()[:3],
-            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.update_block_s, num_warps=4,
-        )  # fmt: skip
-    return means, sizes
+    permutation, sizes = sort_labels(labels, centroids.shape[2])
+    return cluster_means(x, permutation, sizes, centroids), sizes
 
 
 def kmeans_update_reference(
@@ -158,6 +161,58 @@ def kmeans_update_reference(
     sums = torch.zeros_like(centroids).scatter_add_(2, index[..., None].expand_as(x), x.to(centroids.dtype))
     means = sums / sizes.clamp(min=1).unsqueeze(-1)
     return torch.where(sizes.unsqueeze(-1) > 0, means, centroids), sizes
+
+
+def cluster_means(
+    x: torch.Tensor, permutation: torch.Tensor, sizes: torch.Tensor, centroids: torch.Tensor
+) -> torch.Tensor:
+    """The mean of every group of tokens that follow each other in sorted order, summed in fp32 in that order.
+
+    Args:
+        x: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous, other strides arbitrary.
+        permutation: int32 [B, H, S], sorted -> original index.
+        sizes: int32 [B, H, C], tokens in each group; a row sums to S.
+        centroids: fp32 [B, H, C, D], kept where a group is empty.
+
+    Returns:
+        fp32 [B, H, C, D].
+
+    Raises:
+        ValueError: shapes disagree, or x's last dim is strided.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: on the Triton path, head dim above 128 or a gradient would be needed.
+    """
+    _check(x, centroids)
+    if permutation.shape != x.shape[:3] or sizes.shape != centroids.shape[:3]:
+        raise ValueError(
+            f"permutation must be [B, H, S] = {tuple(x.shape[:3])} and sizes [B, H, C] = {tuple(centroids.shape[:3])}, "
+            f"got {tuple(permutation.shape)} and {tuple(sizes.shape)}: pass what sort_labels returns"
+        )
+    if not target.use_triton(x):
+        return cluster_means_reference(x, permutation, sizes, centroids)
+    _check_triton("cluster_means", x)
+    B, H, S, D = x.shape
+    C = centroids.shape[2]
+    means = torch.empty_like(centroids, memory_format=torch.contiguous_format)
+    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
+    sizes = sizes.contiguous()
+    with target.on_device(x):
+        _update_kernel[(C, B * H)](
+            x, permutation.contiguous(), sizes, torch.cumsum(sizes, -1, dtype=torch.int32), centroids.contiguous(), means,
+            H, S, C, *x.stride()[:3],
+            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.update_block_s, num_warps=4,
+        )  # fmt: skip
+    return means
+
+
+def cluster_means_reference(
+    x: torch.Tensor, permutation: torch.Tensor, sizes: torch.Tensor, centroids: torch.Tensor
+) -> torch.Tensor:
+    """Specification of `cluster_means` in plain torch; same arguments and result (fp64 centroids sum in fp64)."""
+    place = torch.arange(x.shape[2], device=x.device).expand(x.shape[:3]).contiguous()
+    group = torch.searchsorted(sizes.long().cumsum(-1), place, right=True)  # of each sorted token
+    labels = torch.empty_like(group).scatter_(2, permutation.long(), group)
+    return kmeans_update_reference(x, labels, centroids)[0]
 
 
 def _check(x: torch.Tensor, centroids: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ from . import target
 from .target import tl, triton
 
 INT16_LABELS = 1 << 15
+MAX_COUNTED = 4096  # more clusters are sorted by torch
+CHUNK, PART = 512, 16  # tokens counted together; how many of them are compared with all of them at once
 
 
 def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,12 +36,37 @@ def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, 
         raise TypeError(f"labels must be integers, got {labels.dtype}: pass what kmeans returns")
     if num_clusters < 1:
         raise ValueError(f"num_clusters must be at least 1, got {num_clusters}: pass the number of centroids")
+    if target.use_triton(labels) and num_clusters <= MAX_COUNTED:
+        return _count_and_place(labels, num_clusters)
+    return sort_labels_reference(labels, num_clusters)
+
+
+def sort_labels_reference(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Specification of `sort_labels` in plain torch; same arguments and result."""
     # A radix sort of 16-bit keys takes half the passes.
     narrow = labels.to(torch.int16 if num_clusters <= INT16_LABELS else torch.int32)
     ordered, permutation = torch.sort(narrow, dim=-1, stable=True)
     edges = torch.arange(num_clusters, dtype=narrow.dtype, device=labels.device).expand(*labels.shape[:-1], -1)
     ends = torch.searchsorted(ordered, edges.contiguous(), right=True, out_int32=True)
     return permutation.to(torch.int32), torch.diff(ends, prepend=torch.zeros_like(ends[..., :1]))
+
+
+def _count_and_place(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A counting sort: how often each chunk has each label, where that puts its tokens, and each token there."""
+    S = labels.shape[-1]
+    flat = labels.contiguous().view(-1, S)
+    grid = (triton.cdiv(S, CHUNK), flat.shape[0])
+    counts = torch.empty(flat.shape[0], num_clusters, grid[0], dtype=torch.int32, device=labels.device)
+    permutation = torch.empty(flat.shape, dtype=torch.int32, device=labels.device)
+    with target.on_device(labels):
+        _count_kernel[grid](
+            flat, counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
+        )
+        through = counts.cumsum(-1, dtype=torch.int32)  # in this chunk and the ones before
+        sizes = through[..., -1].clone()
+        before = through - counts + (sizes.cumsum(-1, dtype=torch.int32) - sizes).unsqueeze(-1)
+        _place_kernel[grid](flat, before, permutation, S, num_clusters, CHUNK=CHUNK, PART=PART, num_warps=8)
+    return permutation.view(labels.shape), sizes.view(*labels.shape[:-1], num_clusters)
 
 
 def inverse_permutation(permutation: torch.Tensor) -> torch.Tensor:
@@ -137,6 +164,35 @@ def _move(x: torch.Tensor, permutation: torch.Tensor, scatter: bool) -> torch.Te
             SCATTER=scatter, BLOCK_S=block_s, BLOCK_D=triton.next_power_of_2(D), num_warps=num_warps,
         )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    offs = chunk * CHUNK + tl.arange(0, CHUNK)
+    label = tl.load(labels + row * S + offs, mask=offs < S, other=0).to(tl.int32)
+    count = tl.histogram(label, BLOCK_C)  # [BC]
+    offs_c = tl.arange(0, BLOCK_C)
+    beyond = tl.maximum((chunk + 1) * CHUNK - S, 0)  # were counted as label 0
+    count = tl.where(offs_c == 0, count - beyond, count)
+    tl.store(counts + (row * C + offs_c) * tl.num_programs(0) + chunk, count, mask=offs_c < C)
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _place_kernel(labels, before, permutation, S, C, CHUNK: tl.constexpr, PART: tl.constexpr):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, CHUNK)
+    token = chunk * CHUNK + place
+    label = tl.load(labels + row * S + token, mask=token < S, other=-1).to(tl.int32)  # [CHUNK]
+    rank = tl.zeros([CHUNK], dtype=tl.int32)
+    for first in range(0, CHUNK, PART):
+        other = first + tl.arange(0, PART)
+        other_token = chunk * CHUNK + other
+        other_label = tl.load(labels + row * S + other_token, mask=other_token < S, other=-2).to(tl.int32)  # [PART]
+        earlier = (label[:, None] == other_label[None, :]) & (other[None, :] < place[:, None])
+        rank += tl.sum(earlier.to(tl.int32), 1)
+    start = tl.load(before + (row * C + label) * tl.num_programs(0) + chunk, mask=token < S, other=0)
+    tl.store(permutation + row * S + start + rank, token, mask=token < S)
 
 
 @triton.jit(do_not_specialize=["S"])

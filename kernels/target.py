@@ -1,8 +1,9 @@
 """The one place that asks about hardware: which architecture, how many SMs, whether Triton kernels can run here."""
 
 import contextlib
+import contextvars
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -28,6 +29,7 @@ else:
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 INTERPRETER_ARCH = 90
 MIN_ARCH = 80
+FP8_ARCH = 89
 
 
 @cache
@@ -102,6 +104,70 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
         x: any tensor of the operation.
     """
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether FP8 products run on a device: compute capability 8.9 and newer, and everywhere in plain torch.
+
+    Args:
+        device: where the tensors are.
+    """
+    return arch(device) >= FP8_ARCH
+
+
+def require_fp8(device: torch.device) -> None:
+    """Raises where a GPU has no FP8.
+
+    Args:
+        device: where the tensors are.
+
+    Raises:
+        NotImplementedError: compute capability below 8.9.
+    """
+    if not has_fp8(device):
+        raise NotImplementedError(
+            f"FP8 needs compute capability {FP8_ARCH / 10} or newer, got {arch(device) / 10}: "
+            'use precision "int8-fp16"'
+        )
+
+
+def tiles_of(x: torch.Tensor, tile: list[int]):
+    """Tensor descriptor through which a kernel reads tiles of a matrix; what lies outside reads as zero.
+
+    Args:
+        x: a contiguous matrix whose rows are a multiple of 16 bytes.
+        tile: rows and columns of a tile.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, tile)
+
+
+def with_workspace(launch, device: torch.device):
+    """A kernel launch that may ask for device memory, as descriptors made inside a kernel do.
+
+    Args:
+        launch: what `kernel[grid]` gives.
+        device: where the memory comes from.
+
+    Returns:
+        The same launch; an allocator that the user gave Triton is untouched.
+    """
+
+    def run(*args, **kwargs):
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
+        return launch(*args, **kwargs)
+
+    return partial(contextvars.copy_context().run, run)
+
+
+def fits_descriptor(x: torch.Tensor) -> bool:
+    """Whether a tensor memory descriptor can address x: start and all strides but the last multiples of 16 bytes.
+
+    Args:
+        x: any tensor whose last dim is contiguous.
+    """
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
 
 
 def refuse_gradients(op: str, *tensors: torch.Tensor) -> None:

@@ -170,7 +170,7 @@ def check_kmeans():
         start[:, :, 5] = 1000.0  # stays empty
         kmeans(x, start, 1)
         poison_memory()
-        labels, centroids, sizes = quietly(kmeans, x, start, 5)
+        labels, centroids, sizes, _ = quietly(kmeans, x, start, 5)
         exact = start.double()
         for _ in range(5):
             exact_labels = assign_exactly(x, exact)
@@ -245,8 +245,7 @@ def check_top_p():
 
 def whole_method(x, v, start):
     """Clustering, selection, permutation and attention as SVG2 chains them."""
-    labels, centroids, sizes = kmeans(x, start, 2)
-    permutation, sizes = sort_labels(labels, start.shape[2])
+    _, centroids, sizes, permutation = kmeans(x, start, 2)
     B, H, C = sizes.shape
     block_map = top_p_block_map(centroids, centroids, sizes, 0.9, 0.1, 0.1)
     flat, index = sizes.view(B * H, C), torch.arange(B * H, device=x.device, dtype=torch.int32).view(B, H)

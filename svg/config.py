@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
+SELECTIONS = ("clusters", "tiles")
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 
 
@@ -109,6 +110,8 @@ class SVG2Config(MethodConfig):
         first_iterations: k-means iterations on a layer's first sparse call of a run, >= 1.
         iterations: k-means iterations on later calls, from the cached centroids, >= 1.
         budget: upper bound on density in (0, 1], or None.
+        selection: what the block map selects: "clusters" (the paper's), or "tiles", equal stretches of the tokens in
+            cluster order, which attention computes without padding.
 
     Source: Sparse VideoGen2 (arXiv 2505.18875), sections 3 and 4.
     """
@@ -122,9 +125,12 @@ class SVG2Config(MethodConfig):
     first_iterations: int = 50
     iterations: int = 2
     budget: float | None = None
+    selection: str = "clusters"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         _share(self, "top_p", zero=False)
         _share(self, "min_k_ratio")
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations"):

@@ -253,7 +253,7 @@ def bench_kmeans(bench: Bench) -> None:
     shape = f"B=1 H={HEADS} S={S} D={DIM}"
     for clusters in (1000, 300):
         start = x[:, :, torch.randperm(S, device=DEVICE)[:clusters]].float()
-        _, start, _ = kmeans(x, start, 5)
+        start = kmeans(x, start, 5).centroids
         ms = median_ms(lambda start=start: kmeans(x, start, 4)) / 4
         key = f"kmeans/S{S}/K{clusters}"
         bench.note(f"{key}/ms_per_iteration", ms, "ms", shape, inputs=inputs.description)
@@ -271,7 +271,7 @@ def bench_permute(bench: Bench) -> None:
     x = inputs.heads_first()[1]
     S = x.shape[2]
     shape = f"B=1 H={HEADS} S={S} D={DIM}"
-    labels, _, _ = kmeans(x, x[:, :, :1000].float(), 2)
+    labels = kmeans(x, x[:, :, :1000].float(), 2).labels
     ms = median_ms(lambda: sort_labels(labels, 1000))
     bench.note(f"permute/S{S}/K1000/sort_ms", ms, "ms", shape, inputs=inputs.description)
     order, _ = sort_labels(labels, 1000)

@@ -1,5 +1,9 @@
 """SVG2: queries and keys are clustered by k-means; a query cluster attends to the key clusters holding its mass.
 
+The unit of the block map is a pair of clusters, as in the paper, or a pair of tiles: video tokens sorted by cluster, cut
+every Q_TILE queries and K_TILE keys, which no kernel has to pad. Clusters are ordered once a run so that neighbours are
+alike: runs of key clusters get longer, and tiles across a border stay uniform.
+
 Video tokens are clustered; the prompt is one more cluster and the padding text another, on both sides. Prompt columns
 and text rows are always computed; padding columns never.
 
@@ -8,18 +12,22 @@ Source: Sparse VideoGen2 (arXiv 2505.18875), sections 3 and 4.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.kmeans import kmeans
-from svg.kernels.permute import sort_labels
+from svg.kernels.kmeans import Clustering, cluster_means, kmeans
+from svg.kernels.neighbours import neighbour_order
 from svg.kernels.top_p import top_p_block_map
 
 from ..config import SVG2Config
 from ..layout import TokenLayout
 from ..state import LayerState
 from .plan import Plan, visible_keys
+
+Q_TILE, K_TILE = 128, 64
 
 
 def plan(
@@ -31,7 +39,7 @@ def plan(
     layout: TokenLayout,
     text_mask: Tensor | None = None,
 ) -> Plan:
-    """Cluster queries and keys, and keep for every query cluster the key clusters holding top_p of its mass.
+    """Cluster queries and keys, and keep for every query block the key blocks holding top_p of its mass.
 
     A video of fewer tokens than clusters gets as many clusters as tokens.
 
@@ -43,7 +51,7 @@ def plan(
         text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
 
     Returns:
-        The plan: one map a head. Its density is within the budget, unless one key cluster a query cluster, which always
+        The plan: one map a head. Its density is within the budget, unless one key block a query block, which always
         stays, is above it.
 
     Raises:
@@ -52,21 +60,21 @@ def plan(
     Source: arXiv 2505.18875, sections 4.2 (clustering) and 4.3 (selection from centroids).
     """
     batch, heads, _, dim = q.shape
-    q_labels, q_centroids, _ = _cluster(q[:, :, layout.video_slice], config.num_q_clusters, "q_centroids", config, state)
-    k_labels, k_centroids, k_counts = _cluster(
-        k[:, :, layout.video_slice], config.num_k_clusters, "k_centroids", config, state
+    sides = ((q, config.num_q_clusters, Q_TILE, "q_centroids"), (k, config.num_k_clusters, K_TILE, "k_centroids"))
+    q_blocks, k_blocks = (
+        _blocks(x[:, :, layout.video_slice], clusters, tile, name, config, state) for x, clusters, tile, name in sides
     )
     block_map = top_p_block_map(
-        q_centroids,
-        k_centroids,
-        k_counts,
+        q_blocks.means,
+        k_blocks.means,
+        k_blocks.sizes,
         config.top_p,
         config.min_k_ratio,
         dim**-0.5,
         budget=_video_budget(config.budget, layout),
     )
-    q_permutation, q_sizes = _sort(q_labels, q_centroids.shape[2], layout, text_mask)
-    k_permutation, k_sizes = _sort(k_labels, k_centroids.shape[2], layout, text_mask)
+    q_permutation, q_sizes = _with_text_tokens(q_blocks, layout, text_mask)
+    k_permutation, k_sizes = _with_text_tokens(k_blocks, layout, text_mask)
     visible = visible_keys(batch, layout.video_tokens, layout.text_tokens, text_mask, q.device)
     return Plan(
         q_permutation=q_permutation,
@@ -79,26 +87,60 @@ def plan(
     )
 
 
-def _cluster(x: Tensor, clusters: int, name: str, config: SVG2Config, state: LayerState) -> tuple[Tensor, ...]:
+class Blocks(NamedTuple):
+    """Video tokens of every head in sorted order, cut into blocks.
+
+    Args:
+        permutation: int32 [B, H, V], sorted -> original index.
+        sizes: int32 [B, H, N], tokens in each block.
+        means: fp32 [B, H, N, D].
+    """
+
+    permutation: Tensor
+    sizes: Tensor
+    means: Tensor
+
+
+def _blocks(x: Tensor, clusters: int, tile: int, name: str, config: SVG2Config, state: LayerState) -> Blocks:
+    found = _cluster(x, clusters, name, config, state)
+    if config.selection == "clusters":
+        return Blocks(found.permutation, found.sizes, found.centroids)
+    starts = torch.arange(0, x.shape[2], tile, device=x.device)
+    sizes = (x.shape[2] - starts).clamp_max(tile).to(torch.int32).expand(*x.shape[:2], -1)  # [B, H, N]
+    nothing = found.centroids.new_zeros(*sizes.shape, x.shape[3])
+    return Blocks(found.permutation, sizes, cluster_means(x, found.permutation, sizes, nothing))
+
+
+def _cluster(x: Tensor, clusters: int, name: str, config: SVG2Config, state: LayerState) -> Clustering:
     centroids = state.cache.get(name)
     iterations = config.iterations
     if centroids is None:
         # The same tokens for every sample and head: a draw that knows the batch would tie samples to each other.
         tokens = torch.randperm(x.shape[2], generator=state.generator(x.device), device=x.device)[:clusters]
-        centroids, iterations = x[:, :, tokens].float(), config.first_iterations  # [B, H, C, D]
-    labels, centroids, sizes = kmeans(x, centroids, iterations)
-    state.cache[name] = centroids
-    return labels, centroids, sizes
+        centroids, iterations = x[:, :, tokens].float(), 1  # [B, H, C, D]
+        if config.first_iterations > 1:
+            centroids = kmeans(x, centroids, config.first_iterations - 1).centroids
+        # Later calls start from these centroids, so they keep the order.
+        centroids = centroids.gather(2, neighbour_order(centroids).long()[..., None].expand_as(centroids))
+    found = kmeans(x, centroids, iterations)
+    state.cache[name] = found.centroids
+    return found
 
 
-def _sort(labels: Tensor, clusters: int, layout: TokenLayout, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _with_text_tokens(blocks: Blocks, layout: TokenLayout, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The permutation int32 [B, H, S] and sizes int32 [B, H, N + 2] with prompt and padding text at the end."""
     if not layout.text_tokens:
-        return sort_labels(labels, clusters)
-    everything = labels.new_full((*labels.shape[:2], layout.total_tokens), clusters)  # [B, H, S]
-    everything[:, :, layout.video_slice] = labels
-    if text_mask is not None:
-        everything[:, :, layout.text_slice] += text_mask.logical_not()[:, None]
-    return sort_labels(everything, clusters + 2)
+        return blocks.permutation, blocks.sizes
+    batch, heads = blocks.sizes.shape[:2]
+    if text_mask is None:
+        text_mask = torch.ones(batch, layout.text_tokens, dtype=torch.bool, device=blocks.sizes.device)
+    text = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)  # prompt before padding
+    text = (text + layout.text_slice.start)[:, None].expand(-1, heads, -1)
+    prompt = text_mask.sum(-1, dtype=torch.int32)[:, None, None].expand(-1, heads, -1)
+    return (
+        torch.cat([blocks.permutation + layout.video_slice.start, text], -1),
+        torch.cat([blocks.sizes, prompt, layout.text_tokens - prompt], -1),
+    )
 
 
 def _with_text(block_map: Tensor, layout: TokenLayout) -> Tensor:

@@ -17,7 +17,7 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_37
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_update_kernel",
-    "_move_kernel", "_select_kernel",
+    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel",
 }  # fmt: skip
 archs = pytest.mark.parametrize("arch", SHARED_LIMIT)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from svg.kernels import block_sparse_attention, block_sparse_attention_reference, target
+from svg.kernels import block_sparse, block_sparse_attention, block_sparse_attention_reference, target
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Uneven, with empty clusters and tails: the last number of a row is what is left of S.
@@ -70,6 +70,26 @@ def test_odd_lengths(S, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_dims(D, dtype):
     assert_matches_definition(*problem(129, D, dtype, B=1))
+
+
+@in_interpreter
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("D", [96, 128])
+def test_every_way_to_launch(tma, lazy, D, monkeypatch):
+    monkeypatch.setitem(block_sparse.LAUNCH[90], (2, 128), block_sparse.Launch(64, 32, 4, 2, tma, lazy))
+    assert_matches_definition(*problem(129, D, torch.bfloat16))
+    (q, *rest), plan = problem(129, D, torch.float16)
+    assert_matches_definition((q * 20, *rest), plan)  # maxima that rise by more than 2^8
+
+
+@in_interpreter
+def test_rows_that_no_descriptor_can_address():
+    """Rows of 130 elements: 260 bytes, no multiple of 16."""
+    arguments, plan = problem(63, 64, torch.bfloat16)
+    k, v = (F.pad(x, (0, 66)).contiguous()[..., :64] for x in arguments[1:3])
+    assert k.stride(2) == 130 and not target.fits_descriptor(k)
+    assert_matches_definition((arguments[0], k, v, *arguments[3:]), plan)
 
 
 def test_given_scale_and_no_permutation():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from sklearn.cluster import KMeans
-from svg.kernels import kmeans, kmeans_assign, kmeans_update, target
+from svg.kernels import cluster_means, kmeans, kmeans_assign, kmeans_update, target
 
 
 def blobs(B, H, S, D, dtype=torch.float32, groups=12):
@@ -79,7 +79,7 @@ def test_update_takes_means_and_keeps_empty_clusters(dtype):
 
 def test_one_cluster_is_the_mean():
     x = blobs(1, 2, 111, 64)
-    labels, centroids, sizes = kmeans(x, x[:, :, :1].float(), 2)
+    labels, centroids, sizes, _ = kmeans(x, x[:, :, :1].float(), 2)
     assert (labels == 0).all() and (sizes == 111).all()
     torch.testing.assert_close(centroids[:, :, 0], x.mean(2), rtol=1e-5, atol=1e-5)
 
@@ -88,7 +88,7 @@ def test_one_cluster_is_the_mean():
 def test_inertia_within_one_percent_of_scikit_learn(dtype):
     x = blobs(1, 2, 700, 16, dtype, groups=200)
     start = x[:, :, :12].float()
-    labels, centroids, sizes = kmeans(x, start, 10)
+    labels, centroids, sizes, _ = kmeans(x, start, 10)
     assert (sizes > 0).all()  # scikit-learn moves an empty cluster elsewhere
     for h in range(2):
         points, first = x[0, h].double().numpy(), start[0, h].double().numpy()
@@ -99,10 +99,25 @@ def test_inertia_within_one_percent_of_scikit_learn(dtype):
 
 def test_centroids_are_the_means_of_the_returned_labels():
     x = blobs(1, 2, 129, 64)
-    labels, centroids, sizes = kmeans(x, x[:, :, :7].float(), 3)
+    labels, centroids, sizes, permutation = kmeans(x, x[:, :, :7].float(), 3)
     again, counts = kmeans_update(x, labels, torch.zeros(1, 2, 7, 64))
     assert torch.equal(sizes, counts)
     assert torch.equal(centroids, again)
+    assert torch.equal(permutation.long(), labels.argsort(dim=-1, stable=True))
+
+
+def test_means_of_groups_in_any_order():
+    x = blobs(2, 2, 111, 64, torch.bfloat16)
+    permutation = torch.rand(2, 2, 111).argsort(-1).int()
+    sizes = torch.tensor([64, 0, 40, 7], dtype=torch.int32).expand(2, 2, -1)
+    kept = torch.randn(2, 2, 4, 64)
+    means = cluster_means(x, permutation, sizes, kept)
+    ordered = x.double().gather(2, permutation.long()[..., None].expand_as(x))
+    for c, (start, stop) in enumerate(((0, 64), (64, 64), (64, 104), (104, 111))):
+        expected = ordered[:, :, start:stop].mean(2) if stop > start else kept[:, :, c].double()
+        torch.testing.assert_close(means[:, :, c].double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="pass what sort_labels returns"):
+        cluster_means(x, permutation[..., :9], sizes, kept)
 
 
 def test_two_runs_are_bit_equal():

@@ -7,6 +7,7 @@ from svg.attend import attend, dense_attention
 from svg.config import SVG2Config
 from svg.layout import TokenLayout
 from svg.methods import svg2
+from svg.methods.dense import key_mask
 from svg.state import LayerState, RunState
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
@@ -119,25 +120,71 @@ def test_iterations_first_then_warm_start(monkeypatch, make_qkv):
         for branch in ("cond", "uncond"):
             state.begin_forward(step, 3, branch, LAYOUT)
             attend(*make_qkv(LAYOUT, seed=step), state, 2)
-    assert [rounds for rounds, _, _ in calls] == [4] * 4 + [2] * 8
+    assert [rounds for rounds, _, _ in calls] == [3, 1] * 4 + [2] * 8  # the order is made before the first's last round
+    warm = [call for call in calls if call[0] != 3]
     for i in range(4, 12):
-        assert calls[i][1] is calls[i - 4][2]  # q and k of two branches: each from its own previous step
+        assert warm[i][1] is warm[i - 4][2]  # q and k of two branches: each from its own previous step
     state.begin_run()
     state.begin_forward(0, 3, "cond", LAYOUT)
     attend(*make_qkv(LAYOUT), state, 2)
-    assert calls[-1][0] == 4
+    assert [rounds for rounds, _, _ in calls[-4:]] == [3, 1, 3, 1]
 
 
 def test_init_tokens_do_not_depend_on_the_batch(monkeypatch, make_qkv):
     starts = []
     real = svg2.kmeans
-    monkeypatch.setattr(svg2, "kmeans", lambda x, c, i: starts.append((x, c)) or real(x, c, i))
+    monkeypatch.setattr(svg2, "kmeans", lambda x, c, i: starts.extend([(x, c)] * (i == 3)) or real(x, c, i))
     for batch in (1, 3):
         q, k, v = (x.transpose(1, 2) for x in make_qkv(LAYOUT, batch=batch))
         svg2.plan(q, k, v, SVG2Config(**SMALL), LayerState(0, "cond", 7), LAYOUT)
     chosen = [(x[0, 0, :, None] == c[0, 0]).all(-1).float().argmax(0) for x, c in starts]
     assert torch.equal(chosen[0], chosen[2]) and torch.equal(chosen[1], chosen[3])
     assert chosen[0].unique().numel() == 5 and chosen[1].unique().numel() == 9
+
+
+def test_order_is_kept_over_calls(make_qkv):
+    """Neighbouring clusters are alike after the first call, and centroids keep their places after later ones."""
+    config, memory = SVG2Config(num_q_clusters=5, num_k_clusters=20, first_iterations=3), LayerState(0, "cond", 7)
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(TokenLayout(5, 6, 7)))
+    svg2.plan(q, k, v, config, memory, TokenLayout(5, 6, 7))
+    first = memory.cache["k_centroids"]
+    steps = (first[:, :, 1:] - first[:, :, :-1]).norm(dim=-1).mean(-1)
+    apart = torch.cdist(first, first).mean((-1, -2))
+    assert (steps < 0.8 * apart).all()
+    svg2.plan(q, k, v, config, memory, TokenLayout(5, 6, 7))
+    moved = torch.cdist(memory.cache["k_centroids"], first)
+    assert (moved.argmin(-1) == torch.arange(20)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("text", ["none", "first", "last"])
+def test_tiles_in_cluster_order(text, make_qkv, make_mask, monkeypatch):
+    monkeypatch.setattr(svg2, "Q_TILE", 16)
+    monkeypatch.setattr(svg2, "K_TILE", 8)
+    layout = TokenLayout(3, 4, 5, 0 if text == "none" else 6, text)  # 60 = 3 * 16 + 12 = 7 * 8 + 4
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(layout, heads=2))
+    mask = make_mask(layout)
+    config = SVG2Config(**SMALL, selection="tiles", top_p=0.6, min_k_ratio=0.0)
+    plan = svg2.plan(q, k, v, config, LayerState(0, "cond", 7), layout, mask)
+    tiles, q_tiles, k_tiles = plan.block_map, plan.q_sizes[0].tolist(), plan.k_sizes[0].tolist()
+    assert q_tiles[:4] == [16, 16, 16, 12] and k_tiles[:8] == [8] * 7 + [4]
+    video = layout.video_slice
+    for b, h in ((0, 0), (1, 1)):
+        order = plan.q_permutation[b, h].long(), plan.k_permutation[b, h].long()
+        assert all(sorted(side.tolist()) == list(range(layout.total_tokens)) for side in order)
+        for i in range(4):  # the definition: tile means, equal sizes but the last
+            rows = order[0][16 * i : min(16 * i + 16, 60)]
+            assert ((rows >= video.start) & (rows < video.stop)).all()
+            means = torch.stack([k[b, h, part].mean(0) for part in order[1][:60].split(8)])
+            logits = means @ q[b, h, rows].mean(0) * q.shape[-1] ** -0.5 + torch.tensor([8.0] * 7 + [4]).log()
+            weight, heaviest = logits.softmax(-1).sort(descending=True)
+            kept = heaviest[weight.cumsum(0) - weight <= 0.6]
+            assert set(tiles[2 * b + h, i, :8].nonzero().squeeze(1).tolist()) == set(kept.tolist())
+    state = RunState(SVG2Config(**SMALL, selection="tiles", top_p=1.0), 1)
+    state.begin_forward(0, 1, "cond", layout)
+    inputs = [x.transpose(1, 2) for x in (q, k, v)]
+    out = attend(*inputs, state, 0, mask)
+    dense = dense_attention(q, k, v, key_mask(layout, mask)).transpose(1, 2)
+    torch.testing.assert_close(out, dense, atol=2e-5, rtol=0)
 
 
 def test_more_clusters_than_tokens(make_qkv):
