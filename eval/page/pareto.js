@@ -14,6 +14,7 @@ function paretoSection() {
     several && choice("each", "Marks", [["mean", "Mean"], ["each", "Every cell"]], "mean", (key) => update({ each: key === "each" })));
   const plots = el("div", { class: "plots" });
   const legend = el("ul", { class: "legend" });
+  const warning = el("p", { class: "warning", role: "status" });
   const draw = () => {
     const held = document.activeElement?.closest?.("#pareto .point");
     const place = held && `[data-axis="${held.closest("figure").dataset.axis}"] [data-label="${CSS.escape(held.dataset.label)}"]`;
@@ -21,13 +22,14 @@ function paretoSection() {
     const each = width >= 760 ? (width - 28) / 2 : width;
     plots.replaceChildren(plot("time", each), plot("density", each));
     legend.replaceChildren(...legendItems());
+    warning.textContent = isUneven() ? "The means are over different prompts and seeds, because some cells are missing: compare them with care, or show every cell." : "";
     if (place) plots.querySelector(place)?.focus(); // drawing anew took it away
   };
   onChange((keys) => keys[0] !== "sort" && draw());
   new ResizeObserver(draw).observe(plots);
   return section("pareto", "Quality against cost",
     "Up and to the left is better. Distances are to dense attention from the same prompt and seed; anything inside the control band is as close as dense is to itself on another backend.",
-    controls, plots, legend);
+    controls, plots, legend, warning);
 }
 
 // Marks of the cells in sight: means over prompts and seeds, or every cell.
@@ -40,6 +42,12 @@ function marks() {
     byLabel.get(cell.label).push(cell);
   }
   return [...byLabel.values()].map((members) => ({ cells: members, cell: members[0] }));
+}
+
+// Whether means in sight are over different videos: a hard prompt in one of them alone looks like a bad method.
+function isUneven() {
+  const sparse = marks().filter((mark) => mark.cell.role === "accelerated");
+  return !state.each && new Set(sparse.map((mark) => mark.cells.map((cell) => `${cell.seed} ${cell.prompt}`).sort().join("\n"))).size > 1;
 }
 
 function numbersOf(mark, axis) {

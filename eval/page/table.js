@@ -3,13 +3,13 @@
 
 const COLUMNS = [
   { key: "label", name: "Cell", get: (cell) => cell.label, text: true },
-  { key: "prompt", name: "Prompt", get: (cell) => cell.prompt, text: true, several: true },
-  { key: "seed", name: "Seed", get: (cell) => cell.seed, several: true },
   { key: "density", name: "Density", get: (cell) => cell.density?.all_calls, show: (number) => format(number, 3), hint: "over all calls" },
   ...Object.entries(METRICS).map(([key, { name, short, digits, unit }]) => (
     { key, name: short || name, get: (cell) => cell.quality[key], show: (number) => format(number, digits), hint: [name, unit].filter(Boolean).join(", "), metric: true })),
   ...["attention", "end_to_end"].map((key) => (
     { key, name: TIMES[key], get: (cell) => cell.seconds?.[key], show: seconds, after: (cell) => speedup(cell, key), hint: "and how many times as fast as dense" })),
+  { key: "prompt", name: "Prompt", get: (cell) => cell.prompt, text: true, several: true },
+  { key: "seed", name: "Seed", get: (cell) => cell.seed, several: true },
 ];
 
 function tableSection() {

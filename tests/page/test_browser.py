@@ -130,6 +130,16 @@ def test_plots_show_every_setting(sweep):
     assert sweep.evaluate("document.querySelectorAll('#pareto .control-band').length") == 2
 
 
+def test_uneven_means_are_said(sweep):
+    warning = "document.querySelector('#pareto .warning').textContent"
+    assert sweep.evaluate(warning) == ""
+    sweep.evaluate("CELLS.find((cell) => cell.label === 'svg1 density=0.3').status = 'pending'")
+    sweep.click("#pareto input[value=ssim]")
+    assert "different prompts and seeds" in sweep.evaluate(warning)
+    sweep.click("#pareto input[value=each]")
+    assert sweep.evaluate(warning) == ""
+
+
 def test_metric_switch(sweep):
     before = points(sweep)
     for key, name in (("ssim", "SSIM"), ("lpips", "LPIPS"), ("psnr", "PSNR")):

@@ -6,7 +6,6 @@ import pytest
 
 from svg.cli import cli
 from svg.command import command_line
-from svg.job import resolve
 
 PRESETS = [
     ["--frames", "9", "--steps", "4", "--seed", "7"],
@@ -17,27 +16,23 @@ PRESETS = [
 ]
 
 
+class Caught(Exception):
+    """Raised in place of running a job, which is its only argument."""
+
+
 @pytest.fixture
 def job_of(monkeypatch):
-    """Parse a command line as `svg generate` does, without running it."""
-    caught = []
+    """The job that `svg generate` would run for these arguments."""
 
-    def catch(*, no_dense, no_control, prompt, **options):
-        names = ("density", "top_p", "budget", "num_q_clusters", "num_k_clusters")
-        names += ("warmup_steps", "warmup_layers", "dense_backend")
-        settings = {name: options.pop(name) for name in names}
-        names = ("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed")
-        names += ("negative_prompt", "image", "fps")
-        generation = {"prompt": prompt, **{name: options.pop(name) for name in names}}
-        caught.append(
-            resolve(settings=settings, generation=generation, dense=not no_dense, control=not no_control, **options)
-        )
+    def catch(job, display):
+        raise Caught(job)
 
-    monkeypatch.setattr(cli.commands["generate"], "callback", catch)
+    monkeypatch.setattr("svg.generate.run", catch)
 
     def parse(arguments):
-        cli.main(["generate", *arguments], standalone_mode=False)
-        return caught[-1]
+        with pytest.raises(Caught) as caught:
+            cli.main(["generate", *arguments], standalone_mode=False)
+        return caught.value.args[0]
 
     return parse
 
