@@ -7,6 +7,10 @@ if __name__ == "kernels":
     )
 
 from .block_sparse import block_sparse_attention, block_sparse_attention_reference
+from .block_sparse_quantised import (
+    block_sparse_attention_quantised,
+    block_sparse_attention_quantised_reference,
+)
 from .kmeans import (
     Clustering,
     cluster_means,
@@ -27,16 +31,28 @@ from .permute import (
     sort_labels,
     sort_labels_reference,
 )
+from .probe import probe_attention, probe_attention_reference
+from .quantised_attention import quantised_attention, quantised_attention_reference
+from .quantize import (
+    quantize_channels,
+    quantize_channels_reference,
+    quantize_tokens,
+    quantize_tokens_reference,
+    statistics,
+    statistics_reference,
+)
 from .top_p import top_p_block_map, top_p_block_map_reference
 
 __all__ = [
-    "block_sparse_attention",
-    "block_sparse_attention_reference",
-    "gather_tokens",
-    "gather_tokens_reference",
     "Clustering",
+    "block_sparse_attention",
+    "block_sparse_attention_quantised",
+    "block_sparse_attention_quantised_reference",
+    "block_sparse_attention_reference",
     "cluster_means",
     "cluster_means_reference",
+    "gather_tokens",
+    "gather_tokens_reference",
     "inverse_permutation",
     "kmeans",
     "kmeans_assign",
@@ -45,10 +61,20 @@ __all__ = [
     "kmeans_update_reference",
     "neighbour_order",
     "neighbour_order_reference",
+    "probe_attention",
+    "probe_attention_reference",
+    "quantised_attention",
+    "quantised_attention_reference",
+    "quantize_channels",
+    "quantize_channels_reference",
+    "quantize_tokens",
+    "quantize_tokens_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "sort_labels",
     "sort_labels_reference",
+    "statistics",
+    "statistics_reference",
     "top_p_block_map",
     "top_p_block_map_reference",
 ]

@@ -15,8 +15,7 @@ power of two. sm80 and newer.
 """
 
 import itertools
-from collections.abc import Iterator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch

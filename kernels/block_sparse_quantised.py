@@ -15,16 +15,8 @@ import torch
 from . import target
 from .block_sparse import LOG2_E, block_sparse_attention_reference, check, key_tiles, query_tiles
 from .permute import gather_tokens, gather_tokens_reference
-from .quantised_attention import (
-    Launch,
-    attend_tile,
-    finish_rows,
-    key_source,
-    pv_dtype,
-    rounded_attention,
-    unsmoothed_lse,
-    value_source,
-)
+from .quantised_attention import pv_dtype, rounded_attention, unsmoothed_lse
+from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
 from .quantize import (
     absmax_of_rows,
     dequantize_channels,
@@ -159,7 +151,7 @@ def _attend(q, k, v, scale, p_dtype):
 LAUNCH = {
     80: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(128, 32, 8, 3)},
     89: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
-         (True, 64): Launch(128, 32, 4, 3), (True, 128): Launch(64, 32, 4, 3)},
+         (True, 64): Launch(64, 32, 4, 3), (True, 128): Launch(128, 32, 8, 3)},
     90: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
          (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
     100: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
@@ -261,11 +253,7 @@ def _sparse_quantised_kernel(
             offs_m, acc, l_i, m_i,
             D, BLOCK_D, BLOCK_N, True, False, True, FP8, TWO_LEVEL, MAGIC, TMA,
         )  # fmt: skip
-    acc = finish_rows(
-        acc, l_i, v_scale + bh * BLOCK_D if FP8 else None, v_mean + bh * BLOCK_D if v_mean is not None else None, BLOCK_D, FP8
-    )
-    if v_mean is not None:
-        acc = tl.where((l_i == 0)[:, None], 0.0, acc)
+    acc = finish_rows(acc, l_i, v_scale, v_mean, bh * BLOCK_D, BLOCK_D, FP8)
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:

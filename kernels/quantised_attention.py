@@ -16,11 +16,10 @@ the scales (.9993 in all); where V's channels have means, as in trained models, 
 sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from . import target
+from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
 from .quantize import (
     BLOCK,
     GROUPS,
@@ -262,27 +261,6 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: fl
     padded_head_dim(q.shape[-1])
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and variants of one architecture, P V type and padded head dim.
-
-    Args:
-        block_m, block_n: queries and keys of a tile; both divide 128.
-        num_warps, num_stages: as Triton has them.
-        two_level: add each tile's FP8 P V in fp32.
-        magic: start the INT8 product at 1.5 * 2^23, whose bits make it a float without a conversion.
-        tma: read K and V through tensor descriptors (sm90 and newer).
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    two_level: bool = True
-    magic: bool = False
-    tma: bool = False
-
-
 # arch -> (P V in FP8, padded head dim) -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared
 # memory).
 LAUNCH = {
@@ -292,9 +270,9 @@ LAUNCH = {
     90: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
          (True, 64): Launch(128, 128, 8, 3, tma=True), (True, 128): Launch(128, 128, 8, 3, tma=True)},
     100: {(False, 64): Launch(128, 64, 4, 3), (False, 128): Launch(128, 64, 8, 3),
-          (True, 64): Launch(128, 128, 8, 3, tma=True), (True, 128): Launch(128, 128, 8, 3, tma=True)},
-    120: {(False, 64): Launch(128, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
-          (True, 64): Launch(128, 64, 4, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+          (True, 64): Launch(128, 128, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+    120: {(False, 64): Launch(64, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
+          (True, 64): Launch(128, 64, 4, 3, tma=True), (True, 128): Launch(64, 64, 4, 3, tma=True)},
 }  # fmt: skip
 
 
@@ -320,118 +298,12 @@ def _launch(q, k, v, *, precision, is_causal, sm_scale, smooth_q, smooth_k, smoo
         _quantised_attention_kernel[(triton.cdiv(S, row.block_m), B * H)](
             rows.values, rows.scale, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if fp8 else None, channels.mean if fp8 else None, bias, out, lse,
-            sm_scale * LOG2_E, H, H // kv_heads, S, Sk, *value_strides(values), *out.stride()[:3],
+            sm_scale * LOG2_E, H, H // kv_heads, S, Sk, *values.stride()[:3], *out.stride()[:3],
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
             K_PER_TOKEN=k_groups != "block", FP8=fp8, TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
-
-
-def key_source(keys: torch.Tensor, row: Launch):
-    """Quantised keys as the kernels read them: a tensor, or a descriptor of tiles of its rows.
-
-    Args:
-        keys: int8 [B, H, Sk, Dp], contiguous.
-        row: the launch.
-    """
-    return target.tiles_of(keys.flatten(0, 2), [row.block_n, keys.shape[3]]) if row.tma else keys
-
-
-def value_source(values: torch.Tensor, row: Launch):
-    """Quantised or 16-bit values as the kernels read them: a tensor, or a descriptor of tiles of transposed values.
-
-    Args:
-        values: float8_e4m3fn [B, H, Dp, Sp] contiguous, or 16 bits [B, H, Sk, D].
-        row: the launch.
-    """
-    transposed = values.dtype == torch.float8_e4m3fn
-    return target.tiles_of(values.flatten(0, 2), [values.shape[2], row.block_n]) if row.tma and transposed else values
-
-
-def value_strides(values: torch.Tensor) -> tuple[int, int, int]:
-    """Strides of batch, head, and token (16 bits) or channel (FP8, transposed)."""
-    return values.stride()[:3]
-
-
-@triton.jit
-def attend_tile(
-    q, row_scale, k, k_scale, v, bias, k_row, v_row, stride_v, first, keys, row, acc, l_i, m_i,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys [first, first + BLOCK_N), of which `keys` exist: running output, sum and maximum of each row.
-
-    k, k_scale, v and bias point at the head; k_row and v_row are its first rows in the descriptors.
-    """
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = offs_n < keys
-    token = first + offs_n.to(tl.int64)
-    if TMA:
-        k_tile = k.load([k_row + first, 0])  # [BN, BD]
-    elif PARTIAL:
-        k_tile = tl.load(k + token[:, None] * BLOCK_D + offs_d[None, :], mask=inside[:, None], other=0)
-    else:
-        k_tile = tl.load(k + token[:, None] * BLOCK_D + offs_d[None, :])
-    if MAGIC:
-        start = tl.full([q.shape[0], BLOCK_N], 0x4B400000, dtype=tl.int32)
-        x = tl.dot(q, tl.trans(k_tile), start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
-    else:
-        x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
-    if K_PER_TOKEN:
-        if PARTIAL:
-            x = x * tl.load(k_scale + token, mask=inside, other=1.0)[None, :]
-        else:
-            x = x * tl.load(k_scale + token)[None, :]
-        scale = row_scale
-    else:
-        scale = row_scale * tl.load(k_scale + first // 128)  # quantize.BLOCK
-    if bias is not None:
-        x = x * scale[:, None] + tl.load(bias + token, mask=inside, other=0.0)[None, :]
-        scale = tl.full([q.shape[0]], 1.0, dtype=tl.float32)
-    if CAUSAL:
-        x = tl.where((token[None, :] <= row[:, None]) & inside[None, :], x, float("-inf"))
-    elif PARTIAL:
-        x = tl.where(inside[None, :], x, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(x, 1) * scale)  # [BM], base 2
-    # 448 in P and in l cancels; the largest P then takes FP8's whole range.
-    p = tl.exp2(x * scale[:, None] - (m_new - 8.807354922057604 if FP8 else m_new)[:, None])
-    alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, 1)
-    if FP8:
-        if TMA:
-            v_tile = v.load([v_row, first])  # [BD, BN]
-        elif PARTIAL:
-            v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :], mask=inside[None, :], other=0.0)
-        else:
-            v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :])
-        if TWO_LEVEL:
-            # An fma, not a sum: the compiler would fold the sum into the product's own accumulator.
-            acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile)))
-        else:
-            acc = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), acc * alpha[:, None])
-    else:
-        v_ptr = v + token[:, None] * stride_v + offs_d[None, :]
-        if PARTIAL or D < BLOCK_D:
-            v_tile = tl.load(v_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [BN, BD]
-        else:
-            v_tile = tl.load(v_ptr)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
-    return acc, l_i, m_new
-
-
-@triton.jit
-def finish_rows(acc, l_i, v_scale, v_mean, BLOCK_D: tl.constexpr, FP8: tl.constexpr):
-    """Weighted means of V from running sums; v_scale and v_mean point at the head. A row that saw no key gives zeros."""
-    acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
-    if FP8:
-        offs_d = tl.arange(0, BLOCK_D)
-        acc = tl.clamp(acc, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        acc = acc * tl.load(v_scale + offs_d)[None, :]
-        if v_mean is not None:
-            acc += tl.load(v_mean + offs_d)[None, :]
-    return acc
 
 
 @triton.jit(do_not_specialize=["S", "Sk"])
@@ -475,7 +347,7 @@ def _quantised_attention_kernel(
             acc, l_i, m_i,
             D, BLOCK_D, BLOCK_N, True, CAUSAL, K_PER_TOKEN, FP8, TWO_LEVEL, MAGIC, TMA,
         )  # fmt: skip
-    acc = finish_rows(acc, l_i, v_scale + kv * BLOCK_D if FP8 else None, v_mean + kv * BLOCK_D if v_mean is not None else None, BLOCK_D, FP8)
+    acc = finish_rows(acc, l_i, v_scale, v_mean, kv * BLOCK_D, BLOCK_D, FP8)
     out_ptr = out + b * stride_ob + h * stride_oh + row.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
     if lse is not None:

@@ -188,7 +188,7 @@ def quantize_tokens_reference(
         padded.view(B, H, blocks * BLOCK, -1)[:, :, S:] = 0
     largest = padded.abs().amax(-1).view(B, H, blocks, *GROUPS[side][groups])
     largest = largest.amax((-3, -1), keepdim=True).expand_as(largest).reshape(B, H, blocks, BLOCK)
-    largest = torch.where(largest > TINY, largest, 1.0)
+    largest = torch.where(largest <= TINY, 1.0, largest)
     # A tensor over a tensor: torch turns a number over a tensor into a reciprocal, rounded twice.
     inverse = torch.full_like(largest, LEVELS[bits]) / largest
     values = (padded * inverse[..., None]).round().nan_to_num(0).to(torch.int8)
@@ -263,7 +263,7 @@ def _channel_scales(stats, smooth):
     """Scale and mean of every channel, fp32 [B, H, Dp]; the mean is zero where it stays."""
     mean = stats.v_mean if smooth else torch.zeros_like(stats.v_mean)
     largest = torch.maximum(stats.v_high - mean, mean - stats.v_low)
-    largest = torch.where(largest > TINY, largest, 1.0)
+    largest = torch.where(largest <= TINY, 1.0, largest)
     # Minimum and maximum may skip NaN; the mean never does.
     scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / FP8_MAX, torch.nan)
     padding = (0, padded_head_dim(mean.shape[-1]) - mean.shape[-1])
@@ -390,13 +390,13 @@ def _statistics_kernel(
 def round_to_int8(x, levels_over_absmax):
     """Nearest integer, ties to even: adding 1.5 * 2^23 leaves no fraction bits."""
     rounded = (x * levels_over_absmax + 12582912.0) - 12582912.0
-    return tl.where(rounded == rounded, rounded, 0.0).to(tl.int8)
+    return tl.where(tl.abs(rounded) < 128, rounded, 0.0).to(tl.int8)
 
 
 @triton.jit
 def absmax_of_rows(x):
     """Largest absolute value of each row; infinity where a row has NaN."""
-    return tl.max(tl.where(x == x, tl.abs(x), float("inf")), 1)
+    return tl.max(tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")), 1)
 
 
 @triton.jit(do_not_specialize=["S", "blocks"])

@@ -18,6 +18,7 @@ _HOME = {
     "SVG2Config": "svg.config",
     "config_from_dict": "svg.config",
     "TokenLayout": "svg.layout",
+    "attention": "svg.drop_in",
     "dense_attention": "svg.methods.dense",
     "load_preset": "svg.configs",
 }

@@ -70,7 +70,7 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
-    return execute(plan, q, k, v), plan
+    return execute(plan, q, k, v, config.precision), plan
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 SELECTIONS = ("clusters", "tiles")
+PRECISIONS = ("native", "int8-fp8", "int8-fp16")
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 
 
@@ -81,6 +82,8 @@ class SVG1Config(MethodConfig):
         density: target for the computed share of the S x S map, everything counted, in (0, 1].
         sample_rows: video query rows profiled per call, >= 1.
         block_size: tokens in a block of the map, >= 1.
+        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
+            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
 
     Source: Sparse VideoGen (arXiv 2502.01776), sections 3 and 4.
     """
@@ -90,12 +93,14 @@ class SVG1Config(MethodConfig):
     density: float = 0.25
     sample_rows: int = 64
     block_size: int = 64
+    precision: str = "native"
 
     def __post_init__(self):
         super().__post_init__()
         _share(self, "density", zero=False)
         _integer(self, "sample_rows", least=1)
         _integer(self, "block_size", least=1)
+        _choice(self, "precision", PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,8 @@ class SVG2Config(MethodConfig):
         budget: upper bound on density in (0, 1], or None.
         selection: what the block map selects: "clusters" (the paper's), or "tiles", equal stretches of the tokens in
             cluster order, which attention computes without padding.
+        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
+            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
 
     Source: Sparse VideoGen2 (arXiv 2505.18875), sections 3 and 4.
     """
@@ -126,6 +133,7 @@ class SVG2Config(MethodConfig):
     iterations: int = 2
     budget: float | None = None
     selection: str = "clusters"
+    precision: str = "native"
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,6 +141,7 @@ class SVG2Config(MethodConfig):
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
         _share(self, "top_p", zero=False)
         _share(self, "min_k_ratio")
+        _choice(self, "precision", PRECISIONS)
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations"):
             _integer(self, name, least=1)
         if self.budget is not None:
@@ -177,6 +186,12 @@ def _share(config: MethodConfig, name: str, zero: bool = True) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (0 <= value <= 1) or (value == 0 and not zero):
         raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def _choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _integer(config: MethodConfig, name: str, least: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svg.kernels.block_sparse import block_sparse_attention
+from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
 from svg.kernels.permute import gather_tokens
 
 
@@ -47,16 +48,30 @@ class Plan:
         return share.float()[self.map_index.long()]
 
 
-def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native") -> Tensor:
     """Block-sparse attention as planned.
 
     Args:
         plan: the plan of this call.
         q, k, v: float [B, H, S, D] in original order.
+        precision: "native", "int8-fp8" or "int8-fp16".
 
     Returns:
         [B, H, S, D] in original order and q's dtype.
     """
+    if precision != "native":
+        return block_sparse_attention_quantised(
+            q,
+            k,
+            v,
+            plan.block_map,
+            plan.q_sizes,
+            plan.k_sizes,
+            map_index=plan.map_index,
+            q_permutation=plan.q_permutation,
+            k_permutation=plan.k_permutation,
+            precision=precision,
+        )
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
     return block_sparse_attention(

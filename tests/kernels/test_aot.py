@@ -17,8 +17,12 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_37
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_update_kernel",
-    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel",
+    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel", "_probe_kernel",
+    "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
+    "_sparse_quantised_kernel",
 }  # fmt: skip
+INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
+FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 archs = pytest.mark.parametrize("arch", SHARED_LIMIT)
 
 
@@ -40,7 +44,7 @@ def test_no_kernel_is_left_out():
 @archs
 def test_every_kernel_compiles_within_the_limits(arch):
     rows = compiled(arch)
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS - ({"_quantize_channels_kernel"} if arch not in FP8 else set())
     for row in rows:
         assert row["spills"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[arch], row
@@ -53,3 +57,11 @@ def test_products_run_on_tensor_cores(arch):
         # Three TF32 products may take the older instruction where the newer one has no layout for them.
         allowed = {TENSOR_CORE[arch], "HMMA"} if "fp32" in row["case"] else {TENSOR_CORE[arch]}
         assert row["instructions"] and set(row["instructions"]) <= allowed, row
+
+
+@archs
+def test_quantised_products_run_in_8_bits(arch):
+    rows = [row for row in compiled(arch) if row["kernel"] in ("_quantised_attention_kernel", "_sparse_quantised_kernel")]
+    assert any("fp8" in row["case"] for row in rows) == (arch in FP8)
+    for row in rows:
+        assert set(row["instructions"]) == {INT8[arch], FP8[arch] if "fp8" in row["case"] else TENSOR_CORE[arch]}, row

@@ -30,7 +30,18 @@ if target.INTERPRETED:
 
 
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="runs inside the interpreter's own process")
-SUITES = ("test_permute.py", "test_block_sparse.py", "test_kmeans.py", "test_neighbours.py", "test_top_p.py", "test_interpreter.py")
+SUITES = (
+    "test_permute.py",
+    "test_block_sparse.py",
+    "test_kmeans.py",
+    "test_probe.py",
+    "test_top_p.py",
+    "test_neighbours.py",
+    "test_quantize.py",
+    "test_quantised_attention.py",
+    "test_block_sparse_quantised.py",
+    "test_interpreter.py",
+)
 
 
 @pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")

@@ -20,6 +20,8 @@ BAD = [
     (SVG2Config, {"num_q_clusters": 0}, ValueError, "num_q_clusters"),
     (SVG2Config, {"iterations": 0}, ValueError, "iterations"),
     (SVG2Config, {"budget": 2}, ValueError, "budget"),
+    (SVG2Config, {"precision": "fp8"}, ValueError, "precision must be one of native, int8-fp8, int8-fp16, got 'fp8'"),
+    (SVG1Config, {"precision": None}, ValueError, "precision"),
     (DenseConfig, {"warmup_steps": 1.5}, ValueError, "warmup_steps"),
     (DenseConfig, {"warmup_layers": True}, TypeError, "warmup_layers"),
     (DenseConfig, {"seed": -1}, ValueError, "seed must be >= 0"),

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import torch
 import triton
-from svg.kernels import block_sparse_attention, gather_tokens, kmeans_assign, kmeans_update, neighbour_order, target, top_p_block_map
+from svg.kernels import (
+    block_sparse_attention,
+    block_sparse_attention_quantised,
+    gather_tokens,
+    kmeans_assign,
+    kmeans_update,
+    neighbour_order,
+    probe_attention,
+    quantised_attention,
+    target,
+    top_p_block_map,
+)
 from svg.kernels.block_sparse import LAUNCH, Launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -54,7 +65,16 @@ def run_operations(arch):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
     for name, dtype in DTYPES.items():
         yield f"kmeans {name}", lambda dtype=dtype: clustering(dtype)
+    fp8 = target.arch(None) >= target.FP8_ARCH
+    for precision, D in (("int8-fp8", 64), ("int8-fp8", 128), ("int8-fp16", 64), ("int8-fp16", 128)):
+        if fp8 or precision == "int8-fp16":
+            yield f"quantised {precision} D={D}", lambda p=precision, D=D: quantised(p, D)
+            yield f"sparse quantised {precision} D={D}", lambda p=precision, D=D: sparse_quantised(p, D)
+    precision = "int4-fp8" if fp8 else "int4-fp16"
+    yield f"quantised {precision} D=128 causal", lambda: quantised(precision, 128, is_causal=True, k_groups="thread")
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
+    for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
+        yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
     yield "top_p budget", lambda: top_p(1000, 0.3)
@@ -70,10 +90,30 @@ def attention(dtype, D):
     )
 
 
+def quantised(precision, D, **options):
+    q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
+    quantised_attention(q, q, q, precision=precision, return_lse=True, **options)
+
+
 def attention_launched(row):
     kept, LAUNCH[90][2, 128] = LAUNCH[90][2, 128], row
     attention(torch.bfloat16, 128)
     LAUNCH[90][2, 128] = kept
+
+
+def sparse_quantised(precision, D):
+    q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
+    sizes, index = torch.full((2, 4), 64, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    order = torch.zeros(1, 2, 256, dtype=torch.int32)
+    block_sparse_attention_quantised(
+        q, q, q, torch.ones(2, 4, 4, dtype=torch.bool), sizes, sizes, map_index=index, q_permutation=order,
+        k_permutation=order, precision=precision, return_lse=True,
+    )  # fmt: skip
+
+
+def probe(dtype, D):
+    q, k = (torch.zeros(1, n, 2, D, dtype=dtype).transpose(1, 2) for n in (64, 256))
+    probe_attention(q, k, k, torch.ones(1, 2, 64, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool))
 
 
 def clustering(dtype):

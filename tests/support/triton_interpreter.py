@@ -3,6 +3,7 @@
 The interpreter keeps bf16 and fp8 values as raw integers and hands those to numpy: sums and products of bf16 are then
 nonsense, and its conversions drop the carry when a mantissa rounds up. Here every operation on such values goes through
 fp32, and torch does the conversions. Not corrected: reductions and scans of bf16 (our kernels convert to fp32 first).
+Tensor descriptors take tiles that begin anywhere, as the GPU does; the interpreter wants multiples of 16 bytes.
 """
 
 import numpy as np
@@ -40,6 +41,17 @@ def encode(values, dtype):
         wide = torch.where(wide.isnan(), wide, wide.clamp(-limit, limit))
     signed, unsigned = (torch.int16, np.uint16) if dtype == tl.bfloat16 else (torch.uint8, np.uint8)
     return interpreter.TensorHandle(wide.to(FLOATS[dtype]).view(signed).numpy().view(unsigned), dtype)
+
+
+def materialize_pointers(self, offsets):
+    """Addresses of a descriptor's tile that begins at any offset, and which of them lie inside."""
+    pointers, inside = np.broadcast_to(self.base.data, self.block_shape), np.ones(self.block_shape, dtype=bool)
+    size = self.base.dtype.element_ty.primitive_bitwidth // 8
+    for axis, (offset, length) in enumerate(zip(offsets, self.block_shape, strict=True)):
+        place = (offset.data + np.arange(length)).reshape([-1 if i == axis else 1 for i in range(self.ndim)])
+        pointers = pointers + (size * place * self.strides[axis].data).astype(np.uint64)
+        inside = inside & (place >= 0) & (place < self.shape[axis].data)
+    return interpreter.TensorHandle(pointers, self.base.dtype.scalar), inside
 
 
 def install():
@@ -84,6 +96,7 @@ def install():
 
     for method in (binary_op, unary_op, cast_impl, create_fp_to_fp, create_dot):
         setattr(builder, method.__name__, method)
+    interpreter.TensorDescHandle.materialize_pointers = materialize_pointers
     builder.get_bf16 = lambda self, value: encode(np.array([value], np.float32), tl.bfloat16)
     # The aliases were bound to the stock cast when the class was made.
     for name in (

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from svg.kernels import (
+    block_sparse_attention_quantised,
+    block_sparse_attention_quantised_reference,
+    quantised_attention,
+    target,
+)
+from svg.kernels.block_sparse_quantised import LAUNCH
+from svg.kernels.quantised_tile import Launch
+
+SIZES = {"q": ([100, 0, 20, 9], [0, 1, 1, 61]), "k": ([10, 0, 0, 40, 7, 1], [0, 33, 0, 30, 0, 0])}
+in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of the Triton kernel only")
+
+
+def cut(rows, S):
+    ends = torch.tensor(rows).cumsum(1).clamp(max=S)
+    ends[:, -1] = S
+    return torch.diff(ends, prepend=torch.zeros_like(ends[:, :1])).to(torch.int32)
+
+
+def problem(S, D=64, dtype=torch.bfloat16, H=2):
+    """Inputs with biased channels as views of [B, S, H, D], two maps, and a permutation a head on each side."""
+    q, k, v = (torch.randn(1, S, H, D) + bias * torch.randn(D) for bias in (0, 4, 2))
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
+    q_sizes, k_sizes = cut(SIZES["q"], S), cut(SIZES["k"], S)
+    block_map = torch.rand(2, 4, 6) < 0.5
+    block_map[0, 0] = False  # sees nothing
+    block_map[0, 2:] |= torch.tensor([0, 0, 0, 1, 1, 0], dtype=torch.bool)  # neighbours, which become one run
+    q_order, k_order = torch.rand(2, 1, H, S).argsort(-1).to(torch.int32)
+    plan = {"map_index": torch.arange(H).view(1, H) % 2, "q_permutation": q_order, "k_permutation": k_order}
+    return (q, k, v, block_map, q_sizes, k_sizes), plan
+
+
+def exact(arguments, plan):
+    """Dense softmax under a token mask in fp64, and its log-sum-exp."""
+    q, k, v, block_map, q_sizes, k_sizes = arguments
+    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.empty(q.shape[:3], dtype=torch.float64)
+    for h in range(q.shape[1]):
+        m = plan["map_index"][0, h]
+        mask = torch.empty(q.shape[2], k.shape[2], dtype=torch.bool)
+        rows, columns = plan["q_permutation"][0, h].long(), plan["k_permutation"][0, h].long()
+        mask[rows[:, None], columns] = block_map[m].repeat_interleave(q_sizes[m], 0).repeat_interleave(k_sizes[m], 1)
+        scores = (q[0, h].double() @ k[0, h].double().T * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        lse[0, h], seen = scores.logsumexp(-1), mask.any(1)
+        out[0, h, seen] = scores[seen].softmax(-1) @ v[0, h].double()
+    return out, lse
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+def assert_accurate(arguments, plan, at_least=0.9998, **options):
+    out, lse = block_sparse_attention_quantised(*arguments, **plan, **options, return_lse=True)
+    spec = block_sparse_attention_quantised_reference(*arguments, **plan, **options)
+    right, right_lse = exact(arguments, plan)
+    q = arguments[0]
+    assert out.dtype == q.dtype and out.stride() == q.stride() and lse.dtype == torch.float32
+    assert cosine(out, right) >= at_least
+    assert (out - right).norm() <= 1.2 * (spec - right).norm() + 1e-6
+    nothing = right_lse == -torch.inf
+    assert (out[nothing] == 0).all() and torch.equal(lse == -torch.inf, nothing)
+    assert (lse - right_lse)[~nothing].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("S", [63, 111, 129])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_odd_lengths(S, precision):
+    assert_accurate(*problem(S), precision=precision)
+
+
+@pytest.mark.parametrize("D", [32, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_head_dims_and_dtypes(D, dtype):
+    for precision in ("int8-fp8", "int8-fp16"):
+        assert_accurate(*problem(129, D, dtype), precision=precision)
+
+
+def test_options():
+    arguments, plan = problem(129)
+    assert_accurate(arguments, plan, smooth_v=True)
+    assert_accurate(arguments, plan, 0.99, smooth_k=False)
+
+
+def test_keys_already_in_order():
+    (q, k, v, *maps), plan = problem(111)
+    k_order = plan.pop("k_permutation").long()[..., None].expand_as(k)
+    ready = block_sparse_attention_quantised(q, k.gather(2, k_order), v.gather(2, k_order), *maps, **plan)
+    gathered = block_sparse_attention_quantised(q, k, v, *maps, **plan, k_permutation=k_order[..., 0])
+    torch.testing.assert_close(ready, gathered, rtol=0, atol=0.02)  # K's mean is a sum in another order
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_density_one_equals_dense(precision):
+    (q, k, v, *_), plan = problem(129, dtype=torch.float32)
+    sizes, every = torch.tensor([[129]], dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.bool)
+    plan |= {"map_index": torch.zeros(1, 2, dtype=torch.int32)}
+    out = block_sparse_attention_quantised(q, k, v, every, sizes, sizes, **plan, precision=precision)
+    dense = quantised_attention(q, k, v, precision=precision, k_groups="token")
+    # The order of keys, and so P's rounding before its row's maximum is known, is all that differs.
+    assert (out - dense).norm() <= 0.01 * dense.norm()
+
+
+def test_inputs_are_not_changed():
+    arguments, plan = problem(111)
+    before = [x.clone() for x in (*arguments, *plan.values())]
+    block_sparse_attention_quantised(*arguments, **plan, smooth_v=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*arguments, *plan.values()), strict=True))
+
+
+def test_what_is_not_finite_shows():
+    for which in range(3):
+        arguments, plan = problem(129)
+        arguments[which][0, 1, 70, 5] = torch.nan
+        out = block_sparse_attention_quantised(*arguments, **plan)
+        assert out[0, 1].isnan().any() and out[0, 0].isfinite().all()
+
+
+@in_interpreter
+@pytest.mark.parametrize("row", [Launch(64, 32, 4, 2), Launch(64, 64, 4, 2, magic=True, tma=True)])
+def test_every_way_to_launch(row, monkeypatch):
+    for precision in ("int8-fp8", "int8-fp16"):
+        with monkeypatch.context() as changed:
+            changed.setitem(LAUNCH[90], (precision == "int8-fp8", 64), row)
+            assert_accurate(*problem(129), precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (ValueError, "precision must be one of int8-fp8, int8-fp16, got 'int4-fp8'", {"precision": "int4-fp8"}),
+        (ValueError, "smooth_v needs FP8", {"smooth_v": True, "precision": "int8-fp16"}),
+        (ValueError, "k_permutation must be", {"k_permutation": torch.zeros(1, 2, 5)}),
+        (ValueError, "sm_scale must be positive", {"sm_scale": 0.0}),
+    ],
+)
+def test_wrong_arguments_are_named(error, match, change):
+    arguments, plan = problem(63)
+    with pytest.raises(error, match=match):
+        block_sparse_attention_quantised(*arguments, **plan | change)
+
+
+@in_interpreter
+def test_limits_of_the_kernel_are_named(monkeypatch):
+    (q, k, v, *maps), plan = problem(63)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        block_sparse_attention_quantised(q, k, v.clone().requires_grad_(), *maps, **plan)
+    monkeypatch.setattr(target, "arch", lambda device: 80)
+    with pytest.raises(NotImplementedError, match="FP8 needs compute capability 8.9"):
+        block_sparse_attention_quantised(q, k, v, *maps, **plan)

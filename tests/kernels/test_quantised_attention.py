@@ -1,0 +1,218 @@
+import pytest
+import torch
+from svg.kernels import quantised_attention, quantised_attention_reference, target
+from svg.kernels.quantised_attention import LAUNCH, PRECISIONS
+from svg.kernels.quantised_tile import Launch
+
+in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of the Triton kernel only")
+
+
+def outliers(S, Sk=None, D=64, dtype=torch.bfloat16, B=1, H=2, kv_heads=2):
+    """The papers' inputs: biased channels in K, outlier tokens in Q, biased channels and a heavy tail in V."""
+    Sk = S if Sk is None else Sk
+    q = torch.randn(B, S, H, D) * torch.where(torch.rand(B, S, H, 1) < 0.05, 6.0, 0.7) + torch.randn(H, D)
+    k = 0.5 * torch.randn(B, Sk, kv_heads, D) + 8 * torch.randn(D) * (torch.rand(D) < 0.2)
+    v = torch.randn(B, Sk, kv_heads, D) / torch.rand(B, Sk, kv_heads, D).add(0.05).sqrt() + 2 * torch.randn(D)
+    return tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
+
+
+def exact(q, k, v, is_causal=False, sm_scale=None):
+    """Dense attention from the definition in fp64, and its log-sum-exp."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    if is_causal:
+        scores.masked_fill_(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+def assert_accurate(arguments, at_least, **options):
+    """Against fp64, within the bar and within 1.2 times the error of the specification."""
+    out, lse = quantised_attention(*arguments, return_lse=True, **options)
+    given = {name: options[name] for name in ("is_causal", "sm_scale") if name in options}
+    right, right_lse = exact(*arguments, **given)
+    spec = quantised_attention_reference(*arguments, **options)
+    q = arguments[0]
+    assert out.shape == q.shape and out.dtype == q.dtype and out.stride() == q.stride()
+    assert cosine(out, right) >= at_least
+    assert (out - right).norm() <= 1.2 * (spec - right).norm() + 1e-6
+    assert lse.dtype == torch.float32
+    assert (lse - right_lse).abs().mean() < (0.01 if "int8" in options["precision"] else 0.1)
+
+
+@pytest.mark.parametrize("S", [1, 63, 65, 127, 129])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_odd_lengths(S, precision):
+    assert_accurate(outliers(S), 0.9999, precision=precision)
+
+
+@pytest.mark.parametrize("tail", [65, 96, 127])
+def test_key_tails(tail):
+    assert_accurate(outliers(63, 128 + tail), 0.9999, precision="int8-fp8")
+
+
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_head_dims(D, precision):
+    assert_accurate(outliers(129, D=D), 0.9999 if "int8" in precision else 0.994, precision=precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_dtypes(dtype, precision):
+    assert_accurate(outliers(111, dtype=dtype), 0.9999, precision=precision)
+
+
+@pytest.mark.parametrize("shape", [(129, 129), (63, 200), (200, 63)])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int4-fp16"])
+def test_causal(shape, precision):
+    bar = 0.9999 if "int8" in precision else 0.994
+    assert_accurate(outliers(*shape), bar, precision=precision, is_causal=True)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_shared_key_heads(kv_heads):
+    for precision in ("int8-fp8", "int4-fp16"):
+        bar = 0.9999 if "int8" in precision else 0.994
+        assert_accurate(outliers(70, 129, B=2, H=4, kv_heads=kv_heads), bar, precision=precision)
+
+
+@pytest.mark.parametrize("groups", ["token", "thread", "warp", "block"])
+def test_groups(groups):
+    arguments = outliers(129, 200)
+    assert_accurate(arguments, 0.9998, precision="int8-fp8", q_groups=groups, k_groups=groups)
+
+
+def test_given_scale():
+    assert_accurate(outliers(129), 0.9999, precision="int8-fp8", sm_scale=0.3)
+
+
+def test_mean_free_values_cost_what_e4m3_rounds():
+    """Without channel means in V nothing averages out: 3e-4 of cosine similarity for P and as much for V."""
+    q, k, _ = outliers(129, 300)
+    v = torch.randn(1, 2, 300, 64).bfloat16()
+    right = exact(q, k, v)[0]
+    assert 0.999 < cosine(quantised_attention(q, k, v, precision="int8-fp8"), right) < 0.9999
+    assert cosine(quantised_attention(q, k, v, precision="int8-fp16"), right) > 0.9999
+
+
+def error(arguments, **options):
+    return (quantised_attention(*arguments, **options) - exact(*arguments)[0]).norm().item()
+
+
+def test_smoothing_k_matters():
+    for precision in ("int8-fp16", "int4-fp16"):
+        arguments = outliers(129, 200)
+        assert error(arguments, precision=precision) < 0.6 * error(arguments, precision=precision, smooth_k=False)
+
+
+def test_smoothing_q_matters():
+    q, k, v = outliers(129, 200)
+    q = (q + 3 * torch.randn(64)).bfloat16()
+    with_it, without = (error((q, k, v), precision="int4-fp16", smooth_q=smooth) for smooth in (True, False))
+    assert with_it < 0.7 * without
+
+
+def test_smoothing_v_matters():
+    q, k, v = outliers(129, 200)
+    v = (v + 30).bfloat16()
+    with_it, without = (error((q, k, v), precision="int8-fp8", smooth_v=smooth) for smooth in (True, False))
+    assert with_it < 0.7 * without
+    assert_accurate((q, k, v), 0.9999, precision="int8-fp8", smooth_v=True)
+
+
+@pytest.mark.parametrize("smooth_k", [True, False])
+@pytest.mark.parametrize("smooth_q", [True, False])
+def test_smoothing_leaves_the_lse(smooth_k, smooth_q):
+    arguments = outliers(129, 200)
+    _, lse = quantised_attention(
+        *arguments, precision="int8-fp16", smooth_q=smooth_q, smooth_k=smooth_k, return_lse=True
+    )
+    assert (lse - exact(*arguments)[1]).abs().mean() < 0.1
+
+
+def test_zero_blocks_and_channels():
+    q, k, v = outliers(200, 300)
+    q[:, :, :128], k[:, :, 128:256], v[..., 7] = 0, 0, 0
+    for precision in PRECISIONS:
+        out = quantised_attention(q, k, v, precision=precision, smooth_k=False)
+        assert out.isfinite().all() and (out[..., 7] == 0).all()
+        right = exact(q, k, v)[0]
+        assert cosine(out, right) > 0.98
+    zeros = torch.zeros_like(q)
+    out, lse = quantised_attention(zeros, zeros, zeros, return_lse=True)
+    assert (out == 0).all() and torch.allclose(lse, torch.tensor(200.0).log(), atol=1e-5)
+
+
+def test_values_near_the_largest_fp16():
+    q, k, _ = outliers(129, dtype=torch.float16)
+    v = torch.full_like(k, 65504.0)
+    for precision in ("int8-fp8", "int8-fp16"):
+        out = quantised_attention(q * 1000, k, v, precision=precision)
+        torch.testing.assert_close(out, v, rtol=0.04, atol=0)  # P's rounding, but never infinity
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_shows(bad, which):
+    arguments = [x.clone() for x in outliers(129)]
+    arguments[which][0, 0, 3, 5] = bad
+    out = quantised_attention(*arguments)
+    assert out[0, 0, 3, 5].isnan() and out[0, 1].isfinite().all()
+
+
+def test_inputs_are_not_changed():
+    arguments = outliers(129)
+    before = [x.clone() for x in arguments]
+    quantised_attention(*arguments, smooth_v=True, smooth_q=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, arguments, strict=True))
+
+
+def test_two_runs_are_bit_equal():
+    arguments = outliers(129, 200)
+    assert torch.equal(quantised_attention(*arguments), quantised_attention(*arguments))
+
+
+@in_interpreter
+@pytest.mark.parametrize("row", [Launch(64, 64, 4, 2), Launch(128, 128, 8, 2, magic=True), Launch(128, 64, 8, 2, False)])
+def test_every_way_to_launch(row, monkeypatch):
+    """Tile sizes and tricks change the order of sums and of P's rounding, nothing else."""
+    arguments = outliers(200, 300, dtype=torch.float32)
+    for precision in ("int8-fp8", "int8-fp16"):
+        with monkeypatch.context() as changed:
+            changed.setitem(LAUNCH[90], (precision == "int8-fp8", 64), row)
+            assert_accurate(arguments, 0.9999, precision=precision)
+            assert_accurate(arguments, 0.9999, precision=precision, is_causal=True, k_groups="thread")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (ValueError, "precision must be one of int8-fp8", {"precision": "fp4"}),
+        (ValueError, "q_groups must be one of token", {"q_groups": "tensor"}),
+        (ValueError, "smooth_v needs FP8", {"smooth_v": True, "precision": "int8-fp16"}),
+        (ValueError, "sm_scale must be positive", {"sm_scale": -1.0}),
+        (ValueError, r"k, v \[B, Hkv, Sk, D\]", {"k": torch.zeros(1, 2, 70, 64)}),
+        (ValueError, "heads must divide", {name: torch.zeros(1, 3, 63, 64).bfloat16() for name in "kv"}),
+        (TypeError, "share one dtype", {"v": torch.zeros(1, 2, 63, 64)}),
+        (TypeError, "unexpected keyword argument", {"attn_mask": None}),
+        (NotImplementedError, "at most 128, got 160", {name: torch.zeros(1, 2, 63, 160) for name in "qkv"}),
+    ],
+)
+def test_wrong_arguments_are_named(error, match, change):
+    with pytest.raises(error, match=match):
+        quantised_attention(**dict(zip("qkv", outliers(63), strict=True)) | change)
+
+
+@in_interpreter
+def test_limits_of_the_kernel_are_named(monkeypatch):
+    q, k, v = outliers(63)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        quantised_attention(q.clone().requires_grad_(), k, v)
+    monkeypatch.setattr(target, "arch", lambda device: 80)
+    with pytest.raises(NotImplementedError, match="FP8 needs compute capability 8.9"):
+        quantised_attention(q, k, v)
+    assert cosine(quantised_attention(q, k, v, precision="int8-fp16"), exact(q, k, v)[0]) > 0.9999
