@@ -19,7 +19,8 @@ function header() {
 
 function firstChoice(group) {
   const cells = CELLS.filter((cell) => cell.group === group);
-  const sparse = finished(cells).filter((cell) => cell.role === "accelerated");
+  const [first] = cells;
+  const sparse = finished(cells).filter((cell) => cell.role === "accelerated" && cell.prompt === first.prompt && cell.seed === first.seed);
   const best = [...sparse].sort((a, b) => (value(b.quality.psnr) ?? -1) - (value(a.quality.psnr) ?? -1))[0];
   return (best || finished(cells)[0] || cells[0])?.id ?? null;
 }

@@ -151,6 +151,7 @@ def record(prompt: str, **options: Any) -> None:
 
 
 def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
+    from svg.eval.page import build_page
     from svg.pipelines.loading import resolve_device
 
     from ..cli import quiet_loading
@@ -177,6 +178,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
         except KeyboardInterrupt:
             click.echo(f"interrupted: finished cells stay in {options['out']}, the same command goes on", err=True)
             return 130
+    build_page(options["out"])
     print_summary(console, summary, options["out"])
     return 1 if summary["counts"]["failed"] else 0
 
@@ -195,10 +197,14 @@ def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> 
 
 
 def _finish(console: Any, out: str) -> int:
+    from svg.eval.page import build_page
+
     from .display import print_summary
     from .run import finish_videos
 
-    print_summary(console, finish_videos(out), out)
+    summary = finish_videos(out)
+    build_page(out)
+    print_summary(console, summary, out)
     return 0
 
 

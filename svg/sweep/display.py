@@ -124,7 +124,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
         console.print(f"failed: {_where(cell)}: {cell['error']['message']}", highlight=False, markup=False)
     counts = summary["counts"]
     shares = ", ".join(f"{counts[status]} {status}" for status in ("finished", "failed", "pending") if counts[status])
-    console.print(f"{shares or 'no'} cells; written to {out}: sweep.json, videos/, journal/", highlight=False)
+    console.print(f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, videos/, journal/", highlight=False)
 
 
 def clock(seconds: float) -> str:
