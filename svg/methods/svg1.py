@@ -21,6 +21,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from svg.kernels.probe import probe_attention
+
 from ..config import SVG1Config
 from ..layout import TokenLayout
 from ..state import LayerState
@@ -28,7 +30,6 @@ from .dense import key_mask
 from .plan import Plan, visible_keys
 
 SPATIAL, TEMPORAL = 0, 1
-PROFILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -168,30 +169,9 @@ def head_kinds(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, masks: Tensor, vis
     Returns:
         int64 [B, H], SPATIAL or TEMPORAL; a tie is SPATIAL.
     """
-    heads, tokens, dim = q.shape[1:]
-    # fp32 copies of K and V, logits, their masked copy and its softmax.
-    chunk = max(1, PROFILE_BYTES // (4 * tokens * (2 * dim + 3 * rows.numel())))
-    kinds = []
-    for b in range(q.shape[0]):
-        mask = masks[b if masks.shape[0] > 1 else 0]
-        full = None if visible is None else visible[b]
-        for h in range(0, heads, chunk):
-            part = slice(h, h + chunk)
-            kinds.append(_kinds(q[b, part, rows], k[b, part], v[b, part], mask, full))
-    return torch.cat(kinds).view(q.shape[0], heads)
-
-
-def _kinds(q: Tensor, k: Tensor, v: Tensor, masks: Tensor, visible: Tensor | None) -> Tensor:
-    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # [h, t, S]
-    v = v.float()
-
-    def output(mask: Tensor | None) -> Tensor:
-        kept = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
-        return kept.softmax(-1) @ v  # [h, t, D]
-
-    full = output(visible)
-    spatial, temporal = ((output(mask) - full).square().mean((-2, -1)) for mask in masks)
-    return (temporal < spatial).long()
+    full, spatial, temporal = probe_attention(q[:, :, rows], k, v, masks, visible).unbind(2)  # [B, H, t, D]
+    lost = [(out - full).square().mean((-2, -1)) for out in (spatial, temporal)]
+    return (lost[1] < lost[0]).long()
 
 
 def band_maps(

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from svg.kernels import probe
 
 from svg.attend import attend, dense_attention
 from svg.config import SVG1Config
@@ -182,7 +183,7 @@ def test_chunks_of_heads_do_not_change_the_choice(monkeypatch, make_qkv):
     layout = TokenLayout(3, 2, 5)
     qkv, config = make_qkv(layout, heads=7), SVG1Config(density=0.5, block_size=4)
     whole = make_plan(qkv, config, layout).kind
-    monkeypatch.setattr(svg1, "PROFILE_BYTES", 1)
+    monkeypatch.setattr(probe, "CHUNK_BYTES", 1)
     assert torch.equal(make_plan(qkv, config, layout).kind, whole)
 
 
