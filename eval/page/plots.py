@@ -56,10 +56,11 @@ def _figure(cells, title, metric):
         raise ValueError(f"metric must have been measured on a sparse cell, got none for {metric}: {title}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), (("time", "attention, s"), ("density", "density"))):
-        _draw(axes, settings, key)
-        axes.set_xlabel(label)
-    left = figure.axes[0]
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw(left, settings, "time")
+    _draw(right, settings, "density")
+    left.set_xlabel("attention, s")
+    right.set_xlabel("density")
     left.set_ylabel(_AXES[metric])
     if metric == "lpips":
         left.invert_yaxis()

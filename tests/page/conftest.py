@@ -1,7 +1,5 @@
 """A small sweep and a run as `svg` writes them, with videos whose every frame looks different, and a browser."""
 
-import base64
-
 import numpy as np
 import pytest
 from chromium import Chromium
@@ -13,6 +11,11 @@ FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8
 STEPS, LAYERS, HEADS = 4, 3, 2
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)> & \"quotes\" \u2028 `$HOME`"
 PROMPTS = ("a red ball", HOSTILE)
+SPARSE = (  # name of the video, label, PSNR, density, seconds
+    ("a", "svg1 density=0.3", 26, 0.4, 2.0),
+    ("b", "svg2 top_p=0.7", 24, 0.3, 1.5),
+    ("c", "svg2 top_p=0.9", 31, 0.6, 2.5),
+)
 
 
 def clip(shift):
@@ -53,6 +56,7 @@ def transformers(method, density):
 
 
 def cell(name, role, method, prompt, seed, level=None, density=1.0, seconds=3.0, video=None):
+    stages = {"transformer": 0.7 * seconds, "attention": 0.4 * seconds, "vae": 0.2 * seconds}
     group = f"{PROMPTS.index(prompt)}{seed}"
     return {
         "id": f"{name}-{group}",
@@ -62,8 +66,17 @@ def cell(name, role, method, prompt, seed, level=None, density=1.0, seconds=3.0,
         "model": {"name": "tiny-wan", "preset": "tiny-wan", "fingerprint": "0"},
         "method": method,
         "generation": {
-            **{"prompt": prompt, "negative_prompt": None, "num_frames": FRAMES, "height": HEIGHT, "width": WIDTH},
-            **{"steps": STEPS, "guidance": 4.0, "true_cfg": None, "seed": seed, "image": None, "fps": FPS},
+            "prompt": prompt,
+            "negative_prompt": None,
+            "num_frames": FRAMES,
+            "height": HEIGHT,
+            "width": WIDTH,
+            "steps": STEPS,
+            "guidance": 4.0,
+            "true_cfg": None,
+            "seed": seed,
+            "image": None,
+            "fps": FPS,
         },
         "run": {"device": "cpu", "dtype": "fp32", "offload": "none"},
         "reference": None if role == "dense" else f"dense-{group}",
@@ -73,7 +86,7 @@ def cell(name, role, method, prompt, seed, level=None, density=1.0, seconds=3.0,
         "video": video,
         "frames": None,
         "quality": None if level is None else quality(level),
-        "seconds": {"end_to_end": seconds, "transformer": seconds * 0.7, "attention": seconds * 0.4, "vae": seconds * 0.2},
+        "seconds": {"end_to_end": seconds, **stages},
         "speedup": None,
         "density": {"all_calls": density, "sparse_calls": density - 0.1 if role == "accelerated" else None},
         "transformers": transformers(method, density),
@@ -97,16 +110,22 @@ def sweep_content():
         cells += [
             cell("dense", "dense", {"method": "dense"}, prompt, seed, video=f"videos/d{number}.mp4"),
             cell("control", "control", {"method": "dense"}, prompt, seed, 33 + near, seconds=4),
-            cell("svg1 density=0.3", "accelerated", {"method": "svg1"}, prompt, seed, 26 + near, 0.4, 2, f"videos/a{number}.mp4"),
-            cell("svg2 top_p=0.7", "accelerated", {"method": "svg2"}, prompt, seed, 24 + near, 0.3, 1.5, f"videos/b{number}.mp4"),
-            cell("svg2 top_p=0.9", "accelerated", {"method": "svg2"}, prompt, seed, 31 + near, 0.6, 2.5, f"videos/c{number}.mp4"),
-        ]  # fmt: skip
+        ]
+        for name, label, level, density, seconds in SPARSE:
+            method, video = {"method": label[:4]}, f"videos/{name}{number}.mp4"
+            cells.append(cell(label, "accelerated", method, prompt, seed, level + near, density, seconds, video))
     cells.append(failed_cell())
     counts = {"total": len(cells), "finished": len(cells) - 1, "failed": 1, "pending": 0}
     return {
-        **{"format": "svg-sweep", "version": 1, "state": "finished", "command": "svg sweep grid.yaml --out sweep"},
-        **{"versions": {"svg-video": "0.1.0", "torch": "2.14"}, "counts": counts, "lpips": "alex"},
-        **{"cells": cells, "notes": ["a note with <b>markup</b>"]},
+        "format": "svg-sweep",
+        "version": 1,
+        "state": "finished",
+        "command": "svg sweep grid.yaml --out sweep",
+        "versions": {"svg-video": "0.1.0", "torch": "2.14"},
+        "counts": counts,
+        "lpips": "alex",
+        "cells": cells,
+        "notes": ["a note with <b>markup</b>"],
     }
 
 
@@ -157,7 +176,3 @@ def run_folder(tmp_path_factory):
 def browser():
     with Chromium() as chromium:
         yield chromium
-
-
-def unpack(text):
-    return np.frombuffer(base64.b64decode(text), np.uint8)

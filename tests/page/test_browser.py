@@ -1,6 +1,8 @@
 """The page in real headless Chromium, opened from disk."""
 
 import io
+import itertools
+import re
 import shutil
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import svg.eval.page
 from svg.eval.page import build_page
 
 FRAMES, FPS = 9, 8
@@ -45,8 +48,8 @@ def column(browser, name):
 
 
 def points(browser, axis="time"):
-    return browser.evaluate(f"""[...document.querySelectorAll('#pareto [data-axis={axis}] .point')]
-        .map((p) => [p.dataset.label, ...p.querySelector('path').getAttribute('transform').match(/[-\\d.]+/g).map(Number)])""")
+    return browser.evaluate(f"""[...document.querySelectorAll('#pareto [data-axis={axis}] .point')].map((p) => [
+        p.dataset.label, ...p.querySelector('path').getAttribute('transform').match(/[-\\d.]+/g).map(Number)])""")
 
 
 def pixels(browser, selector):
@@ -82,8 +85,9 @@ def test_loads_from_disk_alone(browser, sweep_folder, run_folder, kind, width, t
 def test_nothing_sticks_out_on_a_phone(browser, sweep_folder):
     browser.open(build_page(sweep_folder), width=390, height=844)
     browser.wait(BOTH_LOADED)
-    wide = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroller, .offscreen, svg') &&
-        e.getBoundingClientRect().width && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 90))"""
+    wide = """[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroller, .offscreen, svg'))
+        .filter((e) => e.getBoundingClientRect().width && e.getBoundingClientRect().right > innerWidth + 1)
+        .map((e) => e.outerHTML.slice(0, 90))"""
     assert browser.evaluate(wide) == []
     small = """[...document.querySelectorAll('.transport button, .choice label, .filter button')]
         .filter((e) => e.getBoundingClientRect().height < 28).length"""
@@ -270,14 +274,16 @@ def test_seek(run, frame):
 
 def test_seeks_in_a_hurry_end_together(run):
     run.evaluate("""(() => { const seek = document.querySelector('.track input');
-        for (const frame of [8, 2, 6, 1, 7, 3, 5]) { seek.value = frame; seek.dispatchEvent(new Event('input')); } })()""")
+        for (const frame of [8, 2, 6, 1, 7, 3, 5]) {
+            seek.value = frame; seek.dispatchEvent(new Event('input')); } })()""")
     run.wait(f"{FRAME_NUMBERS}.every((n) => Math.floor(n) === 5)")
     same_frame(run, 5)
 
 
 def test_players_by_keyboard(run):
     run.evaluate("document.querySelector('.player').focus()")
-    for key, frame in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 8), ("ArrowRight", 8), ("Home", 0)):
+    moves = {"ArrowRight": 1, "End": 8, "ArrowLeft": 7, "Home": 0}
+    for key, frame in moves.items():
         run.press(key)
         run.wait(f"{COUNTER} === '{frame + 1} / {FRAMES}'")
         same_frame(run, frame)
@@ -300,7 +306,7 @@ def test_plays_within_one_frame_and_goes_round(run):
         shown.append(int(first))
         time.sleep(0.02)
     assert max(apart) <= 1 and len(set(shown)) >= 6
-    assert any(later < earlier for earlier, later in zip(shown, shown[1:]))  # it went round
+    assert any(later < earlier for earlier, later in itertools.pairwise(shown))  # it went round
     run.click(".play")
     run.wait("[...document.querySelectorAll('video')].every((v) => v.paused)")
     same_frame(run)
@@ -351,8 +357,10 @@ def test_heat_maps(run):
 
 
 def test_time_bars_add_up(run):
-    bars = run.evaluate("""[...document.querySelectorAll('.bar')].map((bar) => [bar.querySelector('.bar-name').textContent,
-        [...bar.querySelectorAll('i')].map((i) => parseFloat(i.style.width)).reduce((a, b) => a + b), bar.querySelector('.bar-total').textContent])""")
+    bars = run.evaluate("""[...document.querySelectorAll('.bar')].map((bar) => [
+        bar.querySelector('.bar-name').textContent,
+        [...bar.querySelectorAll('i')].map((i) => parseFloat(i.style.width)).reduce((a, b) => a + b),
+        bar.querySelector('.bar-total').textContent])""")
     assert [name for name, _, _ in bars] == ["dense (auto)", "svg1 density=0.3", "control (auto)"]
     seconds = np.array([float(total.split()[0]) for _, _, total in bars])
     assert np.allclose([width for _, width, _ in bars], 100 * seconds / seconds.max(), atol=0.5)
@@ -383,11 +391,7 @@ def test_tab_reaches_every_part(sweep):
 
 def test_no_name_is_defined_twice():
     """The scripts share one scope: a second function of one name would silently replace the first."""
-    import re
-
-    import svg.eval.page as package
-
-    folder = Path(package.__file__).parent
+    folder = Path(svg.eval.page.__file__).parent
     names = [
         name
         for path in sorted(folder.glob("*.js"))

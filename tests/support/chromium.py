@@ -102,12 +102,13 @@ class Chromium:
 
     def resize(self, width, height, scale=1):
         """Change the window; at most 720 pixels wide it is a phone."""
-        mobile = width <= 720
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile)
+        size = {"width": width, "height": height, "deviceScaleFactor": scale}
+        self.send("Emulation.setDeviceMetricsOverride", **size, mobile=width <= 720)
 
     def evaluate(self, expression):
         """Value of a JavaScript expression; a promise is waited for."""
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True)
+        options = {"returnByValue": True, "awaitPromise": True, "userGesture": True}
+        answer = self.send("Runtime.evaluate", expression=expression, **options)
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:800])
         return answer["result"].get("value")
@@ -136,7 +137,8 @@ class Chromium:
 
     def point(self, selector):
         """Move the mouse to the middle of the first element that matches, scrolled into sight."""
-        place = f"""(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});
+        place = f"""(() => {{
+            const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});
             const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; }})()"""
         x, y = self.evaluate(place)
         time.sleep(0.05)
