@@ -19,9 +19,20 @@ function timeSection() {
   };
   onChange((keys) => keys.some((key) => !["sort", "metric", "time", "each"].includes(key)) && draw());
   draw();
-  const legend = el("ul", { class: "legend" }, PARTS.map((part) => el("li", {}, el("i", { class: "swatch", style: { background: part.colour } }), part.name)));
-  const lead = "Seconds of one run after an untimed warm-up; planning (clustering, profiling, permuting) counts as attention.";
-  return section("time", "Where the time went", DATA.kind === "sweep" ? `${lead} Means over prompts and seeds.` : lead, legend, bars);
+  const legend = el(
+    "ul",
+    { class: "legend" },
+    PARTS.map((part) => el("li", {}, el("i", { class: "swatch", style: { background: part.colour } }), part.name)),
+  );
+  const lead =
+    "Seconds of one run after an untimed warm-up; planning (clustering, profiling, permuting) counts as attention.";
+  return section(
+    "time",
+    "Where the time went",
+    DATA.kind === "sweep" ? `${lead} Means over prompts and seeds.` : lead,
+    legend,
+    bars,
+  );
 }
 
 function grouped(cells) {
@@ -31,25 +42,61 @@ function grouped(cells) {
     rows.get(cell.label).push(cell);
   }
   return [...rows.values()].map((members) => {
-    const parts = Object.fromEntries(PARTS.map(({ key }) => [key, mean(members.map((cell) => partsOf(cell)[key])) || 0]));
-    return { cell: members[0], count: members.length, parts, total: mean(members.map((cell) => cell.seconds.end_to_end)), chosen: members.some((cell) => cell.id === state.selected) };
+    const parts = Object.fromEntries(
+      PARTS.map(({ key }) => [key, mean(members.map((cell) => partsOf(cell)[key])) || 0]),
+    );
+    return {
+      cell: members[0],
+      count: members.length,
+      parts,
+      total: mean(members.map((cell) => cell.seconds.end_to_end)),
+      chosen: members.some((cell) => cell.id === state.selected),
+    };
   });
 }
 
 function partsOf({ attention, seconds: time }) {
   const { dense, sparse } = attention || { dense: time.attention, sparse: 0 };
-  return { dense, sparse, rest: Math.max(0, time.transformer - dense - sparse), vae: time.vae, other: Math.max(0, time.end_to_end - time.transformer - time.vae) };
+  return {
+    dense,
+    sparse,
+    rest: Math.max(0, time.transformer - dense - sparse),
+    vae: time.vae,
+    other: Math.max(0, time.end_to_end - time.transformer - time.vae),
+  };
 }
 
 function bar({ cell, count, parts, total, chosen }, longest) {
-  const rows = PARTS.filter(({ key }) => parts[key] > 0).map(({ key, name }) => [name, `${seconds(parts[key])}, ${((100 * parts[key]) / total).toFixed(0)} %`]);
-  const pieces = PARTS.filter(({ key }) => parts[key] > 0).map(({ key, colour }) => el("i", { "data-part": key, style: { width: `${(100 * parts[key]) / longest}%`, background: colour } }));
+  const rows = PARTS.filter(({ key }) => parts[key] > 0).map(({ key, name }) => [
+    name,
+    `${seconds(parts[key])}, ${((100 * parts[key]) / total).toFixed(0)} %`,
+  ]);
+  const pieces = PARTS.filter(({ key }) => parts[key] > 0).map(({ key, colour }) =>
+    el("i", { "data-part": key, style: { width: `${(100 * parts[key]) / longest}%`, background: colour } }),
+  );
   const title = count > 1 ? `${cell.label}, mean of ${count} cells` : cell.label;
-  const stack = el("div", { class: "stack", tabindex: 0, role: "img", "aria-label": `${title}: ${rows.map((row) => row.join(" ")).join("; ")}`,
-    onpointermove: (event) => showTip(title, rows, event.clientX, event.clientY), onpointerleave: hideTip, onblur: hideTip,
-    onfocus: (event) => {
-      const place = event.currentTarget.getBoundingClientRect();
-      showTip(title, rows, place.left, place.bottom);
-    } }, pieces);
-  return el("div", { class: `bar${chosen ? " selected" : ""}` }, el("span", { class: "bar-name" }, cell.label), stack, el("span", { class: "bar-total" }, seconds(total)));
+  const stack = el(
+    "div",
+    {
+      class: "stack",
+      tabindex: 0,
+      role: "img",
+      "aria-label": `${title}: ${rows.map((row) => row.join(" ")).join("; ")}`,
+      onpointermove: (event) => showTip(title, rows, event.clientX, event.clientY),
+      onpointerleave: hideTip,
+      onblur: hideTip,
+      onfocus: (event) => {
+        const place = event.currentTarget.getBoundingClientRect();
+        showTip(title, rows, place.left, place.bottom);
+      },
+    },
+    pieces,
+  );
+  return el(
+    "div",
+    { class: `bar${chosen ? " selected" : ""}` },
+    el("span", { class: "bar-name" }, cell.label),
+    stack,
+    el("span", { class: "bar-total" }, seconds(total)),
+  );
 }

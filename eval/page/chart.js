@@ -30,16 +30,24 @@ function axisX(map, list, { bottom, top, label, right, left }) {
     svg("line", { class: "grid", x1: map(number), x2: map(number), y1: top, y2: bottom }),
     svg("text", { class: "tick", x: map(number), y: bottom + 17, "text-anchor": "middle" }, text),
   ]);
-  return svg("g", { "aria-hidden": "true" }, marks,
+  return svg(
+    "g",
+    { "aria-hidden": "true" },
+    marks,
     svg("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
-    svg("text", { class: "label", x: right, y: bottom + 36, "text-anchor": "end" }, label));
+    svg("text", { class: "label", x: right, y: bottom + 36, "text-anchor": "end" }, label),
+  );
 }
 
 function axisY(map, list, { left, right }) {
-  return svg("g", { "aria-hidden": "true" }, list.map(([number, text]) => [
-    svg("line", { class: "grid", x1: left, x2: right, y1: map(number), y2: map(number) }),
-    svg("text", { class: "tick", x: left - 8, y: map(number) + 4, "text-anchor": "end" }, text),
-  ]));
+  return svg(
+    "g",
+    { "aria-hidden": "true" },
+    list.map(([number, text]) => [
+      svg("line", { class: "grid", x1: left, x2: right, y1: map(number), y2: map(number) }),
+      svg("text", { class: "tick", x: left - 8, y: map(number) + 4, "text-anchor": "end" }, text),
+    ]),
+  );
 }
 
 // One shape a method, so that colour is never the only difference.

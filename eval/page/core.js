@@ -18,8 +18,14 @@ const COLOURS = { dense: "#1f2a37", control: "#6b7785", svg1: "#0072b2", svg2: "
 const OTHER_COLOURS = ["#00805f", "#a8327d", "#8a6d00", "#4a5bd0"];
 
 const state = {
-  group: null, metric: "psnr", time: "attention", each: false, // what the plots show
-  query: "", method: "", prompt: "", seed: "", // the filter
+  group: null,
+  metric: "psnr",
+  time: "attention",
+  each: false, // what the plots show
+  query: "",
+  method: "",
+  prompt: "",
+  seed: "", // the filter
   sort: { key: null, down: false },
   selected: null, // id of a cell
 };
@@ -57,7 +63,13 @@ function svg(tag, attributes, ...children) {
 
 function section(id, title, lead, ...children) {
   const heading = el("h2", { id: `${id}-title` }, title);
-  return el("section", { id, "aria-labelledby": `${id}-title` }, heading, lead && el("p", { class: "lead" }, lead), children);
+  return el(
+    "section",
+    { id, "aria-labelledby": `${id}-title` },
+    heading,
+    lead && el("p", { class: "lead" }, lead),
+    children,
+  );
 }
 
 function selectBox(label, options, value, onchange) {
@@ -69,7 +81,13 @@ function selectBox(label, options, value, onchange) {
 // A row of radio buttons that looks like one control; arrow keys come with the element.
 function choice(name, label, options, value, onchange) {
   const buttons = options.map(([key, text]) => {
-    const input = el("input", { type: "radio", name, value: key, checked: key === value, onchange: () => onchange(key) });
+    const input = el("input", {
+      type: "radio",
+      name,
+      value: key,
+      checked: key === value,
+      onchange: () => onchange(key),
+    });
     return el("label", {}, input, el("span", {}, text));
   });
   return el("fieldset", { class: "choice" }, el("legend", {}, label), el("div", {}, buttons));
@@ -172,7 +190,8 @@ function filtered({ keepReferences }) {
   const words = state.query.toLowerCase().split(/\s+/).filter(Boolean);
   return inGroup().filter((cell) => {
     const text = `${cell.label} ${cell.prompt} ${cell.status} seed ${cell.seed}`.toLowerCase();
-    const same = (!state.prompt || cell.prompt === state.prompt) && (state.seed === "" || String(cell.seed) === state.seed);
+    const same =
+      (!state.prompt || cell.prompt === state.prompt) && (state.seed === "" || String(cell.seed) === state.seed);
     if (keepReferences && cell.role !== "accelerated") return same;
     const kind = cell.role === "accelerated" ? cell.method : cell.role;
     return same && (!state.method || kind === state.method) && words.every((word) => text.includes(word));
@@ -196,7 +215,14 @@ function shorten(text, length) {
 const TIP = document.getElementById("tip");
 
 function showTip(title, rows, x, y) {
-  TIP.replaceChildren(el("strong", {}, title), el("dl", {}, rows.map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)])));
+  TIP.replaceChildren(
+    el("strong", {}, title),
+    el(
+      "dl",
+      {},
+      rows.map(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]),
+    ),
+  );
   TIP.hidden = false;
   const box = TIP.getBoundingClientRect();
   const left = x + 14 + box.width > innerWidth ? x - 14 - box.width : x + 14;

@@ -2,8 +2,18 @@
 // Step x layer x head: one small picture a layer, heads downwards, steps to the right.
 
 const MISSING = 255;
-const DENSITY_STOPS = [[247, 250, 252], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 38, 84]];
-const KIND_STOPS = [[0, 114, 178], [252, 249, 240], [230, 126, 0]];
+const DENSITY_STOPS = [
+  [247, 250, 252],
+  [198, 219, 239],
+  [107, 174, 214],
+  [33, 113, 181],
+  [8, 38, 84],
+];
+const KIND_STOPS = [
+  [0, 114, 178],
+  [252, 249, 240],
+  [230, 126, 0],
+];
 const NO_VALUE = [193, 200, 209];
 
 function colourAt(stops, share) {
@@ -26,17 +36,35 @@ function insideSection() {
 }
 
 function inside(cell) {
-  if (!cell?.maps.length) return [el("p", { class: "empty" }, `${cell ? cell.label : "Nothing"} computes the whole attention map: select a sparse cell.`)];
+  if (!cell?.maps.length)
+    return [
+      el(
+        "p",
+        { class: "empty" },
+        `${cell ? cell.label : "Nothing"} computes the whole attention map: select a sparse cell.`,
+      ),
+    ];
   return cell.maps.flatMap((map) => {
     const name = cell.maps.length > 1 ? ` (${map.transformer})` : "";
     const density = heatmap(map, unpack(map.density), {
-      id: "density", title: `Density of ${describe(cell)}${name}`, stops: DENSITY_STOPS,
-      low: "0: nothing", high: "1: dense", word: (share) => `density ${share.toFixed(2)}`,
+      id: "density",
+      title: `Density of ${describe(cell)}${name}`,
+      stops: DENSITY_STOPS,
+      low: "0: nothing",
+      high: "1: dense",
+      word: (share) => `density ${share.toFixed(2)}`,
     });
-    const kinds = map.temporal && heatmap(map, unpack(map.temporal), {
-      id: "kinds", title: `Head kinds of ${describe(cell)}${name}`, stops: KIND_STOPS,
-      low: "spatial", high: "temporal", missing: "grey: dense call", word: kindWord,
-    });
+    const kinds =
+      map.temporal &&
+      heatmap(map, unpack(map.temporal), {
+        id: "kinds",
+        title: `Head kinds of ${describe(cell)}${name}`,
+        stops: KIND_STOPS,
+        low: "spatial",
+        high: "temporal",
+        missing: "grey: dense call",
+        word: kindWord,
+      });
     return [density, kinds].filter(Boolean);
   });
 }
@@ -49,9 +77,22 @@ function kindWord(share) {
 function heatmap(map, bytes, { id, title, stops, low, high, missing, word }) {
   const { steps, layers, heads } = map;
   const at = (step, layer, head) => bytes[(step * layers.length + layer) * heads + head];
-  const readout = el("output", { class: "readout", "aria-live": "polite" }, "Point at a square, or focus the maps and use the arrow keys; Page Up and Down change the layer.");
+  const readout = el(
+    "output",
+    { class: "readout", "aria-live": "polite" },
+    "Point at a square, or focus the maps and use the arrow keys; Page Up and Down change the layer.",
+  );
   const panels = layers.map((layer, index) => panel(layer, steps, heads, (step, head) => at(step, index, head), stops));
-  const grid = el("div", { class: "maps", tabindex: 0, role: "group", "aria-label": `${title}: ${layers.length} layers, ${heads} heads, ${steps.length} steps` }, panels.map((item) => item.node));
+  const grid = el(
+    "div",
+    {
+      class: "maps",
+      tabindex: 0,
+      role: "group",
+      "aria-label": `${title}: ${layers.length} layers, ${heads} heads, ${steps.length} steps`,
+    },
+    panels.map((item) => item.node),
+  );
   grid.style.setProperty("--steps", steps.length);
   const here = { step: 0, layer: 0, head: 0 };
   const show = () => {
@@ -60,23 +101,49 @@ function heatmap(map, bytes, { id, title, stops, low, high, missing, word }) {
     readout.textContent = `Step ${steps[here.step] + 1}, layer ${layers[here.layer]}, head ${here.head}: ${text}`;
     panels.forEach((item, index) => item.mark(index === here.layer ? here : null));
   };
-  panels.forEach((item, layer) => item.canvas.addEventListener("pointermove", (event) => {
-    const box = item.canvas.getBoundingClientRect();
-    const step = clamp(Math.floor(((event.clientX - box.left) / box.width) * steps.length), steps.length);
-    const head = clamp(Math.floor(((event.clientY - box.top) / box.height) * heads), heads);
-    Object.assign(here, { step, layer, head });
-    show();
-  }));
+  panels.forEach((item, layer) =>
+    item.canvas.addEventListener("pointermove", (event) => {
+      const box = item.canvas.getBoundingClientRect();
+      const step = clamp(Math.floor(((event.clientX - box.left) / box.width) * steps.length), steps.length);
+      const head = clamp(Math.floor(((event.clientY - box.top) / box.height) * heads), heads);
+      Object.assign(here, { step, layer, head });
+      show();
+    }),
+  );
   grid.addEventListener("keydown", (event) => {
-    const moves = { ArrowRight: ["step", 1], ArrowLeft: ["step", -1], ArrowDown: ["head", 1], ArrowUp: ["head", -1], PageDown: ["layer", 1], PageUp: ["layer", -1] };
+    const moves = {
+      ArrowRight: ["step", 1],
+      ArrowLeft: ["step", -1],
+      ArrowDown: ["head", 1],
+      ArrowUp: ["head", -1],
+      PageDown: ["layer", 1],
+      PageUp: ["layer", -1],
+    };
     if (!moves[event.key]) return;
     event.preventDefault();
     const [axis, by] = moves[event.key];
     here[axis] = clamp(here[axis] + by, { step: steps.length, layer: layers.length, head: heads }[axis]);
     show();
   });
-  return el("div", { class: "heatmap", id: `heatmap-${id}`, "data-id": id }, el("h3", {}, title), grid,
-    el("div", { class: "under" }, el("div", { class: "scale" }, el("span", {}, low), ramp(stops), el("span", {}, high), missing && el("span", { class: "missing" }, missing)), readout));
+  return el(
+    "div",
+    { class: "heatmap", id: `heatmap-${id}`, "data-id": id },
+    el("h3", {}, title),
+    grid,
+    el(
+      "div",
+      { class: "under" },
+      el(
+        "div",
+        { class: "scale" },
+        el("span", {}, low),
+        ramp(stops),
+        el("span", {}, high),
+        missing && el("span", { class: "missing" }, missing),
+      ),
+      readout,
+    ),
+  );
 }
 
 function clamp(index, count) {
@@ -90,16 +157,30 @@ function panel(layer, steps, heads, at, stops) {
   for (let head = 0; head < heads; head += 1) {
     for (let step = 0; step < steps.length; step += 1) {
       const byte = at(step, head);
-      picture.data.set([...(byte === MISSING ? NO_VALUE : colourAt(stops, byte / 254)), 255], 4 * (head * steps.length + step));
+      picture.data.set(
+        [...(byte === MISSING ? NO_VALUE : colourAt(stops, byte / 254)), 255],
+        4 * (head * steps.length + step),
+      );
     }
   }
   context.putImageData(picture, 0, 0);
   const cursor = el("div", { class: "cursor", hidden: true });
   const size = Math.max(3, Math.min(22, Math.floor((innerWidth > 720 ? 148 : 106) / Math.max(steps.length, heads))));
-  const screen = el("div", { class: "map", style: { width: `${size * steps.length}px`, height: `${size * heads}px` } }, canvas, cursor);
+  const screen = el(
+    "div",
+    { class: "map", style: { width: `${size * steps.length}px`, height: `${size * heads}px` } },
+    canvas,
+    cursor,
+  );
   const mark = (here) => {
     cursor.hidden = !here;
-    if (here) Object.assign(cursor.style, { left: `${size * here.step}px`, top: `${size * here.head}px`, width: `${size}px`, height: `${size}px` });
+    if (here)
+      Object.assign(cursor.style, {
+        left: `${size * here.step}px`,
+        top: `${size * here.head}px`,
+        width: `${size}px`,
+        height: `${size}px`,
+      });
   };
   return { node: el("div", { class: "panel" }, el("span", {}, `layer ${layer}`), screen), canvas, mark };
 }

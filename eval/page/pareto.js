@@ -4,32 +4,62 @@
 const PLOT = { height: 350, left: 58, right: 14, top: 46, bottom: 46, rail: 24 };
 
 function paretoSection() {
-  const known = Object.keys(METRICS).filter((key) => CELLS.some((cell) => cell.quality[key] !== null && cell.role === "accelerated"));
+  const known = Object.keys(METRICS).filter((key) =>
+    CELLS.some((cell) => cell.quality[key] !== null && cell.role === "accelerated"),
+  );
   if (!known.length) return null;
   if (!known.includes(state.metric)) state.metric = known[0];
   const several = new Set(CELLS.map((cell) => `${cell.prompt} ${cell.seed}`)).size > 1;
-  const controls = el("div", { class: "controls" },
-    choice("metric", "Quality", known.map((key) => [key, METRICS[key].short || METRICS[key].name]), state.metric, (metric) => update({ metric })),
+  const controls = el(
+    "div",
+    { class: "controls" },
+    choice(
+      "metric",
+      "Quality",
+      known.map((key) => [key, METRICS[key].short || METRICS[key].name]),
+      state.metric,
+      (metric) => update({ metric }),
+    ),
     choice("time", "Time", Object.entries(TIMES), state.time, (time) => update({ time })),
-    several && choice("each", "Marks", [["mean", "Mean"], ["each", "Every cell"]], "mean", (key) => update({ each: key === "each" })));
+    several &&
+      choice(
+        "each",
+        "Marks",
+        [
+          ["mean", "Mean"],
+          ["each", "Every cell"],
+        ],
+        "mean",
+        (key) => update({ each: key === "each" }),
+      ),
+  );
   const plots = el("div", { class: "plots" });
   const legend = el("ul", { class: "legend" });
   const warning = el("p", { class: "warning", role: "status" });
   const draw = () => {
     const held = document.activeElement?.closest?.("#pareto .point");
-    const place = held && `[data-axis="${held.closest("figure").dataset.axis}"] [data-label="${CSS.escape(held.dataset.label)}"]`;
+    const place =
+      held && `[data-axis="${held.closest("figure").dataset.axis}"] [data-label="${CSS.escape(held.dataset.label)}"]`;
     const width = plots.clientWidth || 900;
     const each = width >= 760 ? (width - 28) / 2 : width;
     plots.replaceChildren(plot("time", each), plot("density", each));
     legend.replaceChildren(...legendItems());
-    warning.textContent = isUneven() ? "The means are over different prompts and seeds, because some cells are missing: compare them with care, or show every cell." : "";
+    warning.textContent = isUneven()
+      ? "The means are over different prompts and seeds, because some cells are missing: compare them with care, or show every cell."
+      : "";
     if (place) plots.querySelector(place)?.focus(); // drawing anew took it away
   };
   onChange((keys) => keys[0] !== "sort" && draw());
   new ResizeObserver(draw).observe(plots);
-  return section("pareto", "Quality against cost",
+  return section(
+    "pareto",
+    "Quality against cost",
     "Up and to the left is better. Distances are to dense attention from the same prompt and seed; anything inside the control band is as close as dense is to itself on another backend.",
-    controls, plots, legend, warning);
+    controls,
+    plots,
+    legend,
+    warning,
+  );
 }
 
 // Marks of the cells in sight: means over prompts and seeds, or every cell.
@@ -47,18 +77,31 @@ function marks() {
 // Whether means in sight are over different videos: a hard prompt in one of them alone looks like a bad method.
 function isUneven() {
   const sparse = marks().filter((mark) => mark.cell.role === "accelerated");
-  return !state.each && new Set(sparse.map((mark) => mark.cells.map((cell) => `${cell.seed} ${cell.prompt}`).sort().join("\n"))).size > 1;
+  return (
+    !state.each &&
+    new Set(
+      sparse.map((mark) =>
+        mark.cells
+          .map((cell) => `${cell.seed} ${cell.prompt}`)
+          .sort()
+          .join("\n"),
+      ),
+    ).size > 1
+  );
 }
 
 function numbersOf(mark, axis) {
-  const x = axis === "time"
-    ? mean(mark.cells.map((cell) => cell.seconds?.[state.time]))
-    : mean(mark.cells.map((cell) => cell.density?.all_calls));
+  const x =
+    axis === "time"
+      ? mean(mark.cells.map((cell) => cell.seconds?.[state.time]))
+      : mean(mark.cells.map((cell) => cell.density?.all_calls));
   return { ...mark, x, y: mean(mark.cells.map((cell) => cell.quality[state.metric])) };
 }
 
 function plot(axis, width) {
-  const all = marks().map((mark) => numbersOf(mark, axis)).filter((mark) => mark.x !== null);
+  const all = marks()
+    .map((mark) => numbersOf(mark, axis))
+    .filter((mark) => mark.x !== null);
   const sparse = all.filter((mark) => mark.cell.role === "accelerated" && mark.y !== null);
   const xs = axis === "time" ? [0, Math.max(...all.map((mark) => mark.x), 1e-9) * 1.08] : [0, 1.04];
   const spans = { psnr: 2, ssim: 0.02, lpips: 0.02, temporal_psnr: 2, vmaf: 5 };
@@ -66,25 +109,47 @@ function plot(axis, width) {
   const ends = around(finite.length ? finite : [0, 1], spans[state.metric]);
   const controls = all.filter((mark) => mark.cell.role === "control");
   const bounds = limit(ends, controls);
-  const rails = [["dense", "= dense"], ...(controls.some((mark) => !isOnScale(mark.y, bounds)) ? [["control", "control"]] : [])];
+  const rails = [
+    ["dense", "= dense"],
+    ...(controls.some((mark) => !isOnScale(mark.y, bounds)) ? [["control", "control"]] : []),
+  ];
   const top = PLOT.top + PLOT.rail * (rails.length - 1);
   const box = { left: PLOT.left, right: width - PLOT.right, top, bottom: PLOT.height - PLOT.bottom };
   const { up } = METRICS[state.metric];
   const mapX = scale(xs, [box.left, box.right]);
   const mapY = scale(bounds, up ? [box.bottom, box.top] : [box.top, box.bottom]);
   const name = METRICS[state.metric].name;
-  const label = axis === "time" ? `${TIMES[state.time]}, seconds` : "Density, computed share of the attention map, all calls";
+  const label =
+    axis === "time" ? `${TIMES[state.time]}, seconds` : "Density, computed share of the attention map, all calls";
   const shortLabel = axis === "time" ? label : width < 420 ? "Density, all calls" : label;
   const title = `${name} against ${axis === "time" ? TIMES[state.time].toLowerCase() + " time" : "density"}`;
-  const drawing = svg("svg", { class: "plot", width, height: PLOT.height, viewBox: `0 0 ${width} ${PLOT.height}`, role: "group", "aria-label": `${title}; arrow keys go from mark to mark` },
-    svg("text", { class: "title", x: 0, y: 14 }, `${name}${METRICS[state.metric].unit && `, ${METRICS[state.metric].unit}`}${up ? "" : " (axis reversed: less is better)"}`),
+  const drawing = svg(
+    "svg",
+    {
+      class: "plot",
+      width,
+      height: PLOT.height,
+      viewBox: `0 0 ${width} ${PLOT.height}`,
+      role: "group",
+      "aria-label": `${title}; arrow keys go from mark to mark`,
+    },
+    svg(
+      "text",
+      { class: "title", x: 0, y: 14 },
+      `${name}${METRICS[state.metric].unit && `, ${METRICS[state.metric].unit}`}${up ? "" : " (axis reversed: less is better)"}`,
+    ),
     rails.map(([, text], index) => rail(text, railY(index), box)),
     band(all, bounds, mapY, box),
-    axisX(mapX, ticks(...xs, width < 420 ? 4 : 6).filter(([number]) => number <= (axis === "density" ? 1 : Infinity)), { ...box, label: shortLabel }),
+    axisX(
+      mapX,
+      ticks(...xs, width < 420 ? 4 : 6).filter(([number]) => number <= (axis === "density" ? 1 : Infinity)),
+      { ...box, label: shortLabel },
+    ),
     axisY(mapY, ticks(...bounds, 5), box),
     frontLine(sparse, mapX, mapY),
     lines(sparse, mapX, mapY),
-    points(all, bounds, mapX, mapY));
+    points(all, bounds, mapX, mapY),
+  );
   return el("figure", { "data-axis": axis }, el("figcaption", { class: "offscreen" }, title), drawing);
 }
 
@@ -107,9 +172,12 @@ function isOnScale(number, [low, high]) {
 
 // Strips above the axis for what lies beyond it: identical to dense, and a control that is far away.
 function rail(text, y, { left, right }) {
-  return svg("g", { "aria-hidden": "true" },
+  return svg(
+    "g",
+    { "aria-hidden": "true" },
     svg("rect", { class: "rail", x: left, y: y - 10, width: right - left, height: 20, rx: 4 }),
-    svg("text", { class: "rail-text", x: left - 8, y: y + 4, "text-anchor": "end" }, text));
+    svg("text", { class: "rail-text", x: left - 8, y: y + 4, "text-anchor": "end" }, text),
+  );
 }
 
 function railY(index) {
@@ -121,23 +189,30 @@ function band(all, bounds, mapY, { left, right, top, bottom }) {
   const levels = all.filter((mark) => mark.cell.role === "control" && isOnScale(mark.y, bounds)).map((mark) => mark.y);
   if (!levels.length) return null;
   const y = mapY(up ? Math.min(...levels) : Math.max(...levels));
-  return svg("g", { class: "control-band", "aria-hidden": "true" },
+  return svg(
+    "g",
+    { class: "control-band", "aria-hidden": "true" },
     svg("rect", { x: left, y: top, width: right - left, height: Math.max(0, y - top) }),
     svg("line", { x1: left, x2: right, y1: y, y2: y }),
-    svg("text", { x: left + 6, y: Math.min(y + 14, bottom - 4) }, "control: noise floor"));
+    svg("text", { x: left + 6, y: Math.min(y + 14, bottom - 4) }, "control: noise floor"),
+  );
 }
 
 // What no other mark beats on both axes.
 function frontLine(sparse, mapX, mapY) {
   const { up } = METRICS[state.metric];
-  const finite = sparse.filter((mark) => Number.isFinite(mark.y)).sort((a, b) => a.x - b.x || (up ? b.y - a.y : a.y - b.y));
+  const finite = sparse
+    .filter((mark) => Number.isFinite(mark.y))
+    .sort((a, b) => a.x - b.x || (up ? b.y - a.y : a.y - b.y));
   const front = [];
   for (const mark of finite) {
     const best = front.at(-1);
     if (!best || (up ? mark.y > best.y : mark.y < best.y)) front.push(mark);
   }
   if (front.length < 2) return null;
-  const path = front.map((mark, index) => (index ? `H${mapX(mark.x)}V${mapY(mark.y)}` : `M${mapX(mark.x)} ${mapY(mark.y)}`)).join("");
+  const path = front
+    .map((mark, index) => (index ? `H${mapX(mark.x)}V${mapY(mark.y)}` : `M${mapX(mark.x)} ${mapY(mark.y)}`))
+    .join("");
   return svg("path", { class: "front", d: path, "aria-hidden": "true" });
 }
 
@@ -148,7 +223,9 @@ function lines(sparse, mapX, mapY) {
     const own = sparse.filter((mark) => mark.cell.method === method && Number.isFinite(mark.y));
     own.sort((a, b) => budgetOf(a) - budgetOf(b));
     const path = own.map((mark, index) => `${index ? "L" : "M"}${mapX(mark.x)} ${mapY(mark.y)}`).join("");
-    return own.length > 1 && svg("path", { class: "series", d: path, stroke: colourOf(own[0].cell), "aria-hidden": "true" });
+    return (
+      own.length > 1 && svg("path", { class: "series", d: path, stroke: colourOf(own[0].cell), "aria-hidden": "true" })
+    );
   });
 }
 
@@ -184,23 +261,39 @@ function point(mark, bounds, mapX, mapY) {
   const y = onScale ? mapY(mark.y) : railY(kind === "control" ? 1 : 0);
   const colour = colourOf(cell);
   const chosen = mark.cells.some((member) => member.id === state.selected);
-  const open = kind === "control" ? { fill: "none", stroke: colour, "stroke-width": 2.4 } : { fill: colour, stroke: "#fff", "stroke-width": 1.4 };
+  const open =
+    kind === "control"
+      ? { fill: "none", stroke: colour, "stroke-width": 2.4 }
+      : { fill: colour, stroke: "#fff", "stroke-width": 1.4 };
   const select = () => update({ selected: (mark.cells.find((member) => member.video) || cell).id });
   const rows = tipRows(mark);
-  const node = svg("g", {
-    class: `point ${kind}${chosen ? " selected" : ""}`, tabindex: -1, role: "button", "data-label": cell.label, "data-id": cell.id,
-    "aria-pressed": String(chosen), "aria-label": `${markName(mark)}: ${rows.map((row) => row.join(" ")).join(", ")}`,
-    onclick: select, onkeydown: (event) => ["Enter", " "].includes(event.key) && (event.preventDefault(), select()),
-    onpointerenter: (event) => showTip(markName(mark), rows, event.clientX, event.clientY), onpointerleave: hideTip, onblur: hideTip,
-    onfocus: (event) => {
-      const place = event.currentTarget.getBoundingClientRect();
-      showTip(markName(mark), rows, place.right, place.bottom);
+  const node = svg(
+    "g",
+    {
+      class: `point ${kind}${chosen ? " selected" : ""}`,
+      tabindex: -1,
+      role: "button",
+      "data-label": cell.label,
+      "data-id": cell.id,
+      "aria-pressed": String(chosen),
+      "aria-label": `${markName(mark)}: ${rows.map((row) => row.join(" ")).join(", ")}`,
+      onclick: select,
+      onkeydown: (event) => ["Enter", " "].includes(event.key) && (event.preventDefault(), select()),
+      onpointerenter: (event) => showTip(markName(mark), rows, event.clientX, event.clientY),
+      onpointerleave: hideTip,
+      onblur: hideTip,
+      onfocus: (event) => {
+        const place = event.currentTarget.getBoundingClientRect();
+        showTip(markName(mark), rows, place.right, place.bottom);
+      },
     },
-  },
-  chosen && svg("circle", { class: "halo", cx: x, cy: y, r: 12 }),
-  svg("circle", { class: "target", cx: x, cy: y, r: 13 }),
-  marker(kind, x, y, state.each ? 4.5 : 6, open),
-  !onScale && kind === "control" && svg("text", { class: "rail-text", x: x - 12, y: y + 4, "text-anchor": "end" }, metricText(state.metric, mark.y)));
+    chosen && svg("circle", { class: "halo", cx: x, cy: y, r: 12 }),
+    svg("circle", { class: "target", cx: x, cy: y, r: 13 }),
+    marker(kind, x, y, state.each ? 4.5 : 6, open),
+    !onScale &&
+      kind === "control" &&
+      svg("text", { class: "rail-text", x: x - 12, y: y + 4, "text-anchor": "end" }, metricText(state.metric, mark.y)),
+  );
   return node;
 }
 
@@ -217,18 +310,61 @@ function tipRows(mark) {
   const faster = of((cell) => speedup(cell, state.time));
   return [
     ...quality,
-    ["Density", `${format(of((cell) => cell.density?.all_calls), 3)} all calls${mark.cell.role === "accelerated" ? `, ${format(of((cell) => cell.density?.sparse_calls), 3)} sparse` : ""}`],
-    [TIMES[state.time], `${seconds(of((cell) => cell.seconds?.[state.time]))}${faster ? ` (${fasterText(faster)})` : ""}`],
+    [
+      "Density",
+      `${format(
+        of((cell) => cell.density?.all_calls),
+        3,
+      )} all calls${
+        mark.cell.role === "accelerated"
+          ? `, ${format(
+              of((cell) => cell.density?.sparse_calls),
+              3,
+            )} sparse`
+          : ""
+      }`,
+    ],
+    [
+      TIMES[state.time],
+      `${seconds(of((cell) => cell.seconds?.[state.time]))}${faster ? ` (${fasterText(faster)})` : ""}`,
+    ],
   ];
 }
 
 function legendItems() {
   const kinds = new Map(finished(inGroup()).map((cell) => [kindOf(cell), cell]));
   const text = { dense: "dense, the reference", control: "control: dense on another backend" };
-  const items = [...kinds].map(([kind, cell]) => el("li", {},
-    svg("svg", { width: 18, height: 16, "aria-hidden": "true" }, marker(kind, 9, 8, 5, kind === "control" ? { fill: "none", stroke: colourOf(cell), "stroke-width": 2.2 } : { fill: colourOf(cell) })),
-    text[kind] || kind));
+  const items = [...kinds].map(([kind, cell]) =>
+    el(
+      "li",
+      {},
+      svg(
+        "svg",
+        { width: 18, height: 16, "aria-hidden": "true" },
+        marker(
+          kind,
+          9,
+          8,
+          5,
+          kind === "control" ? { fill: "none", stroke: colourOf(cell), "stroke-width": 2.2 } : { fill: colourOf(cell) },
+        ),
+      ),
+      text[kind] || kind,
+    ),
+  );
   const sparse = marks().filter((mark) => mark.cell.role === "accelerated").length;
-  if (sparse > 1) items.push(el("li", {}, svg("svg", { width: 22, height: 16, "aria-hidden": "true" }, svg("path", { class: "front", d: "M1 12H11V4H21" })), "best trade-offs"));
+  if (sparse > 1)
+    items.push(
+      el(
+        "li",
+        {},
+        svg(
+          "svg",
+          { width: 22, height: 16, "aria-hidden": "true" },
+          svg("path", { class: "front", d: "M1 12H11V4H21" }),
+        ),
+        "best trade-offs",
+      ),
+    );
   return items;
 }

@@ -67,9 +67,11 @@ class Together {
   tick() {
     if (!this.playing) return;
     const [first, ...others] = this.active();
-    if (first.ended || this.frameOf(first) >= this.frames - 1 && first.currentTime * this.fps >= this.frames - 0.3) return this.again();
+    if (first.ended || (this.frameOf(first) >= this.frames - 1 && first.currentTime * this.fps >= this.frames - 0.3))
+      return this.again();
     for (const other of others) {
-      if (!other.seeking && Math.abs(other.currentTime - first.currentTime) > 0.6 / this.fps) other.currentTime = first.currentTime;
+      if (!other.seeking && Math.abs(other.currentTime - first.currentTime) > 0.6 / this.fps)
+        other.currentTime = first.currentTime;
     }
     this.frame = this.frameOf(first);
     this.onFrame(this.frame);
@@ -115,9 +117,12 @@ function playerSection() {
   offer(view);
   showSelected(view);
   new ResizeObserver(() => drawStrip(view)).observe(view.strip);
-  return section("player", "Side by side",
+  return section(
+    "player",
+    "Side by side",
     "Space plays and pauses, the arrow keys step by one frame, Home and End go to the ends. The difference is |A − B|, brightened so that small errors show.",
-    view.node);
+    view.node,
+  );
 }
 
 function playerView() {
@@ -126,10 +131,31 @@ function playerView() {
     const video = el("video", { muted: true, playsinline: true, preload: "auto", "aria-label": `Video ${name}` });
     video.muted = true;
     const problem = el("p", { class: "problem", hidden: true }, "This video could not be played.");
-    return { name, box, video, problem, node: el("div", { class: "side" }, el("div", { class: "side-head" }, el("b", {}, name), box), el("div", { class: "screen" }, video, problem)) };
+    return {
+      name,
+      box,
+      video,
+      problem,
+      node: el(
+        "div",
+        { class: "side" },
+        el("div", { class: "side-head" }, el("b", {}, name), box),
+        el("div", { class: "screen" }, video, problem),
+      ),
+    };
   });
   const canvas = el("canvas", { role: "img", "aria-label": "Difference of A and B" });
-  const gain = choice("gain", "Brightness", [["1", "1x"], ["4", "4x"], ["16", "16x"]], "4", () => drawDifference(view));
+  const gain = choice(
+    "gain",
+    "Brightness",
+    [
+      ["1", "1x"],
+      ["4", "4x"],
+      ["16", "16x"],
+    ],
+    "4",
+    () => drawDifference(view),
+  );
   const view = { sides, canvas, gain, videos: sides.map((side) => side.video), shown: [-1, -1] };
   view.strip = el("div", { class: "strip" });
   view.seek = el("input", { type: "range", min: 0, max: 0, step: 1, value: 0, "aria-label": "Frame" });
@@ -137,24 +163,63 @@ function playerView() {
   view.back = el("button", { type: "button", "aria-label": "One frame back" }, "‹");
   view.forward = el("button", { type: "button", "aria-label": "One frame forward" }, "›");
   view.counter = el("output", { class: "counter" });
-  view.rate = selectBox("Speed", [["0.25", "0.25x"], ["0.5", "0.5x"], ["1", "1x"], ["2", "2x"]], "1", (rate) => setRate(view, Number(rate)));
-  const difference = el("div", { class: "side difference" }, el("div", { class: "side-head" }, el("b", {}, "|A − B|"), gain), el("div", { class: "screen" }, canvas));
-  const transport = el("div", { class: "transport" }, view.back, view.play, view.forward, el("div", { class: "track" }, view.strip, view.seek), view.counter, view.rate);
-  view.node = el("div", { class: "player", tabindex: 0, role: "group", "aria-label": "Video players" }, el("div", { class: "screens" }, sides.map((side) => side.node), difference), transport);
+  view.rate = selectBox(
+    "Speed",
+    [
+      ["0.25", "0.25x"],
+      ["0.5", "0.5x"],
+      ["1", "1x"],
+      ["2", "2x"],
+    ],
+    "1",
+    (rate) => setRate(view, Number(rate)),
+  );
+  const difference = el(
+    "div",
+    { class: "side difference" },
+    el("div", { class: "side-head" }, el("b", {}, "|A − B|"), gain),
+    el("div", { class: "screen" }, canvas),
+  );
+  const transport = el(
+    "div",
+    { class: "transport" },
+    view.back,
+    view.play,
+    view.forward,
+    el("div", { class: "track" }, view.strip, view.seek),
+    view.counter,
+    view.rate,
+  );
+  view.node = el(
+    "div",
+    { class: "player", tabindex: 0, role: "group", "aria-label": "Video players" },
+    el(
+      "div",
+      { class: "screens" },
+      sides.map((side) => side.node),
+      difference,
+    ),
+    transport,
+  );
   return view;
 }
 
 function offer(view) {
   const choices = inGroup().filter((cell) => cell.video);
-  for (const { box } of view.sides) box.replaceChildren(...choices.map((cell) => el("option", { value: cell.id }, describe(cell))));
+  for (const { box } of view.sides)
+    box.replaceChildren(...choices.map((cell) => el("option", { value: cell.id }, describe(cell))));
 }
 
 // The selected cell on the right, what it is measured against on the left.
 function showSelected(view) {
   const cells = inGroup().filter((cell) => cell.video);
-  const right = cells.find((cell) => cell.id === state.selected) || cells.find((cell) => cell.role === "accelerated") || cells[0];
+  const right =
+    cells.find((cell) => cell.id === state.selected) || cells.find((cell) => cell.role === "accelerated") || cells[0];
   if (!right) return;
-  const left = cells.find((cell) => cell.id === right.reference) || cells.find((cell) => cell.role === "dense" && cell.prompt === right.prompt) || right;
+  const left =
+    cells.find((cell) => cell.id === right.reference) ||
+    cells.find((cell) => cell.role === "dense" && cell.prompt === right.prompt) ||
+    right;
   load(view, 0, left.id);
   load(view, 1, right.id);
 }
@@ -183,7 +248,11 @@ function setRate(view, rate) {
 function wireControls(view) {
   const { together } = view;
   const toggle = () => (together.playing ? together.pause() : together.play()).then(() => showPlaying(view));
-  const go = (frame) => together.pause().then(() => together.seek(frame())).then(() => showPlaying(view));
+  const go = (frame) =>
+    together
+      .pause()
+      .then(() => together.seek(frame()))
+      .then(() => showPlaying(view));
   const step = (by) => go(() => together.frame + by);
   view.play.addEventListener("click", () => (toggle(), showPlaying(view)));
   view.back.addEventListener("click", () => step(-1));
@@ -196,8 +265,11 @@ function wireControls(view) {
   view.node.addEventListener("keydown", (event) => {
     const typing = event.target.matches("select, input[type=radio]");
     const keys = {
-      " ": () => (toggle(), showPlaying(view)), ArrowLeft: () => step(-1), ArrowRight: () => step(1),
-      Home: () => go(() => 0), End: () => go(() => together.frames - 1),
+      " ": () => (toggle(), showPlaying(view)),
+      ArrowLeft: () => step(-1),
+      ArrowRight: () => step(1),
+      Home: () => go(() => 0),
+      End: () => go(() => together.frames - 1),
     };
     if (typing || !keys[event.key] || (event.key === " " && event.target.matches("button"))) return;
     event.preventDefault();
@@ -272,10 +344,26 @@ function drawStrip(view) {
   const [low, high] = finite.length ? [Math.min(...finite), Math.max(...finite)] : [0, 1];
   const { up, name } = METRICS[state.metric];
   const y = scale([low, high], up ? [height - 5, 15] : [15, height - 5]);
-  const path = values.map(value).map((number, index) => (Number.isFinite(number) ? `${index ? "L" : "M"}${stripX(view, index + offset)} ${y(number)}` : "")).join("").replace(/^L/, "M");
+  const path = values
+    .map(value)
+    .map((number, index) =>
+      Number.isFinite(number) ? `${index ? "L" : "M"}${stripX(view, index + offset)} ${y(number)}` : "",
+    )
+    .join("")
+    .replace(/^L/, "M");
   const text = `${name} by frame, ${metricText(state.metric, low)} to ${metricText(state.metric, high)}`;
-  view.strip.replaceChildren(svg("svg", { width, height, role: "img", "aria-label": text },
-    svg("text", { x: 8, y: 10, class: "tick" }, text),
-    svg("path", { d: path, class: "curve", stroke: colourOf(right) }),
-    svg("line", { class: "playhead", y1: 12, y2: height, transform: `translate(${stripX(view, view.together.frame)} 0)` })));
+  view.strip.replaceChildren(
+    svg(
+      "svg",
+      { width, height, role: "img", "aria-label": text },
+      svg("text", { x: 8, y: 10, class: "tick" }, text),
+      svg("path", { d: path, class: "curve", stroke: colourOf(right) }),
+      svg("line", {
+        class: "playhead",
+        y1: 12,
+        y2: height,
+        transform: `translate(${stripX(view, view.together.frame)} 0)`,
+      }),
+    ),
+  );
 }
