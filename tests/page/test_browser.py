@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import re
 import shutil
 import time
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import svg.eval.page
+from svg.eval.files import write_json
 from svg.eval.page import build_page
 
 FRAMES, FPS = 9, 8
@@ -398,3 +400,54 @@ def test_no_name_is_defined_twice():
         for name in re.findall(r"^(?:async )?(?:function|class|const|let) (\w+)", path.read_text(), re.MULTILINE)
     ]
     assert len(names) > 50 and len(names) == len(set(names))
+
+
+# ---- runs that lack something
+
+
+def without_sparse(report):
+    del report["runs"]["accelerated"], report["quality"]["accelerated"]
+    report["density"] = None
+
+
+def without_dense(report):
+    report["runs"] = {"accelerated": report["runs"]["accelerated"]}
+    report["quality"] = {}
+
+
+def identical(report):
+    for part in report["quality"].values():
+        for name in ("psnr", "temporal_psnr"):
+            part[name] |= {"mean": "inf", "per_frame": ["inf"] * len(part[name]["per_frame"])}
+        part["lpips"] = {"net": "none", "mean": None, "note": "not asked for"}
+
+
+def never_sparse(report):
+    part = report["runs"]["accelerated"]["transformers"]["transformer"]
+    part["head_kinds_map"], part["attention_seconds"] = None, None
+    report["density"]["sparse_calls"] = None
+
+
+@pytest.mark.parametrize(
+    "change, headings",
+    [
+        (without_sparse, {"In numbers", "Side by side", "Where the time went", "Cells"}),
+        (without_dense, {"In numbers", "Side by side", "What was computed"}),
+        (identical, {"Quality against cost", "What was computed"}),
+        (never_sparse, {"Quality against cost", "What was computed"}),
+    ],
+)
+def test_runs_that_lack_something(browser, run_folder, tmp_path, change, headings):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    write_json(folder / "report.json", report)
+    browser.open(build_page(folder))
+    browser.wait(BOTH_LOADED)
+    assert browser.errors == []
+    assert headings <= set(browser.evaluate("[...document.querySelectorAll('h2')].map((e) => e.textContent)"))
+    assert "NaN" not in browser.evaluate("document.querySelector('main').outerHTML")
+    if change is identical:
+        assert "∞ dB" in browser.evaluate("document.querySelector('.tiles').textContent")
+        assert all(y < 60 for _, _, y in points(browser))  # everything is on the strips: nothing is beside dense
