@@ -22,6 +22,14 @@ from .kmeans import (
     kmeans_update_reference,
 )
 from .neighbours import neighbour_order, neighbour_order_reference
+from .norm_rope import (
+    gate_residual,
+    gate_residual_reference,
+    modulate,
+    modulate_reference,
+    norm_rope,
+    norm_rope_reference,
+)
 from .permute import (
     gather_tokens,
     gather_tokens_reference,
@@ -61,6 +69,12 @@ __all__ = [
     "kmeans_update_reference",
     "neighbour_order",
     "neighbour_order_reference",
+    "gate_residual",
+    "gate_residual_reference",
+    "modulate",
+    "modulate_reference",
+    "norm_rope",
+    "norm_rope_reference",
     "probe_attention",
     "probe_attention_reference",
     "quantised_attention",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svg.layout import TokenLayout
 from svg.state import RunState
 
-from .processor import VideoAttnProcessor, apply_rope, project_qkv, refuse_mask, register_skip
+from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec
 
 
@@ -27,7 +27,7 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
 
     def __init__(self, state: RunState, layer: int, fused: bool):
         super().__init__(state, layer)
-        self.fused = fused
+        self.fused_projections = fused
 
     def __call__(
         self,
@@ -40,9 +40,13 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
         refuse_mask(attention_mask, "CogVideoX")
         text, video = encoder_hidden_states.shape[1], hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, text + video, C]
-        q, k, v = project_qkv(attn, joint, self.fused)
+        q, k, v = project_qkv(attn, joint, self.fused_projections)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
-        if attn.norm_q is not None:
+        if self.fused and image_rotary_emb is not None and attn.norm_q is not None:
+            norms = (q, attn.norm_q), (k, attn.norm_k)
+            q, k = (norm_and_rotate(x, norm, *image_rotary_emb, first=text) for x, norm in norms)
+            image_rotary_emb = None
+        elif attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = _rotate_video(q, image_rotary_emb, text), _rotate_video(k, image_rotary_emb, text)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svg.layout import TokenLayout
 
-from .processor import VideoAttnProcessor, apply_rope, project_qkv, register_skip
+from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
 from .spec import ModelSpec
 
 
@@ -33,7 +33,11 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
 
         q, k, v = project_qkv(attn, hidden_states, fused=False)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S or video, H, D]
-        q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
+        if self.fused and image_rotary_emb is not None and attn.norm_q is not None:
+            q, k = (norm_and_rotate(x, norm, *image_rotary_emb) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
+            image_rotary_emb = None
+        else:
+            q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
         if image_rotary_emb is not None:
             q, k = _rotate_video(q, image_rotary_emb, video), _rotate_video(k, image_rotary_emb, video)
         if dual_stream:

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
 from svg.attend import attend
+from svg.kernels.norm_rope import norm_rope
 from svg.state import RunState
 
 
@@ -27,6 +29,11 @@ class VideoAttnProcessor:
     def __init__(self, state: RunState, layer: int):
         self.state = state
         self.layer = layer
+
+    @property
+    def fused(self) -> bool:
+        """Whether QK-norm and RoPE run in one kernel."""
+        return self.state.config.fused
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Run the shared attention for this layer.
@@ -109,6 +116,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated[..., 0::2] = even * cos - odd * sin
     rotated[..., 1::2] = even * sin + odd * cos
     return rotated
+
+
+def norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
+    """QK-norm and RoPE in one kernel, for configs with `fused` on.
+
+    Args:
+        x: float [B, S, G, W], each of the G groups normalised by itself.
+        norm: the attention module's own norm, RMSNorm or LayerNorm.
+        cos, sin: float, T x D numbers, each frequency twice in a row.
+        first: first of the T rotated tokens.
+
+    Returns:
+        Float [B, S, G, W], dtype of x.
+
+    Raises:
+        NotImplementedError: another norm, or its weight is not where x is, as under sequential offloading.
+    """
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, RMSNorm)):
+        raise NotImplementedError(f"fused needs RMSNorm or LayerNorm, got {type(norm).__name__}: turn fused off")
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    if weight is not None and weight.device != x.device:
+        raise NotImplementedError(
+            f"fused reads norm weights on {x.device}, got {weight.device}: turn fused off, or use another offload"
+        )
+    cos, sin = (angle.to(x.device, torch.float32).reshape(-1, angle.shape[-1]) for angle in (cos, sin))  # [T, D]
+    return norm_rope(x, weight, bias, norm.eps, cos, sin, rms=not isinstance(norm, nn.LayerNorm), first=first)
 
 
 def register_skip(processor: type[VideoAttnProcessor], output) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from svg.layout import TokenLayout
 
-from .processor import VideoAttnProcessor, apply_rope, project_qkv, refuse_mask, register_skip
+from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec
 
 
@@ -28,7 +28,12 @@ class WanSparseAttnProcessor(VideoAttnProcessor):
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states must be None in Wan self-attention; only attn1 may be replaced")
         q, k, v = project_qkv(attn, hidden_states, attn.fused_projections)  # [B, S, H * D]
-        q, k = attn.norm_q(q), attn.norm_k(k)
+        if self.fused and rotary_emb is not None:
+            q = norm_and_rotate(q.unsqueeze(2), attn.norm_q, *rotary_emb).flatten(2)
+            k = norm_and_rotate(k.unsqueeze(2), attn.norm_k, *rotary_emb).flatten(2)
+            rotary_emb = None
+        else:
+            q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
         if rotary_emb is not None:
             q, k = apply_rope(q, *rotary_emb), apply_rope(k, *rotary_emb)

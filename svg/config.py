@@ -21,6 +21,7 @@ class MethodConfig:
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
         dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
         check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
+        fused: QK-norm and RoPE in one kernel, in dense and sparse calls alike.
 
     Raises:
         ValueError: a value is outside its range.
@@ -34,6 +35,7 @@ class MethodConfig:
     seed: int = 0
     dense_backend: str = "auto"
     check_finite: bool = True
+    fused: bool = False
 
     def __post_init__(self):
         _share(self, "warmup_steps")
@@ -41,8 +43,9 @@ class MethodConfig:
         _integer(self, "seed", least=0)
         if self.dense_backend not in DENSE_BACKENDS:
             raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
-        if not isinstance(self.check_finite, bool):
-            raise TypeError(f"check_finite must be true or false, got {self.check_finite!r}")
+        for name in ("check_finite", "fused"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
         """Whether a layer stays dense in a step.

@@ -35,6 +35,7 @@ SUITES = (
     "test_block_sparse.py",
     "test_kmeans.py",
     "test_probe.py",
+    "test_norm_rope.py",
     "test_top_p.py",
     "test_neighbours.py",
     "test_quantize.py",

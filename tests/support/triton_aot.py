@@ -23,6 +23,9 @@ from svg.kernels import (
     kmeans_assign,
     kmeans_update,
     neighbour_order,
+    gate_residual,
+    modulate,
+    norm_rope,
     probe_attention,
     quantised_attention,
     target,
@@ -75,6 +78,7 @@ def run_operations(arch):
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
+    yield "elementwise", elementwise
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
     yield "top_p budget", lambda: top_p(1000, 0.3)
@@ -114,6 +118,14 @@ def sparse_quantised(precision, D):
 def probe(dtype, D):
     q, k = (torch.zeros(1, n, 2, D, dtype=dtype).transpose(1, 2) for n in (64, 256))
     probe_attention(q, k, k, torch.ones(1, 2, 64, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool))
+
+
+def elementwise():
+    x, row, angle = torch.zeros(1, 64, 5120).bfloat16(), torch.zeros(1, 1, 5120), torch.zeros(64, 128)
+    norm_rope(x.unsqueeze(2), row[0, 0], None, 1e-6, angle, angle, rms=True)
+    norm_rope(x.unflatten(2, (40, 128)), row[0, 0, :128], row[0, 0, :128], 1e-6, angle, angle, rms=False)
+    modulate(x, row, row, 1e-6)
+    gate_residual(x, x, row)
 
 
 def clustering(dtype):
