@@ -29,7 +29,7 @@ def main(folder: str, out: str, name: str = "report") -> None:
             time.sleep(1)  # until frames and the difference are painted
             path = Path(out) / f"{name}-{width}.png"
             picture = Image.open(io.BytesIO(browser.picture())).convert("RGB")
-            picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+            picture.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
             print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
