@@ -3,18 +3,20 @@
     s_ij = sm_scale (q_scale_i k_scale_j (q8_i . k8_j) + q_mean . (k_j - k_mean))      the last term with smooth_q only
     out  = v_scale sum_j e4m3(448 p_ij) v8_j / (448 sum_j p_ij) + v_mean,   p_ij = exp(s_ij - m_i), its sum in fp32
 
-| precision  | Q K^T                                         | P V                                                         |
-|------------|-----------------------------------------------|-------------------------------------------------------------|
-| int8-fp8   | INT8                                          | FP8 e4m3, V per channel; needs compute capability 8.9       |
-| int8-fp16  | INT8                                          | 16 bits: fp16 for an fp16 v, else bf16. The safe mode       |
-| int4-...   | INT4 range in INT8: an exact emulation, for accuracy work; smooth_q is on by default                        |
+| precision | Q K^T                                              | P V                                               |
+|-----------|----------------------------------------------------|---------------------------------------------------|
+| int8-fp8  | INT8                                               | FP8 e4m3, V per channel; compute capability 8.9   |
+| int8-fp16 | INT8                                               | fp16 for an fp16 v, else bf16: the safe mode      |
+| int4-...  | INT4 range in INT8, an exact emulation for accuracy work, not faster; smooth_q by default              |
 
 The FP8 tensor core sums with 13 fraction bits: each tile's P V starts from zero and is added in fp32 (two levels).
 The output is clamped to what V's quantised range allows: a weighted mean cannot leave it, though rounding of P could.
-e4m3 has 3 mantissa bits: where attention averages V's of mean zero, P and V each cost 3e-4 of cosine similarity whatever
-the scales (.9993 in all); where V's channels have means, as in trained models, errors average out and .9999 is passed.
+e4m3 has 3 mantissa bits: where attention averages V's of mean zero, P and V each cost 3e-4 of cosine similarity,
+whatever the scales; where V's channels have means, as in trained models, errors average out and .9999 is passed.
 sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -23,6 +25,8 @@ from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_
 from .quantize import (
     BLOCK,
     GROUPS,
+    QuantizedChannels,
+    QuantizedTokens,
     dequantize_channels,
     dequantize_tokens,
     padded_head_dim,
@@ -276,34 +280,85 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def _launch(q, k, v, *, precision, is_causal, sm_scale, smooth_q, smooth_k, smooth_v, q_groups, k_groups, return_lse):
+def _launch(q, k, v, *, is_causal, sm_scale, return_lse, **options):
     target.refuse_gradients("quantised_attention", q, k, v)
+    inputs = quantize_inputs(q, k, v, sm_scale=sm_scale, **options)
+    out, lse = attend_quantized(inputs, torch.empty_like(q), is_causal, sm_scale, return_lse)
+    return (out, unsmoothed_lse(lse, q, inputs.k_mean, sm_scale)) if return_lse else out
+
+
+@dataclass(frozen=True)
+class QuantizedInputs:
+    """What the kernel reads; `values` is quantised V, or V in 16 bits."""
+
+    rows: QuantizedTokens
+    keys: QuantizedTokens
+    channels: QuantizedChannels | None
+    values: torch.Tensor
+    k_mean: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def quantize_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    precision: str,
+    sm_scale: float,
+    smooth_q: bool,
+    smooth_k: bool,
+    smooth_v: bool,
+    q_groups: str,
+    k_groups: str,
+) -> QuantizedInputs:
+    """Everything that `quantised_attention` does before its attention; same arguments."""
     bits, fp8 = parse_precision(precision)
     if fp8:
         target.require_fp8(q.device)
-    B, H, S, D = q.shape
-    kv_heads, Sk = k.shape[1:3]
-    block_d = padded_head_dim(D)
-    row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
     stats = statistics(k, v) if smooth_k or fp8 else None
     mean = stats.k_mean if smooth_k else None
     rows = quantize_tokens(q, side="q", groups=q_groups, bits=bits, own_mean=smooth_q)
-    keys = quantize_tokens(k, side="k", groups=k_groups, bits=bits, mean=mean)
-    bias = _mean_scores(rows.mean, k, mean) * (sm_scale * LOG2_E) if smooth_q else None
     channels = quantize_channels(v, stats, smooth=smooth_v) if fp8 else None
-    values = channels.values if fp8 else v.to(pv_dtype(v))
-    out = torch.empty_like(q)
-    lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
-    with target.on_device(q):
+    return QuantizedInputs(
+        rows=rows,
+        keys=quantize_tokens(k, side="k", groups=k_groups, bits=bits, mean=mean),
+        channels=channels,
+        values=channels.values if fp8 else v.to(pv_dtype(v)),
+        k_mean=mean,
+        bias=_mean_scores(rows.mean, k, mean) * (sm_scale * LOG2_E) if smooth_q else None,
+    )
+
+
+def attend_quantized(
+    inputs: QuantizedInputs, out: torch.Tensor, is_causal: bool, sm_scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention of `quantised_attention`, on inputs that are quantised; its lse is the smoothed scores'.
+
+    Args:
+        inputs: from `quantize_inputs`.
+        out: [B, H, S, D], written.
+        is_causal, sm_scale, return_lse: as in `quantised_attention`.
+
+    Returns:
+        out, and lse fp32 [B, H, S] or None.
+    """
+    B, H, S, D = out.shape
+    rows, keys, channels, values = inputs.rows, inputs.keys, inputs.channels, inputs.values
+    kv_heads, Sk, block_d = keys.values.shape[1:]
+    row = target.launch_row(LAUNCH, out.device)[channels is not None, block_d]
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=out.device) if return_lse else None
+    with target.on_device(out):
         _quantised_attention_kernel[(triton.cdiv(S, row.block_m), B * H)](
             rows.values, rows.scale, key_source(keys.values, row), keys.scale, value_source(values, row),
-            channels.scale if fp8 else None, channels.mean if fp8 else None, bias, out, lse,
+            channels.scale if channels else None, channels.mean if channels else None, inputs.bias, out, lse,
             sm_scale * LOG2_E, H, H // kv_heads, S, Sk, *values.stride()[:3], *out.stride()[:3],
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
-            K_PER_TOKEN=k_groups != "block", FP8=fp8, TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
+            K_PER_TOKEN=keys.scale.shape[2] == Sk and Sk > 1, FP8=channels is not None,
+            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
-    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+    return out, lse
 
 
 @triton.jit(do_not_specialize=["S", "Sk"])

@@ -1,5 +1,7 @@
 """What the dense and the block-sparse quantised attention share: their launches and one tile of keys."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,20 @@ class Launch:
     two_level: bool = True
     magic: bool = False
     tma: bool = False
+
+    def name(self) -> str:
+        """Such as 128x64_w8_s3_tma."""
+        chosen = {"magic": self.magic, "tma": self.tma, "onelevel": not self.two_level}
+        flags = "".join(f"_{flag}" for flag, on in chosen.items() if on)
+        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
+
+
+def candidates() -> Iterator[Launch]:
+    """Rows worth timing; what doesn't fit a GPU is refused at its launch."""
+    for m, n, warps in ((128, 128, 8), (128, 64, 8), (64, 128, 4), (64, 64, 4), (128, 128, 4), (128, 64, 4)):
+        for stages, magic, two_level, tma in itertools.product((2, 3, 4), (False, True), (True, False), (True, False)):
+            if (two_level and stages == 3) or (tma and not magic):  # the rest changes one thing at a time
+                yield Launch(m, n, warps, stages, two_level, magic, tma)
 
 
 def key_source(keys: torch.Tensor, row: Launch):

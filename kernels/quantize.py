@@ -3,14 +3,14 @@
     x ~ scale * values + mean        values = round(127 (x - mean) / absmax of the group)    (7 in place of 127: INT4)
     v ~ scale * values + mean        values = e4m3(448 (v - mean) / absmax of the channel)
 
-Groups of tokens that share a scale, within 128 (the paper's are 128 and 64; 128 lets a tile of 128 keys have one scale):
+Groups of tokens that share a scale, within 128 (the paper has 64 keys a block; 128 let a tile of 128 have one scale):
 
     token   each its own          block   all 128          warp    32 consecutive queries, 64 consecutive keys
     thread  queries {i, 8+i, 16+i, 24+i} of 32; keys {8k+2j, 8k+2j+1 for all k} of 64: what one thread holds
 
 Any mean may be taken from K: it shifts every score of a query alike, and drops out of the softmax. An all-zero group or
-channel has scale 1, one with NaN or infinity has scale NaN, so that the output shows it. INT4 values are kept in int8: an
-exact emulation for accuracy work, not faster. Two passes: statistics of K and V in one read, then a read and a write of
+channel has scale 1, one with NaN or infinity has scale NaN, so that the output shows it. INT4 values are kept in int8:
+an exact emulation for accuracy work, not faster. Two passes: statistics of K and V in one read, then a read and a write of
 each, with the rows gathered by a permutation on the way. 64-bit offsets; inputs may be strided (last dim contiguous).
 """
 
@@ -416,7 +416,9 @@ def _quantize_tokens_kernel(
         token = tl.load(permutation + b * stride_pb + h * stride_ph + offs_s * stride_ps, mask=inside, other=0)
         token = token.to(tl.int64)
     mask = inside[:, None] & (offs_d < D)[None, :]  # [BLOCK, BD]
-    rows = tl.load(x + b * stride_xb + h * stride_xh + token[:, None] * stride_xs + offs_d[None, :], mask=mask, other=0.0)
+    rows = tl.load(
+        x + b * stride_xb + h * stride_xh + token[:, None] * stride_xs + offs_d[None, :], mask=mask, other=0.0
+    )
     rows = rows.to(tl.float32)
     if mean is not None:
         rows = tl.where(mask, rows - tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :], 0.0)
@@ -429,7 +431,9 @@ def _quantize_tokens_kernel(
     largest = tl.reshape(tl.broadcast_to(largest, GROUPS), [BLOCK])
     largest = tl.where(largest > 1e-30, largest, 1.0)  # TINY
     values += (bh * S + offs_s)[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(values, round_to_int8(rows, tl.div_rn(LEVELS + tl.zeros_like(largest), largest)[:, None]), mask=inside[:, None])
+    tl.store(
+        values, round_to_int8(rows, tl.div_rn(LEVELS + tl.zeros_like(largest), largest)[:, None]), mask=inside[:, None]
+    )
     size = tl.where(largest < float("inf"), tl.div_rn(largest, LEVELS + tl.zeros_like(largest)), float("nan"))
     if COMPACT:
         tl.store(scale + bh * blocks + tl.program_id(0), tl.max(size, 0))
@@ -453,7 +457,9 @@ def _quantize_channels_kernel(
         token = tl.load(permutation + b * stride_pb + h * stride_ph + offs_s * stride_ps, mask=inside, other=0)
         token = token.to(tl.int64)
     mask = inside[:, None] & (offs_d < D)[None, :]
-    rows = tl.load(v + b * stride_vb + h * stride_vh + token[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0)
+    rows = tl.load(
+        v + b * stride_vb + h * stride_vh + token[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0
+    )
     rows = rows.to(tl.float32) - tl.load(mean + bh * BLOCK_D + offs_d)[None, :]
     size = tl.broadcast_to(tl.load(scale + bh * BLOCK_D + offs_d)[None, :], [BLOCK, BLOCK_D])
     rows = tl.where(mask, tl.clamp(tl.div_rn(rows, size), -448.0, 448.0), 0.0).to(tl.float8e4nv)

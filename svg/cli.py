@@ -18,7 +18,7 @@ from .config import METHODS
 from .sweep.commands import record, sweep
 
 LPIPS_NETS = ("alex", "vgg", "none")
-BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "step", "all")
+BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "quantised", "step", "all")
 OFFLOADS = ("none", "model", "group", "sequential")
 _METHOD_FLAGS = (
     *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters"),

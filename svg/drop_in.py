@@ -70,7 +70,9 @@ def attention(
     if dropout_p:
         raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: quantised attention is for inference")
     if q.is_nested or k.is_nested or v.is_nested:
-        raise NotImplementedError("nested tensors are not supported: call svg.attention once a sequence, or pad nothing")
+        raise NotImplementedError(
+            "nested tensors are not supported: call svg.attention once a sequence, or pad nothing"
+        )
     target.refuse_gradients("svg.attention", q, k, v)
     if tensor_layout == "NHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -29,8 +29,8 @@ def sweep_attention(bench, op: Callable, prefix: str, flops: float, shape: str, 
     key = (2, 64 if dim <= 64 else 128)
     table = target.launch_row(block_sparse.LAUNCH, torch.device("cuda"))
     for row in block_sparse.candidates():
-        with _replaced(table, key, row):
-            ms = _time(op)
+        with replaced(table, key, row):
+            ms = time_or_none(op)
         if ms is None:
             bench.say(f"{prefix}/{row.name()} does not fit this GPU: left out")
         else:
@@ -49,15 +49,16 @@ def sweep_assign(bench, x: Tensor, start: Tensor, prefix: str, shape: str, input
     module = sys.modules["svg.kernels.kmeans"]
     table = target.launch_row(module.LAUNCH, x.device)
     for s, c, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3)):
-        with _replaced(table, x.element_size(), module.Launch(s, c, warps, stages)):
-            ms = _time(lambda: kmeans_assign(x, start))
+        with replaced(table, x.element_size(), module.Launch(s, c, warps, stages)):
+            ms = time_or_none(lambda: kmeans_assign(x, start))
         if ms is not None:
             name = f"{prefix}/assign_{s}x{c}_w{warps}_s{stages}/ms"
             bench.note(name, ms, "ms", shape, inputs=inputs)
 
 
 @contextmanager
-def _replaced(table: dict, key, row) -> Iterator[None]:
+def replaced(table: dict, key, row) -> Iterator[None]:
+    """A launch table with another row, for as long as the block runs."""
     kept = table[key]
     table[key] = row
     try:
@@ -66,7 +67,8 @@ def _replaced(table: dict, key, row) -> Iterator[None]:
         table[key] = kept
 
 
-def _time(op: Callable) -> float | None:
+def time_or_none(op: Callable) -> float | None:
+    """Median milliseconds of a call, or None where its launch doesn't fit the GPU."""
     try:
         return median_ms(op, 5)
     except target.triton.runtime.errors.OutOfResources:

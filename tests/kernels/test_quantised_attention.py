@@ -177,7 +177,9 @@ def test_two_runs_are_bit_equal():
 
 
 @in_interpreter
-@pytest.mark.parametrize("row", [Launch(64, 64, 4, 2), Launch(128, 128, 8, 2, magic=True), Launch(128, 64, 8, 2, False)])
+@pytest.mark.parametrize(
+    "row", [Launch(64, 64, 4, 2), Launch(128, 128, 8, 2, magic=True), Launch(128, 64, 8, 2, False)]
+)
 def test_every_way_to_launch(row, monkeypatch):
     """Tile sizes and tricks change the order of sums and of P's rounding, nothing else."""
     arguments = outliers(200, 300, dtype=torch.float32)

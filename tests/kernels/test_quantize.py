@@ -100,7 +100,9 @@ def test_channels_against_the_reference(smooth, S):
     back = dequantize_channels(got, S, 96) + (got.mean[:, :, None, :96] if smooth else 0)
     exact = v.float().gather(2, permutation.long()[..., None].expand_as(v))
     unit = got.scale[:, :, None, :96]
-    assert ((back - exact).abs() <= (exact.abs() + (got.mean[:, :, None, :96].abs() if smooth else 0)) / 16 + unit).all()
+    assert (
+        (back - exact).abs() <= (exact.abs() + (got.mean[:, :, None, :96].abs() if smooth else 0)) / 16 + unit
+    ).all()
 
 
 def test_zero_groups_and_channels():

@@ -11,7 +11,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:svg.attention computes its plain
 
 
 def inputs(S=70, Sk=70, H=4, kv_heads=4, D=64, dtype=torch.bfloat16):
-    q, k, v = torch.randn(2, H, S, D), torch.randn(2, kv_heads, Sk, D), torch.randn(2, kv_heads, Sk, D) + 2 * torch.randn(D)
+    q, k, v = (
+        torch.randn(2, H, S, D),
+        torch.randn(2, kv_heads, Sk, D),
+        torch.randn(2, kv_heads, Sk, D) + 2 * torch.randn(D),
+    )
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 

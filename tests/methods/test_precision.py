@@ -31,5 +31,7 @@ def test_warmup_stays_native(make_qkv, make_state):
     layout = TokenLayout(3, 3, 4)
     config = SVG2Config(warmup_steps=0.6)
     qkv = make_qkv(layout)
-    outs = (attend(*qkv, make_state(dataclasses.replace(config, precision=p), layout), 3) for p in ("native", "int8-fp8"))
+    outs = (
+        attend(*qkv, make_state(dataclasses.replace(config, precision=p), layout), 3) for p in ("native", "int8-fp8")
+    )
     assert torch.equal(*outs)

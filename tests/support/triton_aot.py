@@ -69,7 +69,7 @@ def run_operations(arch):
     for name, dtype in DTYPES.items():
         yield f"kmeans {name}", lambda dtype=dtype: clustering(dtype)
     fp8 = target.arch(None) >= target.FP8_ARCH
-    for precision, D in (("int8-fp8", 64), ("int8-fp8", 128), ("int8-fp16", 64), ("int8-fp16", 128)):
+    for precision, D in (("int8-fp8" if fp8 else "int8-fp16", 64), ("int8-fp8", 128), ("int8-fp16", 128)):
         if fp8 or precision == "int8-fp16":
             yield f"quantised {precision} D={D}", lambda p=precision, D=D: quantised(p, D)
             yield f"sparse quantised {precision} D={D}", lambda p=precision, D=D: sparse_quantised(p, D)

@@ -1,0 +1,249 @@
+"""Checks the quantised kernels on this GPU against fp64, then times them and other ways to launch them.
+
+    python scripts/check_quantised.py --out quantised.json [--sweep] [--no-timing]
+
+Inputs with the outliers of trained models, outputs poisoned beforehand, two runs compared bit for bit, tiles that start
+at every offset from 16 bytes, offsets beyond 2^31 elements, more than 160 000 tokens, torch.compile. Timings have the
+keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidates()`. Exits 1 when a check fails.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from svg.kernels import (
+    block_sparse_attention_quantised,
+    quantised_attention,
+    quantised_attention_reference,
+    quantize_channels,
+    quantize_channels_reference,
+    quantize_tokens,
+    quantize_tokens_reference,
+    statistics,
+    statistics_reference,
+    target,
+)
+
+import svg
+from svg.bench.run import Bench, bench_ceilings, bench_quantised
+
+DEVICE = "cuda"
+Check = tuple[str, float, float]  # name, measured, largest allowed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
+    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes and variants")
+    parser.add_argument("--no-timing", action="store_true", help="checks only")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("check_quantised.py needs a CUDA device: the CPU tests cover the references and the interpreter")
+    torch.manual_seed(args.seed)
+    gpu, triton = torch.cuda.get_device_name(), target.triton.__version__
+    print(f"{gpu}, torch {torch.__version__}, triton {triton}, seed {args.seed}")
+    bench = Bench(f"python scripts/check_quantised.py --seed {args.seed}", show_result, print, args.sweep)
+    checks = []
+
+    def save():
+        args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": bench.results}, indent=1))
+
+    with torch.inference_mode():
+        for group in (check_quantisation, check_dense, check_sparse, check_alignment, check_compile, check_large):
+            checks.extend(judge(group))
+            save()
+        if not args.no_timing:
+            bench_ceilings(bench)
+            bench_quantised(bench)
+            save()
+    failed = [row["name"] for row in checks if not row["ok"]]
+    print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed")
+    sys.exit(1 if failed else 0)
+
+
+def show_result(key: str, entry: dict) -> None:
+    print(f"{key:<86} {entry['value']:10.4g} {entry['unit']}", flush=True)
+
+
+def judge(group: Callable[[], Iterator[Check]]) -> Iterator[dict]:
+    for name, measured, allowed in group():
+        measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
+        row = {"name": name, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
+        print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<80} {measured:.4g} <= {allowed:.4g}", flush=True)
+        yield row
+
+
+def poison_memory() -> None:
+    """Leaves NaN in the caching allocator's free blocks, so that unwritten outputs show."""
+    torch.full((256 << 20,), float("nan"), device=DEVICE)
+
+
+def precisions() -> list[str]:
+    return ["int8-fp16", "int4-fp16"] + (["int8-fp8", "int4-fp8"] if target.has_fp8(torch.device(DEVICE)) else [])
+
+
+def outliers(S, Sk, D, dtype=torch.bfloat16, B=1, H=2, kv_heads=2):
+    """The papers' inputs: biased channels in K, outlier tokens in Q, biased channels and a heavy tail in V."""
+    q = torch.randn(B, S, H, D, device=DEVICE) + torch.randn(H, D, device=DEVICE)
+    q = q * torch.where(torch.rand(B, S, H, 1, device=DEVICE) < 0.05, 4.0, 0.7)
+    bias = 8 * torch.randn(D, device=DEVICE) * (torch.rand(D, device=DEVICE) < 0.2)
+    k = 0.5 * torch.randn(B, Sk, kv_heads, D, device=DEVICE) + bias
+    v = torch.randn(B, Sk, kv_heads, D, device=DEVICE) / torch.rand(B, Sk, kv_heads, D, device=DEVICE).add(0.05).sqrt()
+    v += 2 * torch.randn(D, device=DEVICE)
+    return tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
+
+
+def exact(q, k, v, is_causal=False, seen=None):
+    """Attention from the definition in fp64, and its log-sum-exp."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.mT * q.shape[-1] ** -0.5
+    if is_causal:
+        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).tril() == 0, -torch.inf)
+    if seen is not None:
+        scores.masked_fill_(~seen, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0) @ v, scores.logsumexp(-1)
+
+
+def lost_cosine(a, b):
+    a, b = a.double().flatten(), b.double().flatten()
+    return 1 - a @ b / (a.norm() * b.norm())
+
+
+def differences(a, b):
+    return int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
+
+
+def check_quantisation() -> Iterator[Check]:
+    for S, D, dtype in ((1, 64, torch.bfloat16), (3001, 96, torch.float16), (4100, 128, torch.bfloat16)):
+        x, _, v = outliers(S, S, D, dtype)
+        order = torch.rand(x.shape[:3], device=DEVICE).argsort(-1).int()
+        poison_memory()
+        stats, expected = statistics(x, v), statistics_reference(x, v)
+        yield f"statistics S={S} D={D}: means", (stats.k_mean - expected.k_mean).abs().max(), 1e-4
+        yield f"statistics S={S} D={D}: extremes", differences(stats.v_high, expected.v_high), 0
+        for side, groups in itertools.product("qk", ("token", "thread", "warp", "block")):
+            poison_memory()
+            options = {"side": side, "groups": groups, "permutation": order}
+            got, right = quantize_tokens(x, **options), quantize_tokens_reference(x, **options)
+            name = f"quantize_tokens S={S} D={D} {side} {groups}"
+            yield f"{name}: largest step off", (got.values.int() - right.values.int()).abs().max(), 1
+            yield f"{name}: scale", ((got.scale - right.scale) / right.scale).abs().max(), 1e-6
+        if target.has_fp8(x.device):
+            poison_memory()
+            got = quantize_channels(v, expected, permutation=order)
+            right = quantize_channels_reference(v, expected, permutation=order)
+            yield (
+                f"quantize_channels S={S} D={D}: share that differs",
+                differences(got.values, right.values) / right.values.numel(),
+                1e-4,
+            )
+
+
+def check_dense() -> Iterator[Check]:
+    shapes = [(1, 1, 64), (63, 65, 64), (127, 129, 128), (129, 193, 96), (2049, 3000, 128), (300, 8192 + 96, 64)]
+    for (S, Sk, D), precision, causal in itertools.product(shapes, precisions(), (False, True)):
+        arguments = outliers(S, Sk, D, B=2, H=4, kv_heads=2)
+        options = {"precision": precision, "is_causal": causal}
+        quantised_attention(*arguments, **options)  # compile
+        poison_memory()
+        out, lse = quantised_attention(*arguments, **options, return_lse=True)
+        again = quantised_attention(*arguments, **options)
+        right, right_lse = exact(*arguments, causal)
+        spec = quantised_attention_reference(*arguments, **options)
+        name = f"dense {precision} S={S} Sk={Sk} D={D}{' causal' if causal else ''}"
+        yield f"{name}: 1 - cosine", lost_cosine(out, right), 1e-4 if "int8" in precision else 6e-3
+        yield f"{name}: error over the specification's", (out - right).norm() / ((spec - right).norm() + 1e-6), 1.2
+        yield f"{name}: lse", (lse - right_lse).abs().mean(), 0.01 if "int8" in precision else 0.1
+        yield f"{name}: bits that differ in a second run", differences(out, again), 0
+
+
+def check_sparse() -> Iterator[Check]:
+    for S, D, precision in itertools.product((1333, 4097), (64, 128), [p for p in precisions() if "int8" in p]):
+        q, k, v = outliers(S, S, D)
+        ends = (torch.rand(2, 2, 40, device=DEVICE).cumsum(-1) * S / 25).clamp(max=S).int()
+        ends[..., -1] = S
+        q_sizes, k_sizes = torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])).int()
+        block_map = torch.rand(2, 40, 40, device=DEVICE) < 0.3
+        block_map[0, 3] = False
+        orders = torch.rand(2, 1, 2, S, device=DEVICE).argsort(-1).int()
+        plan = {
+            "map_index": torch.tensor([[1, 0]], device=DEVICE),
+            "q_permutation": orders[0],
+            "k_permutation": orders[1],
+        }
+        call = (q, k, v, block_map, q_sizes, k_sizes)
+        block_sparse_attention_quantised(*call, **plan, precision=precision)
+        poison_memory()
+        torch.cuda.set_sync_debug_mode("error")
+        out = block_sparse_attention_quantised(*call, **plan, precision=precision)
+        torch.cuda.set_sync_debug_mode("default")
+        seen = torch.empty(1, 2, S, S, dtype=torch.bool, device=DEVICE)
+        for h, m in enumerate((1, 0)):
+            tokens = block_map[m].repeat_interleave(q_sizes[m], 0).repeat_interleave(k_sizes[m], 1)
+            seen[0, h, orders[0, 0, h].long()[:, None], orders[1, 0, h].long()] = tokens
+        right, _ = exact(q, k, v, seen=seen)
+        name = f"block_sparse {precision} S={S} D={D}"
+        yield f"{name}: 1 - cosine", lost_cosine(out, right), 1e-4
+        again = block_sparse_attention_quantised(*call, **plan, precision=precision)
+        yield f"{name}: bits that differ in a second run", differences(out, again), 0
+
+
+def check_alignment() -> Iterator[Check]:
+    """A tile of transposed V may start at any token: descriptors with a column that is no multiple of 16 bytes."""
+    if not target.has_fp8(torch.device(DEVICE)):
+        return
+    q, k, v = outliers(256, 512, 128, H=1, kv_heads=1)
+    for start in range(1, 18):
+        sizes = torch.tensor([[start, 300, 212 - start]], device=DEVICE, dtype=torch.int32)
+        picked = torch.tensor([[[False, True, False]]], device=DEVICE)
+        out = block_sparse_attention_quantised(
+            q, k, v, picked, torch.tensor([[256]], device=DEVICE, dtype=torch.int32), sizes,
+            map_index=torch.zeros(1, 1, dtype=torch.int32, device=DEVICE),
+        )  # fmt: skip
+        part = slice(start, start + 300)
+        yield (
+            f"keys from token {start} on: 1 - cosine",
+            lost_cosine(out, exact(q, k[:, :, part], v[:, :, part])[0]),
+            1e-4,
+        )
+
+
+def check_compile() -> Iterator[Check]:
+    q, k, v = outliers(300, 300, 64)
+    expected = svg.attention(q, k, v, is_causal=True)
+    compiled = torch.compile(lambda q, k, v: svg.attention(q, k, v, is_causal=True), fullgraph=True)
+    yield (
+        "svg.attention under torch.compile, whole graph: bits that differ",
+        differences(compiled(q, k, v), expected),
+        0,
+    )
+
+
+def check_large() -> Iterator[Check]:
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        print("     long sequences and offsets beyond 2^31 elements: not checked, needs 40 GiB of free memory")
+        return
+    q, k, v = outliers(256, 170_001, 128)
+    for precision in (p for p in precisions() if "int8" in p):
+        yield (
+            f"170 001 keys {precision}: 1 - cosine",
+            lost_cosine(quantised_attention(q, k, v, precision=precision), exact(q, k, v)[0]),
+            1e-4,
+        )
+    wide = torch.empty(1, 70_001, 240, 128, device=DEVICE, dtype=torch.bfloat16)
+    view = wide[:, :, -2:].transpose(1, 2)
+    view.copy_(torch.randn(1, 2, 70_001, 128, device=DEVICE))
+    near = view.contiguous()
+    for precision in (p for p in precisions() if "int8" in p):
+        far, close = (quantised_attention(x, x, x, precision=precision) for x in (view, near))
+        yield f"offsets beyond 2^31 elements {precision}: bits that differ", differences(far, close), 0
+
+
+if __name__ == "__main__":
+    main()

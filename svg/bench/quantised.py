@@ -1,0 +1,124 @@
+"""8-bit attention, dense and block-sparse, beside SDPA's cuDNN and FlashAttention in bf16; and other launch rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svg.kernels import block_sparse_quantised as sparse_module
+from svg.kernels import quantised_attention, quantised_tile, target
+from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs
+
+from ..methods.dense import dense_attention
+from ..methods.plan import Plan, execute
+from .sweep import replaced, time_or_none
+from .timing import median_ms
+
+DEVICE = "cuda"
+INPUTS = "normal, channel means in K and V"
+
+
+def bench_dense(bench, S: int, heads: int, dim: int, prefix: str) -> None:
+    """Quantised dense attention: alone, with smoothing and quantisation, and in the safe mode.
+
+    Args:
+        bench: collects the results.
+        S: tokens.
+        heads: H.
+        dim: D.
+        prefix: what follows the precision in a key, such as "S75600" or "d64/S45106".
+    """
+    q, k, v = inputs(S, heads, dim)
+    shape, flops = f"B=1 H={heads} S={S} D={dim}", 4 * heads * S * S * dim
+    times = {
+        name: median_ms(lambda name=name: dense_attention(q, k, v, backend=name), 5) for name in ("cudnn", "flash")
+    }
+    for name, ms in times.items():
+        bench.note(f"dense/{name}/bf16/{prefix}/tops", flops / ms / 1e9, "TOPS", shape, density=1, inputs=INPUTS)
+    about = {"density": 1, "inputs": INPUTS, "baseline": f"cuDNN dense bf16 {times['cudnn']:.2f} ms"}
+    for precision in ("int8-fp8", "int8-fp16"):
+        if precision == "int8-fp8" and not target.has_fp8(q.device):
+            bench.say("int8-fp8 is left out: this GPU has no FP8")
+            continue
+        key = f"dense/{precision.replace('-', '_')}/{prefix}"
+        ms = median_ms(lambda p=precision: quantised_attention(q, k, v, precision=p), 5)
+        bench.note(f"{key}/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
+        bench.note(f"{key}/speedup_vs_cudnn", times["cudnn"] / ms, "x", shape, **about)
+        _alone(bench, q, k, v, precision, key, flops, shape, about)
+
+
+def _alone(
+    bench, q: Tensor, k: Tensor, v: Tensor, precision: str, key: str, flops: float, shape: str, about: dict
+) -> None:
+    options = {"smooth_q": False, "smooth_k": True, "smooth_v": False, "q_groups": "token", "k_groups": "block"}
+    scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
+
+    def prepare():
+        return quantize_inputs(q, k, v, precision=precision, sm_scale=scale, **options)
+
+    ready = prepare()
+    bench.note(f"{key}/quantisation_ms", median_ms(prepare), "ms", shape, **about)
+    ms = median_ms(lambda: attend_quantized(ready, out, False, scale, False), 5)
+    bench.note(f"{key}/tops", flops / ms / 1e9, "TOPS", shape, **about)
+    if not bench.sweep:
+        return
+    table = target.launch_row(LAUNCH, q.device)
+    for row in quantised_tile.candidates():
+        with replaced(table, (precision == "int8-fp8", 64 if q.shape[-1] <= 64 else 128), row):
+            ms = time_or_none(lambda: attend_quantized(ready, out, False, scale, False))
+        if ms is not None:
+            bench.note(f"{key}/sweep/{row.name()}/tops", flops / ms / 1e9, "TOPS", shape, **about)
+
+
+def bench_sparse(bench, plan: Plan, q: Tensor, k: Tensor, v: Tensor, density: float, description: str) -> None:
+    """Quantised block-sparse attention on a plan, smoothing and quantisation counted.
+
+    Args:
+        bench: collects the results.
+        plan: which blocks.
+        q, k, v: bf16 [B, H, S, D].
+        density: what was asked for, for the key.
+        description: of the inputs.
+    """
+    B, H, S, D = q.shape
+    got = plan.density().mean().item()
+    shape, flops = f"B={B} H={H} S={S} D={D}", 4 * B * H * S * S * D * got
+    native = median_ms(lambda: execute(plan, q, k, v))
+    about = {
+        "density": got,
+        "inputs": description,
+        "baseline": f"the same plan in bf16 {native:.2f} ms, gathers counted",
+    }
+    for precision in ("int8-fp8", "int8-fp16"):
+        if precision == "int8-fp8" and not target.has_fp8(q.device):
+            continue
+        key = f"block_sparse/{precision.replace('-', '_')}/S{S}/density{density:.2f}"
+        ms = median_ms(lambda p=precision: execute(plan, q, k, v, p))
+        bench.note(f"{key}/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
+        if bench.sweep and density == 0.25:
+            _sweep_sparse(bench, plan, (q, k, v), precision, key, flops, shape, about)
+
+
+def _sweep_sparse(
+    bench, plan: Plan, qkv: tuple, precision: str, key: str, flops: float, shape: str, about: dict
+) -> None:
+    table = target.launch_row(sparse_module.LAUNCH, qkv[0].device)
+    for row in quantised_tile.candidates():
+        with replaced(table, (precision == "int8-fp8", 64 if qkv[0].shape[-1] <= 64 else 128), row):
+            ms = time_or_none(lambda: execute(plan, *qkv, precision))
+        if ms is not None:
+            bench.note(f"{key}/sweep/{row.name()}/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
+
+
+def inputs(S: int, heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [1, H, S, D] as views of [1, S, H, D], with channel means in K and V.
+
+    Args:
+        S: tokens.
+        heads: H.
+        dim: D.
+        dtype: of the result.
+    """
+    means = (0, 4, 2)
+    made = (torch.randn(1, S, heads, dim, device=DEVICE) + mean * torch.randn(dim, device=DEVICE) for mean in means)
+    return tuple(x.to(dtype).transpose(1, 2) for x in made)
