@@ -122,6 +122,10 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     failed = [cell for cell in summary["cells"] if cell["status"] == "failed"]
     for cell in failed:
         console.print(f"failed: {_where(cell)}: {cell['error']['message']}", highlight=False, markup=False)
+    measured = [cell["quality"] for cell in summary["cells"] if cell["status"] == "finished" and cell["quality"]]
+    metrics = ("lpips", "vmaf") if summary["lpips"] != "none" else ("vmaf",)
+    for note in dict.fromkeys(quality[m]["note"] for quality in measured for m in metrics if "note" in quality[m]):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     counts = summary["counts"]
     shares = ", ".join(f"{counts[status]} {status}" for status in ("finished", "failed", "pending") if counts[status])
     console.print(f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, videos/, journal/", highlight=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from svg.pipelines import StepProgress
 
@@ -68,23 +68,24 @@ class RayPool:
         threads: CPU threads of an actor; None: this process' share for each of them.
 
     Raises:
-        ValueError: ray is missing, or the cluster has fewer GPUs than workers.
+        ValueError: ray is missing, or the cluster has fewer GPUs (CPUs) than workers.
     """
 
     def __init__(self, address: str, device: str, workers: int | None, threads: int | None = None):
         self._ray = import_ray()
-        start_ray(self._ray, address, workers or 1)
-        gpus = int(self._ray.cluster_resources().get("GPU", 0))
-        self.size = workers or (gpus if device == "cuda" else 1)
-        if device == "cuda" and not 1 <= self.size <= gpus:
+        start_ray(self._ray, address, workers or max(1, torch.cuda.device_count()))
+        kind = "GPU" if device == "cuda" else "CPU"
+        there = int(self._ray.cluster_resources().get(kind, 0))
+        self.size = workers or (there if device == "cuda" else 1)
+        if not 1 <= self.size <= there:
             raise ValueError(
-                f"workers must be in [1, {gpus}], the cluster's GPUs, got {self.size}: "
-                f"use --device cpu, or start Ray where the GPUs are"
+                f"workers must be in [1, {there}], the cluster's {kind}s, got {self.size}: "
+                f"give fewer --workers, another --device, or a larger cluster"
             )
-        resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+        resources = {"num_gpus": 1, "num_cpus": 1} if device == "cuda" else {"num_cpus": 1}
         self._actor = self._ray.remote(**resources)(Worker)
         self._device = device
-        self._threads = threads or max(1, _torch_threads() // self.size)
+        self._threads = threads or max(1, torch.get_num_threads() // self.size)
         self._actors = [self._start() for _ in range(self.size)]
         self._reference: tuple[str, Any] | None = None
 
@@ -144,7 +145,3 @@ def start_ray(ray: Any, address: str, workers: int) -> None:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"--ray must be `local` or the address of a running cluster, got {address}: {error}") from error
-
-
-def _torch_threads() -> int:
-    return sys.modules["torch"].get_num_threads()

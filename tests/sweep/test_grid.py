@@ -1,5 +1,6 @@
 """Grids: YAML and flags, multiplied out; every mistake is named with its line."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -123,6 +124,14 @@ def test_wrong_flags(arguments, words, tmp_path, monkeypatch, capsys):
         assert code == 2
         (errors,) = capsys.readouterr().err.splitlines()
     assert all(word in errors for word in words), errors
+
+
+def test_example_of_the_guide(tmp_path):
+    """Dense and control, two methods of four budgets, two prompts, two seeds."""
+    guide = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (tmp_path / "grid.yaml").write_text(re.search(r"^```yaml\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)[1])
+    found = cells(tmp_path / "grid.yaml")
+    assert len(found) == (2 + 2 * 4) * 2 * 2
 
 
 def test_error_names_the_file(tmp_path):
