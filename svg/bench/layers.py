@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config import MethodConfig
+from ..config import DenseConfig, MethodConfig
 from ..layout import TokenLayout
 from ..state import RunState
 from .inputs import synthetic
@@ -38,14 +39,24 @@ def bench_layers(bench, config: MethodConfig, layouts: dict[str, TokenLayout]) -
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             stock = median_ms(call, 3, 1)
             baseline = f"stock Diffusers on cuDNN {stock:.1f} ms"
-            attention.set_processor(spec.processor(original, begun(config, layout), 0))
-            sparse = median_ms(call, 3, 2)
-        state = attention.processor.state
-        density = state.records[-1].density.mean().item()
-        about = {"density": density, "inputs": INPUTS, "baseline": baseline}
-        bench.note(f"layer/{name}/bf16/speedup", stock / sparse, "x", shape, **about)
+            for suffix, variant in _variants(config).items():
+                state = begun(variant, layout)
+                attention.set_processor(spec.processor(original, state, 0))
+                ms = median_ms(call, 3, 2)
+                density = state.records[-1].density.mean().item()
+                about = {"density": density, "inputs": INPUTS, "baseline": baseline}
+                bench.note(f"layer/{name}/bf16/speedup{suffix}", stock / ms, "x", shape, **about)
         del layer, attention, call
         torch.cuda.empty_cache()
+
+
+def _variants(config: MethodConfig) -> dict[str, MethodConfig]:
+    """Key suffix -> config: both together, and each gain alone."""
+    return {
+        "": replace(config, fused=True),
+        "_sparse_only": replace(config, fused=False),
+        "_fused_only": DenseConfig(fused=True),
+    }
 
 
 def begun(config: MethodConfig, layout: TokenLayout) -> RunState:

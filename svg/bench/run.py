@@ -7,6 +7,7 @@ inputs.py), and useful work counts only (query, key) pairs inside selected clust
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,16 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg.kernels import block_sparse_attention, gather_tokens, kmeans, scatter_tokens, sort_labels, top_p_block_map
+from svg.kernels import block_sparse_attention, gather_tokens, kmeans, scatter_tokens, sort_labels
 
 from ..attend import attend
-from ..config import MethodConfig, SVG1Config, SVG2Config
+from ..config import SELECTIONS, MethodConfig, SVG1Config, SVG2Config
 from ..layout import TokenLayout
 from ..methods import svg2
 from ..methods.dense import dense_attention
 from ..methods.plan import Plan
 from ..state import LayerState, RunState
 from ..versions import versions
+from . import quantised
+from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
 from .layers import bench_layers
 from .peers import PEERS
@@ -154,10 +157,11 @@ def _attention(bench: Bench, layout: TokenLayout, heads: int, densities: tuple[f
         key = f"dense/{backend}/bf16/S{S}/tflops"
         bench.note(key, dense_flops / dense[backend] / 1e9, "TFLOP/s", shape, density=1, inputs=inputs.description)
     baseline = f"cuDNN dense {dense['cudnn']:.2f} ms"
-    for density in densities:
-        plan = cluster_plan(inputs, density)
+    for density, selection in itertools.product(densities, SELECTIONS):
+        plan = cluster_plan(inputs, density, selection)
         got = plan.density().mean().item()
-        prefix = f"block_sparse/bf16/S{S}/density{density:.2f}"
+        # Tiles are what ships for speed; the paper's clusters stand beside them.
+        prefix = f"block_sparse/bf16/S{S}/density{density:.2f}" + ("/clusters" if selection == "clusters" else "")
         sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
 
         def sparse(plan=plan, k=sorted_k, v=sorted_v):
@@ -168,9 +172,9 @@ def _attention(bench: Bench, layout: TokenLayout, heads: int, densities: tuple[f
         about = {"density": got, "inputs": inputs.description, "baseline": baseline}
         bench.note(f"{prefix}/tflops", tflops, "TFLOP/s", shape, **about)
         bench.note(f"{prefix}/speedup_vs_cudnn", dense["cudnn"] / ms, "x", shape, **about)
-        bench.note(f"{prefix}/recall", recall(plan, q, k), "share of attention mass", shape, **about)
+        bench.note(f"{prefix}/recall", recall(plan, q, k), "of the attention mass", shape, **about)
         for name, peer in PEERS.items():
-            if peer.block_sparse and (density == 0.25):
+            if peer.block_sparse and density == 0.25:
                 _peer(bench, peer, name, prefix, (q, sorted_k, sorted_v, plan), got * dense_flops, shape, about)
         if bench.sweep and density == 0.25:
             sweep_attention(bench, sparse, f"{prefix}/sweep", got * dense_flops, shape, about, DIM)
@@ -191,24 +195,29 @@ def _peer(bench, peer, name, prefix, arguments, flops, shape, about) -> None:
     bench.note(f"{prefix}/{name}/tflops", flops / ms / 1e9, "TFLOP/s", shape, **about)
 
 
-def cluster_plan(inputs: Inputs, density: float, q_clusters: int = 300, k_clusters: int = 1000) -> Plan:
-    """SVG2's plan at a forced density: the heaviest key clusters of each query cluster, up to the budget.
+def cluster_plan(
+    inputs: Inputs, density: float, selection: str = "tiles", q_clusters: int = 300, k_clusters: int = 1000
+) -> Plan:
+    """SVG2's plan at a forced density: the heaviest key blocks of each query block, up to the budget.
 
     Args:
         inputs: what to cluster, in 20 iterations.
         density: budget.
+        selection: "tiles" or "clusters".
         q_clusters, k_clusters: numbers of clusters.
 
     Returns:
         The plan.
     """
-    config = forced(density, first_iterations=20, num_q_clusters=q_clusters, num_k_clusters=k_clusters)
+    clusters = {"num_q_clusters": q_clusters, "num_k_clusters": k_clusters}
+    config = forced(density, first_iterations=20, selection=selection, **clusters)
     return svg2.plan(*inputs.heads_first(), config, LayerState(0, "cond", 0), inputs.layout)
 
 
-def forced(density: float, **settings) -> SVG2Config:
-    """SVG2 settings under which every query cluster spends its whole budget, and no step or layer is dense."""
-    return SVG2Config(top_p=1.0, min_k_ratio=0.0, budget=density, warmup_steps=0.0, warmup_layers=0.0, **settings)
+def forced(density: float, selection: str = "tiles", **settings) -> SVG2Config:
+    """SVG2 settings under which every query block spends its whole budget, and no step or layer is dense."""
+    always = {"warmup_steps": 0.0, "warmup_layers": 0.0, "top_p": 1.0, "min_k_ratio": 0.0}
+    return SVG2Config(budget=density, selection=selection, **always, **settings)
 
 
 def _block_sparse(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -293,30 +302,34 @@ def bench_svg1(bench: Bench) -> None:
 def bench_svg2(bench: Bench) -> None:
     """The whole SVG2 call from warm centroids, and the share that is not attention."""
     inputs = bench.inputs(WAN_720P, HEADS)
-    ms, density = _whole_call(bench, forced(0.25), inputs)
     q, k, v = inputs.heads_first()
-    config, memory = forced(0.25), LayerState(0, "cond", 0)
-    plan = svg2.plan(q, k, v, config, memory, inputs.layout)
-    sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
-    attention = median_ms(lambda: _block_sparse(plan, q, sorted_k, sorted_v))
     S = inputs.layout.total_tokens
     shape = f"B=1 H={HEADS} S={S} D={DIM}"
-    about = {"density": density, "inputs": inputs.description, "baseline": f"whole call {ms:.2f} ms"}
-    bench.note(f"svg2/bf16/S{S}/density0.25/overhead_share", 1 - attention / ms, "of the call", shape, **about)
-    for name, op in _svg2_parts(q, k, v, plan, memory).items():
-        bench.note(f"svg2/bf16/S{S}/density0.25/{name}_ms", median_ms(op), "ms", shape, **about)
+    for selection in SELECTIONS:
+        config, memory = forced(0.25, selection), LayerState(0, "cond", 0)
+        ms, density = _whole_call(bench, config, inputs)
+        plan = svg2.plan(q, k, v, config, memory, inputs.layout)
+        sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
+        centroids = dict(memory.cache)
+        parts = {
+            "attention": lambda: _block_sparse(plan, q, sorted_k, sorted_v),
+            "plan": lambda: svg2.plan(q, k, v, config, memory, inputs.layout),
+            "kmeans_q": lambda: kmeans(q, centroids["q_centroids"], 2),
+            "kmeans_k": lambda: kmeans(k, centroids["k_centroids"], 2),
+            "gather_kv": lambda: [gather_tokens(x, plan.k_permutation) for x in (k, v)],
+        }
+        times = {name: median_ms(part) for name, part in parts.items()}
+        prefix = _call_key(config, S)
+        about = {"density": density, "inputs": inputs.description, "baseline": f"whole call {ms:.2f} ms"}
+        bench.note(f"{prefix}/overhead_share", 1 - times["attention"] / ms, "of the call", shape, **about)
+        for name, time in times.items():
+            bench.note(f"{prefix}/{name}_ms", time, "ms", shape, **about)
 
 
-def _svg2_parts(q, k, v, plan, memory) -> dict[str, Callable]:
-    centroids = {side: memory.cache[f"{side}_centroids"] for side in "qk"}
-    B, H = q.shape[:2]
-    sizes = plan.k_sizes.view(B, H, -1)
-    return {
-        "kmeans_q": lambda: kmeans(q, centroids["q"], 2),
-        "kmeans_k": lambda: kmeans(k, centroids["k"], 2),
-        "map": lambda: top_p_block_map(centroids["q"], centroids["k"], sizes, 1.0, 0.0, q.shape[-1] ** -0.5, 0.25),
-        "gather_kv": lambda: [gather_tokens(x, plan.k_permutation) for x in (k, v)],
-    }
+def _call_key(config: MethodConfig, tokens: int) -> str:
+    precision = "bf16" if config.precision == "native" else config.precision.replace("-", "_")
+    clusters = "/clusters" if getattr(config, "selection", "") == "clusters" else ""
+    return f"{config.method}/{precision}/S{tokens}/density0.25{clusters}"
 
 
 def _whole_call(bench: Bench, config: MethodConfig, inputs: Inputs) -> tuple[float, float]:
@@ -328,7 +341,7 @@ def _whole_call(bench: Bench, config: MethodConfig, inputs: Inputs) -> tuple[flo
     q, k, v = inputs.heads_first()
     dense = median_ms(lambda: dense_attention(q, k, v, backend="cudnn"), 5)
     S = inputs.layout.total_tokens
-    key = f"{config.method}/bf16/S{S}/density0.25"
+    key = _call_key(config, S)
     shape = f"B=1 H={q.shape[1]} S={S} D={q.shape[-1]}"
     about = {"density": density, "inputs": inputs.description, "baseline": f"cuDNN dense {dense:.2f} ms"}
     bench.note(f"{key}/ms", ms, "ms", shape, **about)
@@ -336,8 +349,20 @@ def _whole_call(bench: Bench, config: MethodConfig, inputs: Inputs) -> tuple[flo
     return ms, density
 
 
+def bench_quantised(bench: Bench) -> None:
+    """8-bit attention: dense, block-sparse on SVG2's plans, and the whole SVG2 call."""
+    quantised.bench_dense(bench, WAN_720P.total_tokens, HEADS, DIM, f"S{WAN_720P.total_tokens}")
+    quantised.bench_dense(bench, 45_106, HEADS, 64, "d64/S45106")
+    inputs = bench.inputs(WAN_720P, HEADS)
+    for density in (0.10, 0.25, 0.50):
+        plan = cluster_plan(inputs, density)
+        quantised.bench_sparse(bench, plan, *inputs.heads_first(), density, inputs.description)
+    _whole_call(bench, forced(0.25, precision="int8-fp8"), inputs)
+
+
 def bench_step(bench: Bench) -> None:
     """One full-width layer of Wan 14B and of HunyuanVideo at 720p."""
+    bench_elementwise(bench, WAN_720P.total_tokens, DEVICE)
     try:
         import diffusers  # noqa: F401
     except ImportError:
@@ -351,6 +376,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "permute": bench_permute,
     "svg1": bench_svg1,
     "svg2": bench_svg2,
+    "quantised": bench_quantised,
     "step": bench_step,
 }
 
