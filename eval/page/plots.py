@@ -77,13 +77,13 @@ def _draw(axes, settings, key):
     unknown = [method for method in methods if method not in _STYLES]
     for method in methods:
         colour, shape = _STYLES.get(method) or _OTHERS[unknown.index(method) % len(_OTHERS)]
-        rows = sorted((row for row in sparse if row["method"] == method), key=lambda row: row[key])
+        rows = sorted((row for row in sparse if row["method"] == method), key=lambda row: row["density"])
         points = [row[key] for row in rows], [row["quality"] for row in rows]
         axes.plot(*points, color=colour, marker=shape, lw=1.4, ms=6, label=method)
     low, high = axes.get_ylim()
     for row in settings:
         if row["role"] == "dense":
-            axes.axvline(row[key], color="#1f2a37", lw=1.2, ls=":", label=f"dense (identical), {row[key]:.3g}")
+            axes.axvline(row[key], color="#1f2a37", lw=1.2, ls=":", label=f"dense (identical), {row['time']:.3g} s")
         elif row["role"] == "control":
             _draw_control(axes, row["quality"], low, high)
     axes.set_xlim(left=0)
