@@ -80,7 +80,7 @@ def _run_options(command: Callable) -> Callable:
 @click.option("--ray", "ray_address", help="Spread cells over a Ray cluster: its address, or `local` to start one.")
 @click.option("--workers", type=click.IntRange(1), help="With --ray: how many actors [default: one a GPU].")
 @click.option("--recorded", type=click.Path(dir_okay=False), help="Sweep recorded q, k, v (`svg record`), no generation.")
-@click.option("--no-run", is_flag=True, help="Generate nothing: write videos that a machine without ffmpeg left out.")
+@click.option("--no-run", is_flag=True, help="Generate nothing: videos, LPIPS and VMAF that another machine had to leave out.")
 @click.option("--out", type=click.Path(), default="svg-sweep", show_default=True, help="Folder of the results.")
 def sweep(grid: str | None, **options: Any) -> int:
     """Generate every cell of models x methods x budgets x prompts x seeds, measured against dense.
@@ -91,11 +91,10 @@ def sweep(grid: str | None, **options: Any) -> int:
     from rich.console import Console
 
     console = Console()
-    out, workers, ray_address = options["out"], options["workers"], options["ray_address"]
-    if workers is not None and ray_address is None:
+    if options["workers"] is not None and options["ray_address"] is None:
         raise ValueError("--workers must come with --ray: without it one process runs one cell at a time")
     if options["no_run"]:
-        return _finish(console, out)
+        return _finish(console, options)
     if options["recorded"] is not None:
         return _sweep_recorded(console, grid, options)
     return _sweep(console, grid, options)
@@ -196,13 +195,15 @@ def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> 
     return 0
 
 
-def _finish(console: Any, out: str) -> int:
+def _finish(console: Any, options: dict[str, Any]) -> int:
     from svg.eval.page import build_page
+    from svg.pipelines.loading import resolve_device
 
     from .display import print_summary
-    from .run import finish_videos
+    from .finish import finish
 
-    summary = finish_videos(out)
+    out = options["out"]
+    summary = finish(out, options["lpips"], resolve_device(options["device"] or "auto"))
     build_page(out)
     print_summary(console, summary, out)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import traceback
 from collections import Counter
@@ -27,9 +26,9 @@ from .pool import Pool
 
 ATTEMPTS = 3  # a worker lost that often in one cell is the cell's fault
 _POLL = 0.2
-_NO_FFMPEG = (
+NO_FFMPEG = (
     "ffmpeg is missing: raw frames are kept in frames/ instead of videos; `pip install imageio-ffmpeg`, then "
-    "`svg sweep --no-run --out` with this folder writes the videos"
+    "`svg sweep --no-run --out` with this folder writes the videos and measures the rest"
 )
 
 
@@ -64,7 +63,7 @@ class Results:
         self.journal = Journal(self.out, VERSION)
         self.records: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
-        self._header = {**header, "created": _now(), "versions": versions()}
+        self._header = {**header, "created": now(), "versions": versions()}
         self._keep_frames = keep_frames
         self._first_blocks = {cell.id: _first_block(cell) for cell in cells}
         self._frames: tuple[str, np.ndarray] | None = None
@@ -76,7 +75,7 @@ class Results:
         found, self.notes = self.journal.read()
         self.records = {cell.id: found[cell.id] for cell in self.cells if cell.id in found}
         if not ffmpeg_is_there():
-            self.notes.append(_NO_FFMPEG)
+            self.notes.append(NO_FFMPEG)
 
     def store(self, cell: Cell, record: dict[str, Any], frames: np.ndarray | None) -> dict[str, Any]:
         """Write a cell's files, then its journal entry, then sweep.json.
@@ -123,7 +122,7 @@ class Results:
             "version": VERSION,
             "state": "running" if counts["pending"] else "finished",
             **self._header,
-            "updated": _now(),
+            "updated": now(),
             "counts": {"total": len(self.cells), **counts},
             "cells": [self._entry(cell) for cell in self.cells],
             "notes": self.notes,
@@ -265,43 +264,6 @@ class _Run:
         self._display.end(cell, record)
 
 
-def finish_videos(out: str | Path) -> dict[str, Any]:
-    """Write the videos that a machine without ffmpeg left as frames, and sweep.json anew; nothing is generated.
-
-    Args:
-        out: folder of a sweep.
-
-    Returns:
-        sweep.json.
-
-    Raises:
-        ValueError: there is no sweep, or no ffmpeg.
-        JournalError: the folder is in use, or its journal has another version.
-    """
-    out = Path(out)
-    if not (out / "sweep.json").is_file():
-        raise ValueError(f"--out must be the folder of a sweep, got {out} without sweep.json")
-    if not ffmpeg_is_there():
-        raise ValueError("ffmpeg is missing: pip install imageio-ffmpeg")
-    summary = json.loads((out / "sweep.json").read_text())
-    journal = Journal(out, VERSION)
-    with journal.locked():
-        (out / "videos").mkdir(exist_ok=True)
-        records, _ = journal.read()
-        for entry in summary["cells"]:
-            record = records.get(entry["id"])
-            if record is None or record["status"] != "finished" or record["video"] is not None:
-                continue
-            frames, fps = read_frames(out / record["frames"])
-            record = {**record, "video": f"videos/{entry['id']}.mp4"}
-            write_video(out / record["video"], frames, fps)
-            journal.write(entry["id"], record, [record["video"], record["frames"]])
-            entry["video"] = record["video"]
-        summary["notes"] = [note for note in summary["notes"] if note != _NO_FFMPEG]
-        write_json(out / "sweep.json", {**summary, "updated": _now()})
-    return summary
-
-
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:
     """Keep raw frames, compressed without loss; the file appears whole or not at all."""
     with atomic_path(path) as partial, open(partial, "wb") as file:
@@ -326,5 +288,6 @@ def _describe(error: BaseException) -> dict[str, str]:
     return {"type": type(cause).__name__, "message": " ".join(str(cause).split()), "traceback": text}
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in ISO form, with its zone."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -138,7 +138,8 @@ def test_journal_alone(tmp_path):
 
 def test_without_ffmpeg_frames_are_kept_and_videos_follow(undisturbed, write_grid, monkeypatch, capsys):
     with monkeypatch.context() as without:
-        without.setattr("svg.sweep.run.ffmpeg_is_there", lambda: False)
+        for module in ("run", "finish"):
+            without.setattr(f"svg.sweep.{module}.ffmpeg_is_there", lambda: False)
         assert main(["sweep", write_grid(), "--out", "out"]) == 0
         assert "ffmpeg is missing" in capsys.readouterr().out
         summary = summary_of("out")
@@ -149,6 +150,19 @@ def test_without_ffmpeg_frames_are_kept_and_videos_follow(undisturbed, write_gri
         assert Path("out", cell["video"]).read_bytes() == (undisturbed / "videos" / f"{cell['id']}.mp4").read_bytes()
     records, notes = Journal("out", 1).read()
     assert len(records) == 10 and not notes and not summary_of("out")["notes"]
+
+
+def test_metrics_that_were_missing_are_taken_from_the_frames(write_grid):
+    grid = write_grid(seeds=[0], control=False)
+    assert main(["sweep", grid, "--out", "out", "--keep-frames"]) == 0
+    before = {cell["id"]: cell["quality"] for cell in summary_of("out")["cells"]}
+    assert main(["sweep", "--no-run", "--out", "out", "--lpips", "alex"]) == 0
+    after = {cell["id"]: cell["quality"] for cell in summary_of("out")["cells"]}
+    for name, quality in before.items():
+        if quality is not None:
+            assert quality["lpips"]["mean"] is None and after[name].pop("lpips")["mean"] > 0
+            assert after[name] == {key: value for key, value in quality.items() if key != "lpips"}
+    assert {record["status"] for record in Journal("out", 1).read()[0].values()} == {"finished"}
 
 
 class FakePool:
