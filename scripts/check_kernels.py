@@ -17,16 +17,28 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from svg.kernels import (
+    block_sparse,
     block_sparse_attention,
     block_sparse_attention_reference,
+    gate_residual,
+    gate_residual_reference,
     gather_tokens,
     inverse_permutation,
     kmeans,
     kmeans_assign,
     kmeans_update,
     kmeans_update_reference,
+    modulate,
+    modulate_reference,
+    neighbour_order,
+    neighbour_order_reference,
+    norm_rope,
+    norm_rope_reference,
+    probe_attention,
+    probe_attention_reference,
     scatter_tokens,
     sort_labels,
+    sort_labels_reference,
     target,
     top_p_block_map,
     top_p_block_map_reference,
@@ -54,7 +66,11 @@ def main() -> None:
         "seed": args.seed, "checks": [], "timing": [],
     }  # fmt: skip
     print(f"{results['gpu']}, torch {results['torch']}, triton {results['triton']}, seed {args.seed}")
-    for check in (check_permute, check_attention, check_kmeans, check_top_p, check_graph, check_large_offsets):
+    checks = (
+        check_permute, check_attention, check_launches, check_kmeans, check_top_p, check_probe, check_elementwise,
+        check_graph, check_large_offsets,
+    )  # fmt: skip
+    for check in checks:
         run_check(check, results["checks"])
         args.out.write_text(json.dumps(results, indent=1))
     if not args.no_timing:
@@ -124,6 +140,14 @@ def check_permute():
     yield "gather_tokens", differences(moved, x.gather(2, expected[..., None].expand_as(x))), 0
     poison_memory()
     yield "scatter_tokens undoes gather_tokens", differences(quietly(scatter_tokens, moved, permutation), x), 0
+    labels = torch.randint(0, 1000, (1, 8, 75600), device=DEVICE, dtype=torch.int32)
+    for name, got, expected in zip(
+        ("permutation", "sizes"), quietly(sort_labels, labels, 1000), sort_labels_reference(labels, 1000), strict=True
+    ):
+        yield f"sort_labels S=75600 C=1000: {name}", differences(got, expected), 0
+    centroids = torch.randn(2, 3, 1000, 128, device=DEVICE)
+    chain, expected = quietly(neighbour_order, centroids), neighbour_order_reference(centroids)
+    yield "neighbour_order", differences(chain, expected), 0
     inverse = quietly(inverse_permutation, permutation)
     yield "inverse_permutation", differences(gather_tokens(moved, inverse), x), 0
 
@@ -158,6 +182,66 @@ def attention_errors(name, *shape):
         differences(out, again[0]) + differences(lse, again[1]),
         0,
     )
+
+
+def check_launches():
+    """Every row that `svg bench attention --sweep` may choose gives what the table's row gives, within rounding."""
+    arguments, plan = random_problem(1, 2, 4097, 128, torch.bfloat16, 17, 61, 0.3)
+    exact = block_sparse_attention_reference(*(x.double() for x in arguments[:3]), *arguments[3:], **plan)
+    plain = block_sparse_attention_reference(*arguments, **plan)
+    table = target.launch_row(block_sparse.LAUNCH, torch.device(DEVICE))
+    kept = table[2, 128]
+    for row in block_sparse.candidates():
+        if row.tma and target.arch(torch.device(DEVICE)) < 90:
+            continue
+        table[2, 128] = row
+        try:
+            out = block_sparse_attention(*arguments, **plan)
+        except target.triton.runtime.errors.OutOfResources:
+            print(f"     attention {row.name()}: does not fit this GPU")
+            continue
+        finally:
+            table[2, 128] = kept
+        error = (out - exact).abs().max().nan_to_num(torch.inf)
+        yield f"attention {row.name()}: largest error", error, 2 * (plain - exact).abs().max()
+
+
+def check_probe():
+    for name, D in (("bf16", 128), ("fp16", 64), ("fp32", 128)):
+        q, k, v = (torch.randn(2, n, 3, D, device=DEVICE, dtype=DTYPES[name]).transpose(1, 2) for n in (64, 5003, 5003))
+        masks, visible = (torch.rand(*shape, device=DEVICE) < 0.3 for shape in ((2, 2, 64, 5003), (2, 5003)))
+        probe_attention(q, k, v, masks, visible)
+        poison_memory()
+        out = quietly(probe_attention, q, k, v, masks, visible)
+        exact = probe_attention_reference(*(x.double() for x in (q, k, v)), masks, visible)
+        yield f"probe_attention {name} D={D}", (out - exact).abs().max().nan_to_num(torch.inf), 1e-4
+        again = probe_attention(q, k, v, masks, visible)
+        yield f"probe_attention {name} D={D}: bits that differ in a second run", differences(out, again), 0
+
+
+def check_elementwise():
+    angle = torch.randn(3000, 128, device=DEVICE)
+    for name in DTYPES:
+        x = torch.randn(2, 3001, 3, 5120, device=DEVICE).to(DTYPES[name])[:, :, 1]
+        row = torch.randn(2, 1, 5120, device=DEVICE)
+        weight = torch.randn(5120, device=DEVICE).to(x.dtype)
+        cases = {
+            "norm_rope": (norm_rope, norm_rope_reference, (x.unsqueeze(2), weight, None, 1e-6, angle, angle), {"rms": True}),
+            "norm_rope per head": (
+                norm_rope, norm_rope_reference,
+                (x.unflatten(2, (40, 128)), weight[:128], weight[:128], 1e-6, angle, angle), {"rms": False, "first": 1},
+            ),
+            "modulate": (modulate, modulate_reference, (x, row, row, 1e-6), {}),
+            "gate_residual": (gate_residual, gate_residual_reference, (x, x, row), {}),
+        }  # fmt: skip
+        for case, (op, reference, arguments, options) in cases.items():
+            op(*arguments, **options)
+            poison_memory()
+            out = quietly(op, *arguments, **options)
+            exact = reference(*(a.double() if torch.is_tensor(a) else a for a in arguments), **options)
+            plain = reference(*arguments, **options)
+            allowed = 1.5 * (plain - exact).abs().max() + 1e-4
+            yield f"{case} {name}: largest error", (out - exact).abs().max().nan_to_num(torch.inf), allowed
 
 
 def check_kmeans():
@@ -351,8 +435,6 @@ def time_attention(note, S, H, D, Cq, Ck, sweep):
 
 
 def sweep_attention(note, op, label, flops, D):
-    from svg.kernels import block_sparse
-
     table = target.launch_row(block_sparse.LAUNCH, torch.device(DEVICE))
     key = (2, 64 if D <= 64 else 128)
     kept = table[key]
