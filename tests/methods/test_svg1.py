@@ -86,7 +86,8 @@ def test_no_mask_is_an_all_true_mask(make_qkv):
     assert torch.equal(alone.kind, masked.kind)
     assert torch.equal(alone.density(), masked.density())
     q, k, v = (x.transpose(1, 2) for x in qkv)
-    assert torch.equal(execute(alone, q, k, v), execute(masked, q, k, v))
+    # Not bit for bit: heads that share a map are computed together, and the samples' maps are separate with a mask.
+    torch.testing.assert_close(execute(alone, q, k, v), execute(masked, q, k, v), rtol=1e-5, atol=1e-6)
 
 
 def test_both_kinds_occur_and_execute_as_their_maps_say(layout, make_mask, make_qkv, token_map, masked_attention):
