@@ -144,7 +144,8 @@ def test_replaced_processors_are_noticed(load, run):
 
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_lora(load, run, attach_first):
-    peft = pytest.importorskip("peft")
+    import peft  # in the extra `test`: without it this must fail, not skip
+
     settings = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
 
     def with_lora(pipe):
