@@ -41,7 +41,7 @@ def prompts_of(args) -> list[str]:
     from check_tiny import held_out_scenes
     from tiny_world import captions
 
-    return captions(held_out_scenes(args.prompts, 0, args.trained_clips))
+    return captions(held_out_scenes(args.prompts, 0))
 
 
 def measure(pipe, settings: dict, request: GenerationRequest):
@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt", action="append")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trained-clips", type=int, default=16384)
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"))
     parser.add_argument("--device", default="auto")

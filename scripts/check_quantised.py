@@ -10,8 +10,10 @@ keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidat
 import argparse
 import itertools
 import json
+import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,8 +73,17 @@ def show_result(key: str, entry: dict) -> None:
     print(f"{key:<86} {entry['value']:10.4g} {entry['unit']}", flush=True)
 
 
+def survived(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """A group's rows; one that raises is a failed row, so that the rest still runs."""
+    try:
+        yield from group()
+    except Exception:
+        traceback.print_exc()
+        yield f"{group.__name__} raised", math.inf, 0
+
+
 def judge(group: Callable[[], Iterator[Check]]) -> Iterator[dict]:
-    for name, measured, allowed in group():
+    for name, measured, allowed in survived(group):
         measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
         row = {"name": name, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
         print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<80} {measured:.4g} <= {allowed:.4g}", flush=True)

@@ -18,18 +18,20 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 from tiny_world import BACKGROUND_COLOURS, COLOURS, DIRECTIONS, SIZES, captions, render, sample_scenes
-from train_tiny import CACHE_BATCH, LONG, SCENE_SEED, SHORT
+from train_tiny import CACHE_BATCH, CLIPS, LONG, SCENE_SEED, SHORT
 
 HELD_OUT_SEED = 424242
 BARS = {"reconstruction_psnr": 31.0, "colour": 0.85, "direction": 0.80}
 _AREA = (3.14, 2.96, 1.75, 2.56, 2.35)  # of each shape at radius 1
 
 
-def held_out_scenes(count: int, seed: int, trained_clips: int):
-    """Scenes whose captions occur nowhere in the training set (drawn from `seed`)."""
-    generator = torch.Generator().manual_seed(seed + SCENE_SEED)
-    batch = CACHE_BATCH[SHORT]
-    seen = {c for _ in range(0, trained_clips, batch) for c in captions(sample_scenes(batch, generator))}
+def held_out_scenes(count: int, seed: int):
+    """Scenes whose captions occur nowhere in the clips that training from `seed` can have seen."""
+    seen = set()
+    for shape, clips in CLIPS.items():
+        generator = torch.Generator().manual_seed(seed + SCENE_SEED[shape])
+        for _ in range(0, clips, CACHE_BATCH[shape]):
+            seen.update(captions(sample_scenes(CACHE_BATCH[shape], generator)))
     pool = sample_scenes(4 * count, torch.Generator().manual_seed(HELD_OUT_SEED))
     fresh = [i for i, c in enumerate(captions(pool)) if c not in seen][:count]
     return pool[torch.tensor(fresh)]
@@ -113,7 +115,7 @@ def check(args) -> dict:
     vae = AutoencoderKLWan.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
     pipe = WanPipeline.from_pretrained(args.model, vae=vae, torch_dtype=getattr(torch, args.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    scenes = held_out_scenes(args.prompts, args.train_seed, args.trained_clips)
+    scenes = held_out_scenes(args.prompts, args.train_seed)
     prompts = captions(scenes)
     result: dict = {"bars": BARS, "prompts": len(prompts), "steps": args.steps, "guidance": args.guidance}
     for name, shape, count, batch in (("short", SHORT, args.prompts, args.batch), ("long", LONG, args.long_prompts, 2)):
@@ -148,7 +150,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-seed", type=int, default=0)
-    parser.add_argument("--trained-clips", type=int, default=16384)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)

@@ -1,7 +1,8 @@
 """Train tiny-wan, the bundled text-to-video pipeline, on the procedural world of tiny_world.py (one CUDA GPU).
 
-Stages, each resumable from `--work`: `vae` (AutoencoderKLWan), `dit` (WanTransformer3DModel and the UMT5 text encoder together, on
-17 x 128 x 160 clips), `long` (the same weights on a mix with 33 x 256 x 256 clips), `export` (a Diffusers directory in bf16).
+Stages, each resumable from `--work`: `vae` (AutoencoderKLWan); the WanTransformer3DModel and the UMT5 text encoder together, `small` on
+17 x 64 x 80 clips (which word moves what where is learned on many cheap clips), `dit` on 17 x 128 x 160 clips, `long` on a mix with
+33 x 256 x 256 clips; `export` (a Diffusers directory in bf16).
 
     python scripts/train_tiny.py --work work/tiny --out pipelines/tiny-wan
     python scripts/train_tiny.py --work work/more --start-from pipelines/tiny-wan --stages dit,long,export
@@ -27,8 +28,13 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 SHORT = (17, 128, 160)  # frames, height, width: 5 x 16 x 20 = 1 600 video tokens
 LONG = (33, 256, 256)  # 9 x 32 x 32 = 9 216 video tokens
-SCENE_SEED = 1000  # training clips of plan i come from seed + SCENE_SEED + i, CACHE_BATCH scenes at a time
-CACHE_BATCH = {SHORT: 32, LONG: 4}
+SMALL = (17, 64, 80)  # 5 x 8 x 10 = 400 video tokens
+# Training clips of a size come from `seed` + SCENE_SEED[size], CACHE_BATCH[size] scenes at a time.
+SCENE_SEED = {SHORT: 1000, LONG: 1001, SMALL: 1002}
+CLIPS = {SHORT: 16384, LONG: 1024, SMALL: 32768}  # at most: check_tiny.py takes no caption of theirs
+CACHE_BATCH = {SHORT: 32, LONG: 4, SMALL: 128}
+CHAIN = ("start", "small", "dit", "long")  # a stage begins with the weights of the nearest one before it that there is
+STAGE_RATE = {"small": 1.0, "dit": 0.7, "long": 0.4}
 TEXT_TOKENS = 512  # WanPipeline pads prompts with zero vectors up to here
 FLOW_SHIFT = 3.0
 LATENT_CHANNELS = 16
@@ -428,9 +434,9 @@ def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, ca
     torch.set_float32_matmul_precision("high")
     vae = load_trained_vae(work, device)
     run_whole_clips(vae)
-    plans = [(SHORT, args.clips, args.batch)]
-    if stage == "long":
-        plans.append((LONG, args.long_clips, args.long_batch))
+    small = (SMALL, args.small_clips, args.small_batch)
+    short = (SHORT, args.clips, args.batch)
+    plans = {"small": [small], "dit": [short], "long": [short, (LONG, args.long_clips, args.long_batch)]}[stage]
     generator = torch.Generator(device).manual_seed(seed)
     tokenizer, encoder = build_text(captions(sample_scenes(4000, torch.Generator().manual_seed(seed))))
     transformer, prompts = build_transformer().to(device), PromptEncoder(encoder, tokenizer.pad_token_id).to(device)
@@ -439,22 +445,25 @@ def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, ca
     modules = {"transformer": transformer, "prompts": prompts, "average": average}
     checkpoint = work / f"{stage}.safetensors"
     first = restore_state(checkpoint, modules, optimizers)
-    if stage == "long" and not first:
-        restore_state(work / "dit.safetensors", modules, optimizers)
+    before = [work / f"{s}.safetensors" for s in CHAIN[: CHAIN.index(stage)]]
+    before = [path for path in before if path.exists()]
+    if before and not first:
+        restore_state(before[-1], modules, optimizers)
 
     pools = []
-    for i, (shape, clips, batch) in enumerate(plans):
-        latents, texts = cached_latents(cache, vae, work, clips, shape, seed + SCENE_SEED + i, device)
+    for shape, clips, batch in plans:
+        latents, texts = cached_latents(cache, vae, work, clips, shape, seed + SCENE_SEED[shape], device)
         ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"].to(device)
         pools.append((latents, ids, batch))
     empty = tokenizer([""], return_tensors="pt")["input_ids"].to(device)
     del vae
     torch.cuda.empty_cache()
+    torch._dynamo.reset()  # an earlier stage's sizes count towards the limit of recompilations
     transformer.compile_repeated_blocks(dynamic=False)
 
     progress, losses = Progress(first, steps, max_seconds), []
     while progress.share < 1:
-        set_rate(optimizers, progress.rate(warmup=100) * (0.4 if stage == "long" else 1.0))
+        set_rate(optimizers, progress.rate(warmup=100) * STAGE_RATE[stage])
         latents, ids, batch = pools[progress.step % len(pools)]
         index = torch.randint(len(latents), (batch,), generator=generator, device=device)
         dropped = F.pad(empty, (0, ids.shape[1] - empty.shape[1]), value=tokenizer.pad_token_id)
@@ -475,7 +484,7 @@ def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, ca
 
 
 def start_from(work: Path, source: Path) -> None:
-    """Write the checkpoints of `vae` and `dit` from an exported pipeline, so that training goes on where that one ended."""
+    """Write the checkpoints `vae` and `start` from an exported pipeline, so that training goes on where that one ended."""
     vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae")
     transformer = WanTransformer3DModel.from_pretrained(source, subfolder="transformer")
     encoder = UMT5EncoderModel.from_pretrained(source / "text_encoder")
@@ -484,7 +493,7 @@ def start_from(work: Path, source: Path) -> None:
     save_tensors(work / "vae.safetensors", flatten_state({"vae": vae, "average": vae}, []) | step)
     average = torch.nn.ModuleList([transformer, prompts])
     modules = {"transformer": transformer, "prompts": prompts, "average": average}
-    save_tensors(work / "dit.safetensors", flatten_state(modules, []) | step)
+    save_tensors(work / "start.safetensors", flatten_state(modules, []) | step)
     statistics = {key: vae.config[key] for key in ("latents_mean", "latents_std")}
     (work / "latents.json").write_text(json.dumps(statistics))
 
@@ -493,7 +502,7 @@ def start_from(work: Path, source: Path) -> None:
 
 
 def export(work: Path, out: Path, seed: int) -> None:
-    stage = next(s for s in ("long", "dit") if (work / f"{s}.safetensors").exists())
+    stage = next(s for s in reversed(CHAIN) if (work / f"{s}.safetensors").exists())
     tokenizer, encoder = build_text(captions(sample_scenes(4000, torch.Generator().manual_seed(seed))))
     transformer, prompts = build_transformer(), PromptEncoder(encoder, tokenizer.pad_token_id)
     state = load_file(work / f"{stage}.safetensors")
@@ -513,16 +522,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints")
     parser.add_argument("--out", type=Path, default=Path("pipelines/tiny-wan"), help="folder of the exported pipeline")
     parser.add_argument("--start-from", type=Path, help="an exported pipeline whose weights training goes on from")
-    parser.add_argument("--stages", default="vae,dit,long,export")
+    parser.add_argument("--stages", default="vae,small,dit,long,export")
     parser.add_argument("--vae-steps", type=int, default=1800)
     parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--small-steps", type=int, default=4000)
     parser.add_argument("--dit-steps", type=int, default=3000)
     parser.add_argument("--long-steps", type=int, default=1000)
-    parser.add_argument("--clips", type=int, default=16384, help="cached clips of the short size")
-    parser.add_argument("--long-clips", type=int, default=1024)
+    parser.add_argument("--small-clips", type=int, default=CLIPS[SMALL])
+    parser.add_argument("--clips", type=int, default=CLIPS[SHORT], help="cached clips of the short size")
+    parser.add_argument("--long-clips", type=int, default=CLIPS[LONG])
+    parser.add_argument("--small-batch", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--long-batch", type=int, default=6)
-    for stage in ("vae", "dit", "long"):
+    for stage in ("vae", *CHAIN[1:]):
         parser.add_argument(f"--{stage}-seconds", type=float, default=1e9, help="end the stage by the clock")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
@@ -534,13 +546,13 @@ def main() -> None:
         started = time.time()
         if stage == "vae":
             train_vae(args.work, args.vae_steps, args.vae_batch, args.seed, args.device, args.vae_seconds)
-        elif stage in ("dit", "long"):
+        elif stage in CHAIN[1:]:
             steps, seconds = (getattr(args, f"{stage}_{unit}") for unit in ("steps", "seconds"))
             train_transformer(args.work, stage, steps, seconds, cache, args)
         elif stage == "export":
             export(args.work, args.out, args.seed)
         else:
-            raise SystemExit(f"--stages takes vae, dit, long, export; got {stage!r}")
+            raise SystemExit(f"--stages takes vae, small, dit, long, export; got {stage!r}")
         print(f"[{stage}] took {time.time() - started:.0f}s", flush=True)
 
 
