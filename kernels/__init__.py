@@ -41,11 +41,10 @@ from .permute import (
 )
 from .probe import probe_attention, probe_attention_reference
 from .quantised_attention import quantised_attention, quantised_attention_reference
-from .quantize import (
+from .quantize import quantize_tokens, quantize_tokens_reference
+from .quantize_values import (
     quantize_channels,
     quantize_channels_reference,
-    quantize_tokens,
-    quantize_tokens_reference,
     statistics,
     statistics_reference,
 )

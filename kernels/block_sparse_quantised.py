@@ -19,14 +19,16 @@ from .quantised_attention import pv_dtype, rounded_attention, unsmoothed_lse
 from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
 from .quantize import (
     absmax_of_rows,
-    dequantize_channels,
     dequantize_tokens,
     padded_head_dim,
-    quantize_channels,
-    quantize_channels_reference,
     quantize_tokens,
     quantize_tokens_reference,
     round_to_int8,
+)
+from .quantize_values import (
+    dequantize_channels,
+    quantize_channels,
+    quantize_channels_reference,
     statistics,
     statistics_reference,
 )

@@ -25,15 +25,17 @@ from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_
 from .quantize import (
     BLOCK,
     GROUPS,
-    QuantizedChannels,
     QuantizedTokens,
-    dequantize_channels,
     dequantize_tokens,
     padded_head_dim,
-    quantize_channels,
-    quantize_channels_reference,
     quantize_tokens,
     quantize_tokens_reference,
+)
+from .quantize_values import (
+    QuantizedChannels,
+    dequantize_channels,
+    quantize_channels,
+    quantize_channels_reference,
     statistics,
     statistics_reference,
 )

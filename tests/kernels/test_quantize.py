@@ -9,7 +9,8 @@ from svg.kernels import (
     statistics_reference,
     target,
 )
-from svg.kernels.quantize import GROUPS, dequantize_channels, dequantize_tokens
+from svg.kernels.quantize import GROUPS, dequantize_tokens
+from svg.kernels.quantize_values import dequantize_channels
 
 
 def tokens(S, D=64, dtype=torch.bfloat16, B=1, H=2):

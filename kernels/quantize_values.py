@@ -1,0 +1,230 @@
+"""Quantisation of V: FP8 e4m3 per channel, transposed; and the statistics of K and V that quantising both needs.
+
+    v ~ scale * values + mean        values = e4m3(448 (v - mean) / absmax of the channel)
+
+An all-zero channel has scale 1, one with NaN or infinity has scale NaN, so that the output shows it. Two passes: the
+statistics in one read of K and V, then a read and a write, with the rows gathered by a permutation on the way. 64-bit
+offsets; inputs may be strided (last dim contiguous).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import target
+from .quantize import BLOCK, TINY, check, gather, padded_head_dim
+from .target import tl, triton
+
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class QuantizedChannels:
+    """Quantised V, K-major as 8-bit matrix instructions want it.
+
+    Args:
+        values: float8_e4m3fn [B, H, Dp, Sp], D padded to 64 or 128 and S to a multiple of 128, with zeros.
+        scale: fp32 [B, H, Dp].
+        mean: fp32 [B, H, Dp] to add to the output, or None.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean of K and mean, least and largest value of V over all tokens, fp32 [B, H, D] each."""
+
+    k_mean: torch.Tensor
+    v_mean: torch.Tensor
+    v_low: torch.Tensor
+    v_high: torch.Tensor
+
+
+def statistics(k: torch.Tensor, v: torch.Tensor) -> Statistics:
+    """What quantising K and V needs to know about all tokens, in one read of both.
+
+    Args:
+        k, v: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: shapes disagree, or a last dim is strided.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: head dim above 128.
+
+    Source: arXiv 2411.10958, section 3 (smoothing of K, channel scales of V).
+    """
+    check("k", k)
+    check("v", v)
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    return _statistics(k, v) if target.use_triton(k) else statistics_reference(k, v)
+
+
+def statistics_reference(k: torch.Tensor, v: torch.Tensor) -> Statistics:
+    """Specification of `statistics` in plain torch; same arguments and result."""
+    v_wide = v.float()
+    return Statistics(k.float().mean(2), v_wide.mean(2), v_wide.amin(2), v_wide.amax(2))
+
+
+def quantize_channels(
+    v: torch.Tensor, stats: Statistics, *, smooth: bool = False, permutation: torch.Tensor | None = None
+) -> QuantizedChannels:
+    """FP8 e4m3 values of V, transposed, with one scale a channel.
+
+    Args:
+        v: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
+        stats: its statistics.
+        smooth: take the channel's mean off first; the attention adds it to its output.
+        permutation: int32 or int64 [B, H, S], sorted -> original index; None: identity.
+
+    Returns:
+        The quantised values, tokens in sorted order.
+
+    Raises:
+        ValueError: shapes disagree, or a strided last dim.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: head dim above 128, or a GPU without FP8.
+
+    Source: arXiv 2411.10958, section 3.3 (FP8 values of V, per channel, and smoothing of V).
+    """
+    check("v", v, permutation)
+    target.require_fp8(v.device)
+    op = _quantize_channels if target.use_triton(v) else quantize_channels_reference
+    return op(v, stats, smooth=smooth, permutation=permutation)
+
+
+def quantize_channels_reference(
+    v: torch.Tensor, stats: Statistics, *, smooth: bool = False, permutation: torch.Tensor | None = None
+) -> QuantizedChannels:
+    """Specification of `quantize_channels` in plain torch; same arguments and result."""
+    S, D = v.shape[2:]
+    scale, mean = _channel_scales(stats, smooth)
+    rows = gather(v, permutation).float() - mean[:, :, None, :D]
+    rows = (rows / scale[:, :, None, :D]).clamp(-FP8_MAX, FP8_MAX)
+    values = rows.new_zeros(*scale.shape, -(-S // BLOCK) * BLOCK)
+    values[:, :, :D, :S] = rows.transpose(2, 3)
+    return QuantizedChannels(values.to(torch.float8_e4m3fn), scale, mean if smooth else None)
+
+
+def _channel_scales(stats, smooth):
+    """Scale and mean of every channel, fp32 [B, H, Dp]; the mean is zero where it stays."""
+    mean = stats.v_mean if smooth else torch.zeros_like(stats.v_mean)
+    largest = torch.maximum(stats.v_high - mean, mean - stats.v_low)
+    largest = torch.where(largest <= TINY, 1.0, largest)
+    # Minimum and maximum may skip NaN; the mean never does.
+    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / FP8_MAX, torch.nan)
+    padding = (0, padded_head_dim(mean.shape[-1]) - mean.shape[-1])
+    return F.pad(scale, padding, value=1.0), F.pad(mean, padding)
+
+
+def dequantize_channels(x: QuantizedChannels, tokens: int, head_dim: int) -> torch.Tensor:
+    """The numbers that quantised values stand for, without the mean that was taken off.
+
+    Args:
+        x: quantised values.
+        tokens: S.
+        head_dim: D.
+
+    Returns:
+        fp32 [B, H, S, D].
+    """
+    wide = x.values.float() * x.scale[..., None]  # [B, H, Dp, Sp]
+    return wide.transpose(2, 3)[:, :, :tokens, :head_dim]
+
+
+# arch -> warps of (statistics, channels). Not measured: chosen by ahead-of-time compile (no spills).
+LAUNCH = {80: (4, 8), 89: (4, 8), 90: (4, 8), 100: (4, 8), 120: (4, 8)}
+STATISTICS_ROWS = 2048  # tokens that one program of the statistics sums
+
+
+def _statistics(k, v):
+    B, H, S, D = k.shape
+    parts = triton.cdiv(S, STATISTICS_ROWS)
+    partial = torch.empty(4, B, H, parts, D, dtype=torch.float32, device=k.device)
+    with target.on_device(k):
+        _statistics_kernel[(parts, B * H)](
+            k, v, partial, partial.stride(0), H, S, parts, *k.stride()[:3], *v.stride()[:3],
+            D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=16,
+            num_warps=target.launch_row(LAUNCH, k.device)[0],
+        )  # fmt: skip
+    k_sum, v_sum, low, high = partial
+    return Statistics(k_sum.sum(2) / S, v_sum.sum(2) / S, low.amin(2), high.amax(2))
+
+
+def _quantize_channels(v, stats, *, smooth, permutation):
+    B, H, S, D = v.shape
+    scale, mean = _channel_scales(stats, smooth)
+    padded = triton.cdiv(S, BLOCK) * BLOCK
+    values = torch.empty(B, H, scale.shape[2], padded, dtype=torch.float8_e4m3fn, device=v.device)
+    with target.on_device(v):
+        _quantize_channels_kernel[(padded // BLOCK, B * H)](
+            v, permutation, scale, mean, values, H, S, padded,
+            *v.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
+            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, v.device)[1],
+        )  # fmt: skip
+    return QuantizedChannels(values, scale, mean if smooth else None)
+
+
+@triton.jit(do_not_specialize=["S", "parts"])
+def _statistics_kernel(
+    k, v, partial, stride_part, H, S, parts,
+    stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_d = tl.arange(0, BLOCK_D)
+    k += b * stride_kb + h * stride_kh + offs_d[None, :]
+    v += b * stride_vb + h * stride_vh + offs_d[None, :]
+    k_sum = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    v_sum = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    low = tl.full([BLOCK_S, BLOCK_D], float("inf"), dtype=tl.float32)
+    high = tl.full([BLOCK_S, BLOCK_D], float("-inf"), dtype=tl.float32)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    for first in range(start, tl.minimum(start + ROWS, S), BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
+        k_sum += tl.load(k + offs_s[:, None] * stride_ks, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(v + offs_s[:, None] * stride_vs, mask=mask, other=0.0).to(tl.float32)
+        v_sum += row
+        low = tl.minimum(low, tl.where(mask, row, float("inf")))
+        high = tl.maximum(high, tl.where(mask, row, float("-inf")))
+    partial += (bh * parts + tl.program_id(0)) * D + offs_d
+    real = offs_d < D
+    tl.store(partial, tl.sum(k_sum, 0), mask=real)
+    tl.store(partial + stride_part, tl.sum(v_sum, 0), mask=real)
+    tl.store(partial + 2 * stride_part, tl.min(low, 0), mask=real)
+    tl.store(partial + 3 * stride_part, tl.max(high, 0), mask=real)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _quantize_channels_kernel(
+    v, permutation, scale, mean, values, H, S, padded,
+    stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    offs_s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = offs_s < S
+    token = offs_s
+    if permutation is not None:
+        token = tl.load(permutation + b * stride_pb + h * stride_ph + offs_s * stride_ps, mask=inside, other=0)
+        token = token.to(tl.int64)
+    mask = inside[:, None] & (offs_d < D)[None, :]
+    rows = tl.load(
+        v + b * stride_vb + h * stride_vh + token[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0
+    )
+    rows = rows.to(tl.float32) - tl.load(mean + bh * BLOCK_D + offs_d)[None, :]
+    size = tl.broadcast_to(tl.load(scale + bh * BLOCK_D + offs_d)[None, :], [BLOCK, BLOCK_D])
+    rows = tl.where(mask, tl.clamp(tl.div_rn(rows, size), -448.0, 448.0), 0.0).to(tl.float8e4nv)
+    goal = (bh * BLOCK_D + offs_d)[:, None] * padded + offs_s[None, :]
+    tl.store(values + goal, tl.trans(rows))
