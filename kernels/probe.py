@@ -26,6 +26,7 @@ def probe_attention(
     masks: torch.Tensor,
     visible: torch.Tensor | None = None,
     sm_scale: float | None = None,
+    mask_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Outputs of some query rows over all visible keys and over those of either mask.
 
@@ -35,6 +36,8 @@ def probe_attention(
         masks: bool [N, 2, t, S] with N = 1 or B, True where a row sees a key.
         visible: bool [B, S], keys that dense attention sees; None: all.
         sm_scale: softmax scale; default D ** -0.5.
+        mask_index: int32 [B, H], which of the N masks a head has, where heads differ; N is then any, and visible, if
+            given, bool [N, S]. None: sample b has masks b.
 
     Returns:
         fp32 [B, H, 3, t, D]: dense, first mask, second mask; zeros where a row sees nothing.
@@ -46,10 +49,10 @@ def probe_attention(
 
     Source: arXiv 2502.01776, section 3.2 (online profiling).
     """
-    _check(q, k, v, masks, visible)
+    _check(q, k, v, masks, visible, mask_index)
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     op = _launch if target.use_triton(k) else probe_attention_reference
-    return op(q, k, v, masks, visible, sm_scale)
+    return op(q, k, v, masks, visible, sm_scale, mask_index)
 
 
 def probe_attention_reference(
@@ -59,9 +62,15 @@ def probe_attention_reference(
     masks: torch.Tensor,
     visible: torch.Tensor | None = None,
     sm_scale: float | None = None,
+    mask_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Specification of `probe_attention` in plain torch; same arguments and result (fp64 stays fp64)."""
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    if mask_index is not None:
+        alone = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))  # [B * H, 1, .., D]
+        picked = mask_index.flatten().long()
+        seen = None if visible is None else visible[picked]
+        return probe_attention_reference(*alone, masks[picked], seen, sm_scale).view(*q.shape[:2], 3, *q.shape[2:])
     B, H, S, D = k.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     # Wide copies of K and V, logits, their masked copy and its softmax.
@@ -79,19 +88,24 @@ def probe_attention_reference(
     return out
 
 
-def _check(q, k, v, masks, visible):
+def _check(q, k, v, masks, visible, mask_index):
     if q.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
             "q must be [B, H, t, D] and k, v [B, H, S, D], "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}: expand k and v to q's heads"
         )
     B, _, S, _ = k.shape
-    if masks.shape[0] not in (1, B) or masks.shape[1:] != (2, q.shape[2], S) or masks.dtype != torch.bool:
+    if mask_index is not None and (mask_index.shape != q.shape[:2] or mask_index.dtype != torch.int32):
+        shape = tuple(q.shape[:2])
+        raise ValueError(f"mask_index must be int32 {shape}, got {mask_index.dtype} {tuple(mask_index.shape)}")
+    free = mask_index is not None  # any number of masks
+    if not (free or masks.shape[0] in (1, B)) or masks.shape[1:] != (2, q.shape[2], S) or masks.dtype != torch.bool:
         raise ValueError(
             f"masks must be bool [1 or B, 2, t, S] = [1 or {B}, 2, {q.shape[2]}, {S}], got {masks.dtype} {tuple(masks.shape)}"
         )
-    if visible is not None and (visible.shape != (B, S) or visible.dtype != torch.bool):
-        raise ValueError(f"visible must be bool [B, S] = [{B}, {S}], got {visible.dtype} {tuple(visible.shape)}")
+    rows = masks.shape[0] if free else B
+    if visible is not None and (visible.shape != (rows, S) or visible.dtype != torch.bool):
+        raise ValueError(f"visible must be bool [B, S] = [{rows}, {S}], got {visible.dtype} {tuple(visible.shape)}")
     for name, x in (("k", k), ("v", v)):
         if x.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dim, got strides {x.stride()}: call .contiguous()")
@@ -101,7 +115,7 @@ def _check(q, k, v, masks, visible):
 LAUNCH = {80: (32, 32, 8, 2), 89: (32, 32, 8, 2), 90: (64, 32, 4, 2), 100: (32, 32, 8, 2), 120: (32, 32, 8, 2)}
 
 
-def _launch(q, k, v, masks, visible, sm_scale):
+def _launch(q, k, v, masks, visible, sm_scale, mask_index):
     if q.shape[-1] > MAX_HEAD_DIM:
         raise NotImplementedError(f"head dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}: use dense attention")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -123,6 +137,7 @@ def _launch(q, k, v, masks, visible, sm_scale):
         _probe_kernel[(stretches, 3 * B * H, row_blocks)](
             q.contiguous(), k, v, masks.view(torch.uint8), acc, top, total, sm_scale * LOG2_E, B * H, H, t, S, tiles,
             masks.stride(0) if masks.shape[0] > 1 else 0,
+            None if mask_index is None else mask_index.contiguous(),
             *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_T=block_t, BLOCK_N=block_n,
             SPLIT=q.dtype != torch.float32, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
@@ -147,7 +162,7 @@ def _with_dense(masks, visible):
 
 @triton.jit(do_not_specialize=["t", "S", "tiles", "stride_mask"])
 def _probe_kernel(
-    q, k, v, masks, acc, top, total, scale_log2, BH, H, t, S, tiles, stride_mask,
+    q, k, v, masks, acc, top, total, scale_log2, BH, H, t, S, tiles, stride_mask, mask_index,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,7 +177,10 @@ def _probe_kernel(
     q_tile = tl.load(q + (bh * t + offs_t)[:, None] * D + offs_d[None, :], mask=rows[:, None] & real, other=0.0)
     k += b * stride_kb + h * stride_kh
     v += b * stride_vb + h * stride_vh
-    masks += b * stride_mask + (mask * t + offs_t)[:, None] * S
+    own = b
+    if mask_index is not None:
+        own = tl.load(mask_index + bh).to(tl.int64)
+    masks += own * stride_mask + (mask * t + offs_t)[:, None] * S
     acc_i = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_T], dtype=tl.float32)
     m_i = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)

@@ -24,7 +24,7 @@ def top_p_block_map(
     q_centroids: torch.Tensor,
     k_centroids: torch.Tensor,
     k_sizes: torch.Tensor,
-    top_p: float,
+    top_p: float | torch.Tensor,
     min_k_ratio: float,
     sm_scale: float,
     budget: float | None = None,
@@ -35,7 +35,8 @@ def top_p_block_map(
         q_centroids: fp32 [B, H, Cq, D].
         k_centroids: fp32 [B, H, Ck, D].
         k_sizes: int32 [B, H, Ck], tokens in each key cluster.
-        top_p: attention mass to reach, in (0, 1]; 1 keeps every non-empty cluster.
+        top_p: attention mass to reach, in (0, 1]; 1 keeps every non-empty cluster. A head's own: fp32 [H] on the device
+            of the centroids, whose values are not checked, because that would wait for the device.
         min_k_ratio: least share of key clusters kept, in [0, 1].
         sm_scale: softmax scale.
         budget: upper bound on the kept key tokens' share of a row, in (0, 1]; it wins over top_p and min_k_ratio.
@@ -59,7 +60,7 @@ def top_p_block_map_reference(
     q_centroids: torch.Tensor,
     k_centroids: torch.Tensor,
     k_sizes: torch.Tensor,
-    top_p: float,
+    top_p: float | torch.Tensor,
     min_k_ratio: float,
     sm_scale: float,
     budget: float | None = None,
@@ -84,6 +85,8 @@ def _select_reference(scores, k_sizes, top_p, at_least, at_most):
     mass = torch.softmax(ordered, dim=-1)
     mass_before = torch.cumsum(mass, dim=-1).roll(1, dims=-1)
     mass_before[..., 0] = 0
+    if isinstance(top_p, torch.Tensor):
+        top_p = top_p[:, None, None]
     rank = torch.arange(scores.shape[-1], device=scores.device)
     keep = (mass_before <= top_p) | (rank < at_least) | (top_p >= 1)
     if at_most is not None:
@@ -103,7 +106,11 @@ def _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget):
             "q_centroids must be [B, H, Cq, D], k_centroids [B, H, Ck, D] and k_sizes [B, H, Ck], got "
             f"{tuple(q_centroids.shape)}, {tuple(k_centroids.shape)}, {tuple(k_sizes.shape)}: cluster every head"
         )
-    if not 0 < top_p <= 1:
+    if isinstance(top_p, torch.Tensor):
+        heads = q_centroids.shape[1]
+        if top_p.shape != (heads,) or top_p.dtype != torch.float32:
+            raise ValueError(f"top_p must be fp32 [H] = [{heads}], got {top_p.dtype} {tuple(top_p.shape)}: one a head")
+    elif not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}: 0.9 is the usual choice")
     if not 0 <= min_k_ratio <= 1:
         raise ValueError(f"min_k_ratio must be in [0, 1], got {min_k_ratio}: 0.1 is the usual choice")
@@ -123,17 +130,21 @@ def _select(scores, k_sizes, top_p, at_least, at_most):
         )
     block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=scores.device)
     num_warps = target.launch_row(LAUNCH, scores.device) * (1 if Ck <= 2048 else 2)
+    head_top_p = top_p.contiguous() if isinstance(top_p, torch.Tensor) else None
     with target.on_device(scores):
         _select_kernel[(Cq, B * H)](
-            scores.contiguous(), k_sizes.contiguous(), at_most, block_map.view(torch.uint8), Cq, Ck, float(top_p), at_least,
+            scores.contiguous(), k_sizes.contiguous(), at_most, block_map.view(torch.uint8), Cq, Ck,
+            1.0 if head_top_p is not None else float(top_p), head_top_p, H, at_least,
             BLOCK_C=max(16, triton.next_power_of_2(Ck)), num_warps=num_warps,
         )  # fmt: skip
     return block_map
 
 
-@triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "at_least"])
-def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, at_least, BLOCK_C: tl.constexpr):
+@triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "H", "at_least"])
+def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, head_top_p, H, at_least, BLOCK_C: tl.constexpr):
     bh = tl.program_id(1).to(tl.int64)
+    if head_top_p is not None:
+        top_p = tl.load(head_top_p + bh % H)
     row = bh * Cq + tl.program_id(0)
     offs = tl.arange(0, BLOCK_C)  # [BC]
     n = tl.load(sizes + bh * Ck + offs, mask=offs < Ck, other=0)

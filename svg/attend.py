@@ -32,7 +32,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         [B, S, H, D] in q's dtype.
 
     Raises:
-        ValueError: shapes do not agree with each other or with the layout, or there is no such layer.
+        ValueError: shapes do not agree with each other or with the layout, there is no such layer, or per-head budgets
+            are for another model, token grid or device.
         RuntimeError: no forward was begun.
         NotImplementedError: gradients are wanted through a sparse call on a GPU.
         FloatingPointError: q, k or v hold NaN or infinity (raised at the next forward on a GPU).
@@ -46,8 +47,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     if config.check_finite:
         state.watch(layer, q, k, v)
+    if not state.records:
+        state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
-    dense = config.method == "dense" or state.is_warmup(layer)
+    dense = config.is_dense(layer) or state.is_warmup(layer)
     if dense:
         kind, density, plan = None, torch.ones(q.shape[:2]), None
         out = dense_attention(q, k, v, key_mask(layout, text_mask), config.dense_backend)

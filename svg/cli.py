@@ -83,7 +83,8 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
 
     quiet_loading()
     console = Console()
-    settings = {name: options.pop(name) for name in _METHOD_FLAGS}
+    flags = {name: options.pop(name) for name in _METHOD_FLAGS}
+    settings = {name: value for name, value in flags.items() if value is not None}
     settings |= parse_assignments(options.pop("assignments"))
     generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}
     job = resolve(settings=settings, generation=generation, dense=not no_dense, control=not no_control, **options)

@@ -29,6 +29,9 @@ class MethodConfig:
     """
 
     method: ClassVar[str] = ""
+    # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
+    budget_field: ClassVar[str | None] = None
+    head_field: ClassVar[str | None] = None
 
     warmup_steps: float = 0.2
     warmup_layers: float = 0.03
@@ -61,6 +64,23 @@ class MethodConfig:
         """
         return step < _count(self.warmup_steps, num_steps) or layer < _count(self.warmup_layers, num_layers)
 
+    def head_budgets(self, layer: int) -> tuple[float, ...] | None:
+        """Each head's own value of `budget_field`.
+
+        Args:
+            layer: index of the layer, from 0.
+
+        Returns:
+            One value a head, or None where all heads share the setting.
+        """
+        table = getattr(self, self.head_field) if self.head_field else None
+        return None if table is None else table[layer]
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer's budgets ask for all of its map, which dense attention computes without planning."""
+        budgets = self.head_budgets(layer)
+        return self.method == "dense" or (budgets is not None and min(budgets) == 1)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as a plain dict, `method` first.
 
@@ -78,6 +98,35 @@ class DenseConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TunedFor:
+    """What settings were tuned on; they are refused elsewhere.
+
+    Args:
+        model: hub id, directory or name of the model.
+        fingerprint: of its weights, or None for a hub id.
+        tokens: frames, height and width of the latent video grid, in tokens.
+        device: name of the GPU, or "cpu".
+
+    Raises:
+        TypeError: a value has the wrong type.
+    """
+
+    model: str
+    fingerprint: str | None
+    tokens: tuple[int, int, int]
+    device: str
+
+    def __post_init__(self):
+        tokens = tuple(self.tokens) if isinstance(self.tokens, (list, tuple)) else ()
+        if len(tokens) != 3 or any(isinstance(n, bool) or not isinstance(n, int) for n in tokens):
+            raise TypeError(f"tokens must be three integers (frames, height, width), got {self.tokens!r}")
+        object.__setattr__(self, "tokens", tokens)
+        for name in ("model", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SVG1Config(MethodConfig):
     """Sparse VideoGen: every head is spatial or temporal, decided online from sampled query rows.
 
@@ -87,16 +136,22 @@ class SVG1Config(MethodConfig):
         block_size: tokens in a block of the map, >= 1.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+        head_density: each head's own density, [layers][heads], or None; a layer whose heads all have 1 runs dense.
+        tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
     Source: Sparse VideoGen (arXiv 2502.01776), sections 3 and 4.
     """
 
     method: ClassVar[str] = "svg1"
+    budget_field: ClassVar[str | None] = "density"
+    head_field: ClassVar[str | None] = "head_density"
 
     density: float = 0.25
     sample_rows: int = 64
     block_size: int = 64
     precision: str = "native"
+    head_density: tuple[tuple[float, ...], ...] | None = None
+    tuned_for: TunedFor | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -104,6 +159,7 @@ class SVG1Config(MethodConfig):
         _integer(self, "sample_rows", least=1)
         _integer(self, "block_size", least=1)
         _choice(self, "precision", PRECISIONS)
+        _head_table(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +178,15 @@ class SVG2Config(MethodConfig):
             cluster order, which attention computes without padding.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+        head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.
+        tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
     Source: Sparse VideoGen2 (arXiv 2505.18875), sections 3 and 4.
     """
 
     method: ClassVar[str] = "svg2"
+    budget_field: ClassVar[str | None] = "top_p"
+    head_field: ClassVar[str | None] = "head_top_p"
 
     top_p: float = 0.9
     num_q_clusters: int = 300
@@ -137,6 +197,8 @@ class SVG2Config(MethodConfig):
     budget: float | None = None
     selection: str = "clusters"
     precision: str = "native"
+    head_top_p: tuple[tuple[float, ...], ...] | None = None
+    tuned_for: TunedFor | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -149,9 +211,12 @@ class SVG2Config(MethodConfig):
             _integer(self, name, least=1)
         if self.budget is not None:
             _share(self, "budget", zero=False)
+        _head_table(self)
 
 
-METHODS: dict[str, type[MethodConfig]] = {config.method: config for config in (DenseConfig, SVG1Config, SVG2Config)}
+METHODS: dict[str, type[MethodConfig]] = {
+    config.method: config for config in (DenseConfig, SVG1Config, SVG2Config)
+}
 
 
 def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
@@ -184,17 +249,51 @@ def _count(share: float, total: int) -> int:
 
 
 def _share(config: MethodConfig, name: str, zero: bool = True) -> None:
+    _number(config, name)
+    value = getattr(config, name)
+    if not (0 <= value <= 1) or (value == 0 and not zero):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def _number(config: MethodConfig, name: str) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
 
 
 def _choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _head_table(config: MethodConfig) -> None:
+    """Check per-head budgets and what they are tuned for; lists become tuples, a mapping becomes TunedFor."""
+    table, name = getattr(config, config.head_field), config.head_field
+    if isinstance(config.tuned_for, dict):
+        object.__setattr__(config, "tuned_for", _tuned_for(config.tuned_for))
+    elif not isinstance(config.tuned_for, (TunedFor, type(None))):
+        raise TypeError(f"tuned_for must be keys and values, or none, got {config.tuned_for!r}")
+    if table is None:
+        return
+    if not isinstance(table, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in table):
+        raise TypeError(f"{name} must be [layers][heads], got {table!r}")
+    if not table or not table[0] or len({len(row) for row in table}) > 1:
+        raise ValueError(f"{name} must have the same heads in every layer, got {[len(row) for row in table]}")
+    for layer, row in enumerate(table):
+        for head, value in enumerate(row):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must hold numbers, got {value!r} in layer {layer}, head {head}")
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value} in layer {layer}, head {head}")
+    object.__setattr__(config, name, tuple(tuple(float(value) for value in row) for row in table))
+
+
+def _tuned_for(values: dict[str, Any]) -> TunedFor:
+    choices = [field.name for field in fields(TunedFor)]
+    if set(values) != set(choices):
+        raise ValueError(f"tuned_for must have the keys {', '.join(choices)}, got {', '.join(map(str, values))}")
+    return TunedFor(**values)
 
 
 def _integer(config: MethodConfig, name: str, least: int) -> None:

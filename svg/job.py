@@ -15,6 +15,7 @@ from svg.pipelines import GenerationRequest
 from svg.pipelines.loading import BUNDLED
 
 from .config import MethodConfig, config_from_dict
+from .fingerprint import fingerprint
 
 _SIZE = ("height", "width", "frames")
 _GENERATION = (*_SIZE, "steps", "guidance", "fps", "flow_shift")
@@ -70,7 +71,7 @@ def resolve(
         preset: a preset's name or YAML file; None: the only preset of the model, if there is just one.
         model: hub id or directory; None: the preset's, or the bundled model.
         method: "dense", "svg1" or "svg2".
-        settings: fields of the method's config; None means not given.
+        settings: fields of the method's config, those that are given.
         generation: prompt, negative_prompt, true_cfg, seed, image (a path) and the preset's generation keys; None means
             not given.
         rest: the other fields of Job.
@@ -96,10 +97,13 @@ def resolve(
         )
     flow_shift = values.pop("flow_shift", None)
     image_path = values.pop("image", None)
+    model = model or (chosen.model if chosen else BUNDLED)
+    config = _config(chosen, method, settings)
+    _check_model(config, model)
     return Job(
-        model=model or (chosen.model if chosen else BUNDLED),
+        model=model,
         preset=(preset or chosen.name) if chosen else None,
-        config=_config(chosen, method, settings),
+        config=config,
         request=_request(values, image_path),
         image_path=image_path,
         flow_shift=flow_shift,
@@ -148,8 +152,20 @@ def _defaults(preset: Preset | None) -> dict[str, Any]:
 
 def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> MethodConfig:
     base = preset.config(method).to_dict() if preset else {"method": method}
-    given = {key: value for key, value in settings.items() if value is not None}
-    return config_from_dict({**base, **given})
+    return config_from_dict({**base, **settings})
+
+
+def _check_model(config: MethodConfig, model: str) -> None:
+    """Refuse tuned settings for another model; token grid and device are checked when attention first runs."""
+    tuned = getattr(config, "tuned_for", None)
+    if tuned is None:
+        return
+    found = fingerprint(model)
+    if (tuned.fingerprint, tuned.model if found is None else None) != (found, model if found is None else None):
+        raise ValueError(
+            f"these settings must run on the weights they were tuned for, {tuned.model} ({tuned.fingerprint}), got {model} "
+            f"({found}): run `svg tune` for this model, or take them all the same with --set tuned_for=null"
+        )
 
 
 def _request(values: dict[str, Any], image_path: str | None) -> GenerationRequest:

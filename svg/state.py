@@ -99,11 +99,13 @@ class LayerState:
         layer: index of the layer.
         branch: guidance branch.
         seed: seed of this layer's and branch's generators.
+        transformer: name of the layer's transformer in its pipeline.
     """
 
     layer: int
     branch: str
     seed: int
+    transformer: str = "transformer"
     cache: dict[str, Tensor] = field(default_factory=dict)
     _signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
@@ -114,6 +116,23 @@ class LayerState:
             self.cache.clear()
             self._generators.clear()
             self._signature = signature
+
+    def head_budgets(self, config: MethodConfig, device: torch.device) -> float | Tensor:
+        """What each head may compute: its own value where the config has one, else the setting that all share.
+
+        Args:
+            config: the method's settings.
+            device: where the result lives.
+
+        Returns:
+            float32 [H], copied to the device once a run, or a number.
+        """
+        own = config.head_budgets(self.layer)
+        if own is None:
+            return getattr(config, config.budget_field)
+        if "head_budgets" not in self.cache:
+            self.cache["head_budgets"] = torch.tensor(own, dtype=torch.float32, device=device)
+        return self.cache["head_budgets"]
 
     def generator(self, device: torch.device | str) -> torch.Generator:
         """This layer's and branch's private generator on a device."""
@@ -188,11 +207,39 @@ class RunState:
         """
         self._read_flags()
 
+    def check_tuned(self, heads: int, device: torch.device) -> None:
+        """Refuse per-head budgets of another shape, and tuned settings on another token grid or device.
+
+        Args:
+            heads: of the transformer.
+            device: where it runs.
+
+        Raises:
+            ValueError: saying what they are for, and the way out.
+        """
+        config, way_out = self.config, "run `svg tune` for this one, or take them all the same with tuned_for=null"
+        table = getattr(config, config.head_field) if config.head_field else None
+        if table is not None and (len(table), len(table[0])) != (self.num_layers, heads):
+            raise ValueError(
+                f"{config.head_field} must be [layers][heads] = [{self.num_layers}][{heads}] in {self.name}, "
+                f"got [{len(table)}][{len(table[0])}]: it was made for another model"
+            )
+        tuned = getattr(config, "tuned_for", None)
+        if tuned is None:
+            return
+        layout, found = self.layout, device_name(device)
+        if tuned.tokens != (layout.frames, layout.height, layout.width):
+            wanted, got = ("x".join(map(str, n)) for n in (tuned.tokens, (layout.frames, layout.height, layout.width)))
+            raise ValueError(f"these settings must run on the token grid they were tuned for, {wanted}, got {got}: {way_out}")
+        if tuned.device != found:
+            raise ValueError(f"these settings must run on the device they were tuned for, {tuned.device}, got {found}: {way_out}")
+
     def layer(self, index: int) -> LayerState:
         """State of a layer for the current branch, made on first use."""
         key = (index, self.branch)
         if key not in self._layers:
-            self._layers[key] = LayerState(index, self.branch, _seed(self.config.seed, index, self.branch))
+            seed = _seed(self.config.seed, index, self.branch)
+            self._layers[key] = LayerState(index, self.branch, seed, self.name)
         return self._layers[key]
 
     def is_warmup(self, layer: int) -> bool:
@@ -231,6 +278,11 @@ class RunState:
                         f"step {self.step} of {self.num_steps}, branch {self.branch}; "
                         f"try another dtype, or look at what the layers before it give"
                     )
+
+
+def device_name(device: torch.device) -> str:
+    """What tuned settings call a device: a GPU's name, or the type of any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _seed(seed: int, layer: int, branch: str | None) -> int:

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
 # what a person starts: these may import everything
 FRONT = {"bench", "cli", "command", "job", "generate", "evaluate", "record", "sweep", "tables", "doctor", "versions"}
+FRONT |= {"fingerprint", "tune"}
 
 # package -> project packages it may import from (besides itself); the front is judged apart
 ALLOWED = {
@@ -32,7 +33,7 @@ FOREIGN = {  # package -> libraries it must not know
 def sources():
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            inside = path.parent.name in ("bench", "sweep")
+            inside = path.parent.name in ("bench", "sweep", "tune")
             front = package == "svg" and (inside or path.parent == ROOT / "svg" and path.stem in FRONT)
             yield pytest.param(package, front, path, id=str(path.relative_to(ROOT)))
 

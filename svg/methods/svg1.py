@@ -15,7 +15,7 @@ Source: Sparse VideoGen (arXiv 2502.01776), sections 3 and 4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -60,6 +60,8 @@ class BandGrid:
 class BandMaps:
     """Executable maps of N samples (N = 1: all samples alike); map 2 * n + kind is sample n's for a kind.
 
+    Where heads have densities of their own, N counts those of the first density, then those of the next, and so on.
+
     Args:
         q_permutation, k_permutation: int32 [2N, S], sorted -> original index.
         k_block: int64 [2N, S], which key block holds a token (original index).
@@ -100,15 +102,23 @@ def plan(
 
     Source: arXiv 2502.01776, section 3.2 (online profiling) and 4.1 (layout transformation).
     """
+    densities = _densities(config.head_density) or (config.density,)
     if text_mask is None:
-        maps = _shared_maps(layout, config.density, config.block_size, q.device)
+        maps = _shared_maps(layout, densities, config.block_size, q.device)
     else:
-        maps = band_maps(layout, config.density, config.block_size, q.device, text_mask)
+        maps = _maps_of_all(layout, densities, config.block_size, q.device, text_mask)
     rows = sample_rows(layout.video_tokens, config.sample_rows, state.generator(q.device))
     masks = row_masks(maps, rows, layout, config.block_size)
-    kind = head_kinds(q, k, v, rows + layout.video_slice.start, masks, key_mask(layout, text_mask))
-    sample = torch.arange(q.shape[0], device=q.device)[:, None] if text_mask is not None else 0
-    map_index = kind + 2 * sample  # [B, H]
+    visible = key_mask(layout, text_mask)
+    group = torch.arange(q.shape[0], device=q.device)[:, None] if text_mask is not None else 0
+    mask_index = None
+    if len(densities) > 1:
+        samples = masks.shape[0] // len(densities)
+        group = group + samples * _density_index(densities, config, state, q.device)  # [B or 1, H]
+        mask_index = group.expand(q.shape[:2]).to(torch.int32)
+        visible = None if visible is None else visible.repeat(len(densities), 1)
+    kind = head_kinds(q, k, v, rows + layout.video_slice.start, masks, visible, mask_index)
+    map_index = kind + 2 * group  # [B, H]
     return Plan(
         q_permutation=maps.q_permutation[map_index],
         k_permutation=maps.k_permutation[map_index],
@@ -157,7 +167,15 @@ def row_masks(maps: BandMaps, rows: Tensor, layout: TokenLayout, block_size: int
     return blocks.gather(-1, columns.expand(-1, -1, rows.numel(), -1))
 
 
-def head_kinds(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, masks: Tensor, visible: Tensor | None) -> Tensor:
+def head_kinds(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    masks: Tensor,
+    visible: Tensor | None,
+    mask_index: Tensor | None = None,
+) -> Tensor:
     """The kind whose mask changes the sampled rows' output least.
 
     Args:
@@ -165,11 +183,13 @@ def head_kinds(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, masks: Tensor, vis
         rows: int64 [t], query rows of the sequence.
         masks: bool [N, 2, t, S] with N = 1 or B, spatial and temporal.
         visible: bool [B, S], keys that dense attention sees, or None for all.
+        mask_index: int32 [B, H], which of N masks each head has; visible is then [N, S]. None: its sample's.
 
     Returns:
         int64 [B, H], SPATIAL or TEMPORAL; a tie is SPATIAL.
     """
-    full, spatial, temporal = probe_attention(q[:, :, rows], k, v, masks, visible).unbind(2)  # [B, H, t, D]
+    probed = probe_attention(q[:, :, rows], k, v, masks, visible, mask_index=mask_index)
+    full, spatial, temporal = probed.unbind(2)  # [B, H, t, D]
     lost = [(out - full).square().mean((-2, -1)) for out in (spatial, temporal)]
     return (lost[1] < lost[0]).long()
 
@@ -210,9 +230,41 @@ def band_maps(
 
 
 @lru_cache(maxsize=4)
-def _shared_maps(layout: TokenLayout, density: float, block_size: int, device: torch.device) -> BandMaps:
+def _shared_maps(
+    layout: TokenLayout, densities: tuple[float, ...], block_size: int, device: torch.device
+) -> BandMaps:
     with torch.inference_mode(False):
-        return band_maps(layout, density, block_size, device)
+        return _maps_of_all(layout, densities, block_size, device)
+
+
+def _maps_of_all(
+    layout: TokenLayout,
+    densities: tuple[float, ...],
+    block_size: int,
+    device: torch.device,
+    text_mask: Tensor | None = None,
+) -> BandMaps:
+    """`band_maps` of one density after the other."""
+    parts = [band_maps(layout, density, block_size, device, text_mask) for density in densities]
+    if len(parts) == 1:
+        return parts[0]
+    return BandMaps(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(BandMaps)})
+
+
+@lru_cache(maxsize=4)
+def _densities(table: tuple[tuple[float, ...], ...] | None) -> tuple[float, ...]:
+    """The distinct densities of all heads of all layers, so that layers share maps."""
+    return tuple(sorted({density for row in table or () for density in row}))
+
+
+def _density_index(
+    densities: tuple[float, ...], config: SVG1Config, state: LayerState, device: torch.device
+) -> Tensor:
+    """Which of the densities each head of a layer has, int64 [H]."""
+    if "density_index" not in state.cache:
+        index = [densities.index(density) for density in config.head_budgets(state.layer)]
+        state.cache["density_index"] = torch.tensor(index, device=device)
+    return state.cache["density_index"]
 
 
 @lru_cache(maxsize=4)

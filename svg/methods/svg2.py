@@ -68,7 +68,7 @@ def plan(
         q_blocks.means,
         k_blocks.means,
         k_blocks.sizes,
-        config.top_p,
+        state.head_budgets(config, q.device),
         config.min_k_ratio,
         dim**-0.5,
         budget=_video_budget(config.budget, layout),

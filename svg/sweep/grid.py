@@ -13,8 +13,9 @@ from typing import Any
 from svg.pipelines.loading import BUNDLED, OFFLOADS
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
+from ..fingerprint import fingerprint
 from ..job import Job, resolve
-from .cell import Cell, cell_of, fingerprint
+from .cell import Cell, cell_of
 from .grid_file import GridError, Mapping, read_mapping
 
 SIZE_KEYS = ("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "fps")

@@ -53,11 +53,27 @@ def test_a_row_that_sees_nothing_gives_zeros():
     torch.testing.assert_close(out.double(), definition(q, k, v, masks, torch.ones_like(visible)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_heads_with_masks_of_their_own(seen):
+    q, k, v, _, _ = problem(70, dtype=torch.bfloat16)
+    masks, visible = torch.rand(5, 2, 17, 70) < 0.3, torch.rand(5, 70) < 0.9
+    index = torch.tensor([[4, 0, 2], [1, 1, 3]], dtype=torch.int32)
+    out = probe_attention(q, k, v, masks, visible if seen else None, mask_index=index)
+    for b in range(2):
+        for h in range(3):
+            n = index[b, h, None].long()
+            rows = visible[n] if seen else torch.ones(1, 70, dtype=torch.bool)
+            expected = definition(*(x[b : b + 1, h : h + 1] for x in (q, k, v)), masks[n], rows)
+            torch.testing.assert_close(out[b : b + 1, h : h + 1].double(), expected, rtol=0, atol=1e-4)
+
+
 def test_wrong_arguments_are_named():
     q, k, v, masks, visible = problem(63)
     with pytest.raises(ValueError, match=r"masks must be bool \[1 or B, 2, t, S\]"):
         probe_attention(q, k, v, masks[:, :1])
     with pytest.raises(ValueError, match=r"visible must be bool \[B, S\]"):
         probe_attention(q, k, v, masks, visible[:1])
+    with pytest.raises(ValueError, match=r"mask_index must be int32 \(2, 3\)"):
+        probe_attention(q, k, v, masks, visible, mask_index=torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"k, v \[B, H, S, D\]"):
         probe_attention(q[:, :1], k, v, masks)

@@ -44,6 +44,17 @@ def test_matches_the_definition(top_p, min_k_ratio, scale, budget):
                 assert set(block_map[b, h, i].nonzero().squeeze(1).tolist()) == expected
 
 
+def test_a_head_of_its_own():
+    q, k, sizes = problem(H=4)
+    shares = torch.tensor([0.2, 1.0, 0.9, 0.5])
+    block_map = top_p_block_map(q, k, sizes, shares, 0.1, 0.5, 0.8)
+    for head, share in enumerate(shares.tolist()):
+        part = (q[:, head, None], k[:, head, None], sizes[:, head, None])
+        assert torch.equal(block_map[:, head, None], top_p_block_map(*part, share, 0.1, 0.5, 0.8))
+    with pytest.raises(ValueError, match=r"top_p must be fp32 \[H\] = \[4\]"):
+        top_p_block_map(q, k, sizes, shares[:3], 0.1, 0.5)
+
+
 def test_top_p_one_keeps_every_non_empty_cluster():
     q, k, sizes = problem(B=1)
     block_map = top_p_block_map(q * 100, k, sizes, 1.0, 0.0, 1.0)  # almost all mass in one cluster
