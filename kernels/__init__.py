@@ -48,14 +48,24 @@ from .quantize_values import (
     statistics,
     statistics_reference,
 )
+from .sparge import (
+    BlockStatistics,
+    block_statistics,
+    block_statistics_reference,
+    sparge_block_map,
+    sparge_block_map_reference,
+)
 from .top_p import top_p_block_map, top_p_block_map_reference
 
 __all__ = [
+    "BlockStatistics",
     "Clustering",
     "block_sparse_attention",
     "block_sparse_attention_quantised",
     "block_sparse_attention_quantised_reference",
     "block_sparse_attention_reference",
+    "block_statistics",
+    "block_statistics_reference",
     "cluster_means",
     "cluster_means_reference",
     "gate_residual",
@@ -86,6 +96,8 @@ __all__ = [
     "scatter_tokens_reference",
     "sort_labels",
     "sort_labels_reference",
+    "sparge_block_map",
+    "sparge_block_map_reference",
     "statistics",
     "statistics_reference",
     "top_p_block_map",

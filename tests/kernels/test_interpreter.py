@@ -37,6 +37,7 @@ SUITES = (
     "test_probe.py",
     "test_norm_rope.py",
     "test_top_p.py",
+    "test_sparge.py",
     "test_neighbours.py",
     "test_quantize.py",
     "test_quantised_attention.py",

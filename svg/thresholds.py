@@ -1,0 +1,128 @@
+"""The file of SpargeAttn's thresholds, one set a head, that `svg sparge-tune` writes: safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT, VERSION = "svg-sparge", "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Thresholds of the heads of one layer; a head that computes everything has simthresh -1 and cdf 1.
+
+    Args:
+        simthresh: fp32 [H], least self-similarity, not included.
+        cdf: fp32 [H], most predicted mass of the kept blocks.
+        pv_threshold: fp32 [H], powers of two below the running maximum at which P V is skipped; infinity: never.
+    """
+
+    simthresh: Tensor
+    cdf: Tensor
+    pv_threshold: Tensor
+
+
+Layers = Mapping[tuple[str, int], Thresholds]
+
+
+def save_thresholds(path: str | Path, layers: Layers, about: Mapping[str, Any]) -> None:
+    """Write a file; the caller gives a path that may be half-written.
+
+    Args:
+        path: the file.
+        layers: thresholds by (transformer, layer).
+        about: what they were found with; "order" and "attention_sink" must be there. JSON values.
+    """
+    tensors = {
+        f"{name}.{layer}.{key}": x.cpu() for (name, layer), one in layers.items() for key, x in vars(one).items()
+    }
+    save_file(tensors, path, {"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What a file's thresholds were found with.
+
+    Args:
+        path: the file.
+
+    Returns:
+        `about` of `save_thresholds`.
+
+    Raises:
+        ValueError: no such file, or not one of thresholds, or of another version.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"thresholds must be a file, got {path}, which is not there; make one with `svg sparge-tune`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): make it again") from error
+    found = metadata.get("format"), metadata.get("version")
+    if found != (FORMAT, VERSION):
+        raise ValueError(
+            f"{path} must hold thresholds ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
+        )
+    return json.loads(metadata["about"])
+
+
+def read_layers(path: str | Path) -> dict[tuple[str, int], Thresholds]:
+    """All thresholds of a file.
+
+    Args:
+        path: a file that `read_about` accepts.
+
+    Returns:
+        Thresholds by (transformer, layer), on the CPU.
+    """
+    layers: dict[tuple[str, int], dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            transformer, layer, key = name.rsplit(".", 2)
+            layers.setdefault((transformer, int(layer)), {})[key] = file.get_tensor(name)
+    return {key: Thresholds(**layers[key]) for key in sorted(layers)}
+
+
+def thresholds_of(
+    path: str | Path, transformer: str, layer: int, heads: int, order: str, attention_sink: bool, device: torch.device
+) -> Thresholds:
+    """One layer's thresholds, for a run with the settings that they were found with.
+
+    Args:
+        path: the file.
+        transformer: the transformer's name in its pipeline.
+        layer: index of the layer.
+        heads: H.
+        order, attention_sink: the run's settings.
+        device: where the tensors are to be.
+
+    Returns:
+        The thresholds.
+
+    Raises:
+        ValueError: no such file or layer, another number of heads, or other settings.
+    """
+    about = read_about(path)
+    for name, value in (("order", order), ("attention_sink", attention_sink)):
+        if about[name] != value:
+            raise ValueError(f"{name} must be {about[name]!r}, with which {path} was made, got {value!r}")
+    layers = read_layers(path)
+    if (transformer, layer) not in layers:
+        known = ", ".join(f"{name} {index}" for name, index in layers)
+        raise ValueError(
+            f"thresholds must have layer {layer} of {transformer}, got {path} with {known}: record that layer and go on "
+            "with `svg sparge-tune`, or keep it dense with warmup_layers"
+        )
+    found = layers[transformer, layer]
+    if found.cdf.shape != (heads,):
+        raise ValueError(f"thresholds must be of {heads} heads, got {found.cdf.numel()} in {path}: of another model?")
+    return Thresholds(**{key: x.to(device) for key, x in vars(found).items()})
