@@ -8,14 +8,14 @@ from torch import Tensor
 from svg.kernels import target
 
 from .layout import TokenLayout
-from .methods import svg1, svg2
+from .methods import sparge, svg1, svg2
 from .methods.dense import dense_attention, key_mask
 from .methods.plan import execute
 from .state import CallRecord, ObservedCall, RunState, Timer
 
 __all__ = ["attend", "dense_attention"]
 
-_PLAN = {"svg1": svg1.plan, "svg2": svg2.plan}
+_PLAN = {"svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
 
 
 @torch.compiler.disable

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 SELECTIONS = ("clusters", "tiles")
+ORDERS = ("hilbert", "rowmajor")
 PRECISIONS = ("native", "int8-fp8", "int8-fp16")
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 
@@ -29,6 +30,7 @@ class MethodConfig:
     """
 
     method: ClassVar[str] = ""
+    rivals: ClassVar[tuple[str, ...]] = ()  # settings of which one is given: a flag drops a preset's others
     # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
     budget_field: ClassVar[str | None] = None
     head_field: ClassVar[str | None] = None
@@ -214,8 +216,82 @@ class SVG2Config(MethodConfig):
         _head_table(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpargeConfig(MethodConfig):
+    """SpargeAttn: blocks of neighbouring tokens, and for each block of queries the key blocks that their means predict.
+
+    Exactly one of topk, cdf and thresholds decides how much is kept; without any, topk is 0.5.
+
+    Args:
+        topk: share of the video's key blocks kept by a query block, in (0, 1].
+        cdf: predicted attention mass that the kept key blocks may hold together, in (0, 1].
+        thresholds: file of `svg sparge-tune` with simthresh, cdf and pv_threshold of every head.
+        simthresh: a block whose self-similarity is not above it is computed whole, in [-1, 1); below 0: none is.
+        pv_threshold: skip P V of a tile whose scores are all this far below the running maximum, in powers of two, >= 0;
+            8-bit precisions only. None: never.
+        attention_sink: always keep the first key block.
+        order: in which the video's tokens are cut into blocks: "hilbert" (along a curve in space and time), "rowmajor".
+        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
+            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+
+    Source: SpargeAttn (arXiv 2502.18137), section 3.
+    """
+
+    method: ClassVar[str] = "sparge"
+    rivals: ClassVar[tuple[str, ...]] = ("topk", "cdf", "thresholds")
+
+    topk: float | None = None
+    cdf: float | None = None
+    thresholds: str | None = None
+    simthresh: float = -0.1
+    pv_threshold: float | None = None
+    attention_sink: bool = False
+    order: str = "hilbert"
+    precision: str = "native"
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = [name for name in self.rivals if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one of {', '.join(self.rivals)} must be given, got {' and '.join(given)}: drop the others")
+        if not given:
+            object.__setattr__(self, "topk", 0.5)  # the resolved setting, so that reports show it
+        for name in ("topk", "cdf"):
+            if getattr(self, name) is not None:
+                _share(self, name, zero=False)
+        _number(self, "simthresh")
+        if not -1 <= self.simthresh < 1:
+            raise ValueError(f"simthresh must be in [-1, 1), got {self.simthresh}")
+        if not isinstance(self.attention_sink, bool):
+            raise TypeError(f"attention_sink must be true or false, got {self.attention_sink!r}")
+        _choice(self, "order", ORDERS)
+        _choice(self, "precision", PRECISIONS)
+        self._check_pv_threshold()
+        self._check_thresholds()
+
+    def _check_pv_threshold(self):
+        if self.pv_threshold is None:
+            return
+        _number(self, "pv_threshold")
+        if not self.pv_threshold >= 0:
+            raise ValueError(f"pv_threshold must be >= 0, got {self.pv_threshold}")
+        if self.precision == "native":
+            raise ValueError(
+                "pv_threshold must come with precision int8-fp8 or int8-fp16, got native: that kernel has no such filter"
+            )
+
+    def _check_thresholds(self):
+        if self.thresholds is None:
+            return
+        if not isinstance(self.thresholds, str):
+            raise TypeError(f"thresholds must be a file's path as text, got {self.thresholds!r}")
+        for name in ("simthresh", "pv_threshold"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
-    config.method: config for config in (DenseConfig, SVG1Config, SVG2Config)
+    config.method: config for config in (DenseConfig, SVG1Config, SVG2Config, SpargeConfig)
 }
 
 
@@ -223,7 +299,7 @@ def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
     """Build a method's config from a plain dict such as `to_dict` gives or a YAML file holds.
 
     Args:
-        settings: "method" (one of dense, svg1, svg2) and any of that method's fields.
+        settings: "method" (one of METHODS) and any of that method's fields.
 
     Returns:
         The config.

@@ -25,6 +25,7 @@ class Plan:
         map_index: int32 [B, H], which of the M maps a head uses.
         visible_keys: int [M], keys that dense attention would see (all but padding text).
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
+        pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
     """
 
     q_permutation: Tensor | None
@@ -35,6 +36,7 @@ class Plan:
     map_index: Tensor
     visible_keys: Tensor
     kind: Tensor | None = None
+    pv_threshold: Tensor | None = None
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
@@ -71,6 +73,7 @@ def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "nativ
             q_permutation=plan.q_permutation,
             k_permutation=plan.k_permutation,
             precision=precision,
+            pv_threshold=plan.pv_threshold,
         )
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)

@@ -18,7 +18,7 @@ TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_update_kernel",
     "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel", "_probe_kernel",
-    "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
+    "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_sparse_quantised_kernel",
 }  # fmt: skip

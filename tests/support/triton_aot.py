@@ -19,6 +19,7 @@ import triton
 from svg.kernels import (
     block_sparse_attention,
     block_sparse_attention_quantised,
+    block_statistics,
     gather_tokens,
     kmeans_assign,
     kmeans_update,
@@ -28,6 +29,7 @@ from svg.kernels import (
     norm_rope,
     probe_attention,
     quantised_attention,
+    sparge_block_map,
     target,
     top_p_block_map,
 )
@@ -79,10 +81,14 @@ def run_operations(arch):
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
     yield "elementwise", elementwise
+    yield "sparge 1182 blocks", lambda: sparge(75_600)
+    yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
     yield "top_p budget", lambda: top_p(1000, 0.3)
     yield "top_p 2500", lambda: top_p(2500, None)
+    yield "top_p of each head", lambda: top_p(1000, None, torch.full((2,), 0.9))
+    yield "probe of each head", lambda: probe(DTYPES["bf16"], 128, torch.zeros(1, 2, dtype=torch.int32))
 
 
 def attention(dtype, D):
@@ -115,9 +121,17 @@ def sparse_quantised(precision, D):
     )  # fmt: skip
 
 
-def probe(dtype, D):
+def probe(dtype, D, mask_index=None):
     q, k = (torch.zeros(1, n, 2, D, dtype=dtype).transpose(1, 2) for n in (64, 256))
-    probe_attention(q, k, k, torch.ones(1, 2, 64, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool))
+    masks, visible = torch.ones(1, 2, 64, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool)
+    probe_attention(q, k, k, masks, visible, mask_index=mask_index)
+
+
+def sparge(tokens):
+    x = torch.zeros(1, 1, 2, 128, dtype=torch.bfloat16).expand(1, tokens, 2, 128).transpose(1, 2)
+    order, heads = torch.zeros(1, dtype=torch.int32).expand(tokens), torch.zeros(2)
+    q_blocks, k_blocks = (block_statistics(x, size, order) for size in (128, 64))
+    sparge_block_map(q_blocks, k_blocks, cdf=heads, simthresh=heads, sm_scale=1.0)
 
 
 def elementwise():
@@ -134,9 +148,9 @@ def clustering(dtype):
     kmeans_assign(x, centroids)
 
 
-def top_p(clusters, budget):
+def top_p(clusters, budget, share=0.9):
     centroids = torch.zeros(1, 2, clusters, 64)
-    top_p_block_map(centroids[:, :, :300], centroids, torch.ones(1, 2, clusters).int(), 0.9, 0.1, 1.0, budget)
+    top_p_block_map(centroids[:, :, :300], centroids, torch.ones(1, 2, clusters).int(), share, 0.1, 1.0, budget)
 
 
 def compile_all(arch):
