@@ -12,7 +12,7 @@ from .config import METHODS, MethodConfig
 from .job import Job
 
 _METHOD = (
-    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters"),
+    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
     *("warmup_steps", "warmup_layers", "dense_backend"),
 )
 _REQUEST = ("height", "width", "num_frames", "steps", "guidance", "true_cfg", "seed", "negative_prompt", "fps")

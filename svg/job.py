@@ -14,7 +14,7 @@ from svg.configs import Preset, load_preset, preset_names
 from svg.pipelines import GenerationRequest
 from svg.pipelines.loading import BUNDLED
 
-from .config import MethodConfig, config_from_dict
+from .config import METHODS, MethodConfig, config_from_dict
 from .fingerprint import fingerprint
 
 _SIZE = ("height", "width", "frames")
@@ -70,7 +70,7 @@ def resolve(
     Args:
         preset: a preset's name or YAML file; None: the only preset of the model, if there is just one.
         model: hub id or directory; None: the preset's, or the bundled model.
-        method: "dense", "svg1" or "svg2".
+        method: one of METHODS.
         settings: fields of the method's config, those that are given.
         generation: prompt, negative_prompt, true_cfg, seed, image (a path) and the preset's generation keys; None means
             not given.
@@ -152,6 +152,9 @@ def _defaults(preset: Preset | None) -> dict[str, Any]:
 
 def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> MethodConfig:
     base = preset.config(method).to_dict() if preset else {"method": method}
+    rivals = METHODS[method].rivals if method in METHODS else ()
+    if any(settings.get(name) is not None for name in rivals):
+        base = {name: value for name, value in base.items() if name not in rivals}
     return config_from_dict({**base, **settings})
 
 

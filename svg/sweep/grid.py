@@ -255,7 +255,8 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
     names = [field.name for field in fields(METHODS[method])]
     entry.check(f"method {method}", ["method", *names])
     settings: dict[str, Any] = dict(entry)
-    if budgets is not None and (budget := _budget_field(names)) is not None:
+    rival = any(name in settings for name in METHODS[method].rivals)
+    if budgets is not None and not rival and (budget := _budget_field(names)) is not None:
         settings.setdefault(budget, budgets)
     choices = [[(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()]
     for combination in itertools.product(*choices):
@@ -269,5 +270,5 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
 
 
 def _budget_field(names: list[str]) -> str | None:
-    """What a budget means to a method: svg1's density, svg2's upper bound; dense has none."""
-    return next((name for name in ("density", "budget") if name in names), None)
+    """What a budget means to a method: svg1's density, svg2's upper bound, sparge's share of key blocks; dense has none."""
+    return next((name for name in ("density", "budget", "topk") if name in names), None)
