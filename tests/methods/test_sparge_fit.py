@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-
-from svg.config import SpargeConfig
 from svg.kernels.block_sparse_quantised import skipped_tiles
 from svg.kernels.sparge import block_statistics, sparge_block_map
+
+from svg.config import SpargeConfig
 from svg.layout import TokenLayout
 from svg.methods.sparge import K_BLOCK, Q_BLOCK, video_blocks
 from svg.methods.sparge_fit import (
@@ -96,7 +96,7 @@ def test_selection_curves_equal_attention_run_for_each_candidate(layout, make_qk
 
 
 def test_split_output_adds_up_and_sampled_rows_are_the_same_rows(make_qkv):
-    (q, k, v, mask), calls = problem(LAYOUTS[1], make_qkv)
+    (q, k, v, _), calls = problem(LAYOUTS[1], make_qkv)
     parts = split_output(calls[0], 0, 128)
     keys = torch.arange(q.shape[2])[: LAYOUTS[1].video_tokens + 3]
     rows = calls[0].rows.flatten()
