@@ -2,6 +2,8 @@
 
     out[t] = sum_s p_ts v_s / sum_s p_ts,   p_ts = exp(sm_scale * q_t . k_s - max),   s in the selected clusters
 
+With a `Tail` the clusters that are not selected take part too, each as one key: n_j equal keys at the mean key.
+
 Three kernels. `_query_tiles_kernel` cuts every query cluster into tiles of BLOCK_M rows. `_key_tiles_kernel` merges
 neighbouring selected key clusters of a map row into runs and cuts those into tiles of BLOCK_N keys, full tiles first,
 so that `_attention_kernel` has two flat loops: full tiles without a mask, then each run's last tile with one.
@@ -17,17 +19,32 @@ power of two. sm80 and newer.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from . import target
+from . import block_sparse_hopper, target
 from .target import tl, triton
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
 LSE_CHUNK = 1 << 22
+
+
+class Tail(NamedTuple):
+    """Keys that stand for clusters: their means, and how many keys each one is.
+
+    Args:
+        k: [B, H, C, D], q's dtype, contiguous: the mean key of each of the first C key clusters.
+        v: [B, H, C, D], q's dtype, contiguous: the mean value.
+        bias: fp32 [M, Cq, C], added to the logits: log of the cluster's size; -inf where a query cluster selects it.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor
 
 
 def block_sparse_attention(
@@ -42,6 +59,7 @@ def block_sparse_attention(
     q_permutation: torch.Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
+    tail: Tail | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which each query cluster sees only the key clusters its map row selects.
 
@@ -56,6 +74,7 @@ def block_sparse_attention(
         q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries; None: identity.
         sm_scale: softmax scale; default D ** -0.5.
         return_lse: also return the log-sum-exp.
+        tail: what stands for the clusters that are not selected, or None: they are left out.
 
     Returns:
         out [B, H, S, D] in q's original order, dtype and memory layout; with return_lse also lse fp32 [B, H, S],
@@ -66,14 +85,15 @@ def block_sparse_attention(
         TypeError: dtypes are mixed or not supported.
         NotImplementedError: on the Triton path, head dim above 128 or a gradient would be needed.
 
-    Source: arXiv 2505.18875, section 4.4 (attention with dynamic block sizes).
+    Source: arXiv 2505.18875, section 4.4 (attention with dynamic block sizes); the tail: arXiv 2603.08982 (SVG-EAR).
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
+    _check_tail(q, q_sizes, tail)
     op = _launch if target.use_triton(q) else block_sparse_attention_reference
     return op(
         q, k, v, block_map, q_sizes, k_sizes,
-        map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale, return_lse=return_lse,
+        map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale, return_lse=return_lse, tail=tail,
     )  # fmt: skip
 
 
@@ -89,6 +109,7 @@ def block_sparse_attention_reference(
     q_permutation: torch.Tensor | None = None,
     sm_scale: float | None = None,
     return_lse: bool = False,
+    tail: Tail | None = None,
     attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention` in plain torch; same arguments and result, any dtype and head dim.
@@ -107,8 +128,9 @@ def block_sparse_attention_reference(
     map_index = map_index.reshape(-1)
     for m in map_index.unique().tolist():
         heads = (map_index == m).nonzero().squeeze(1)
+        part = None if tail is None else Tail(*(x.flatten(0, 1)[heads] for x in tail[:2]), tail.bias[m])
         out[heads], lse[heads] = _attend_one_map(
-            rows[heads], keys[heads], values[heads], block_map[m], q_sizes[m], k_sizes[m], sm_scale, return_lse, attend
+            rows[heads], keys[heads], values[heads], block_map[m], q_sizes[m], k_sizes[m], sm_scale, return_lse, attend, part
         )
     if index is not None:
         out = torch.empty_like(out).scatter_(1, index[..., None].expand(-1, -1, D), out)
@@ -117,7 +139,7 @@ def block_sparse_attention_reference(
     return (out, lse.view(B, H, S)) if return_lse else out
 
 
-def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, attend):
+def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, attend, tail):
     """q [N, S, D], k and v [N, Sk, D] of the N heads that share a map -> out [N, S, D], lse [N, S]."""
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -126,6 +148,9 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, at
     stop = 0
     for i, size in enumerate(q_sizes.tolist()):
         start, stop = stop, stop + size
+        if size and tail is not None:
+            out[:, start:stop], lse[:, start:stop] = _with_tail(q[:, start:stop], k, v, token_map[i], tail, i, sm_scale)
+            continue
         if size == 0 or selected_counts[i] == 0:
             continue
         dense = selected_counts[i] == k.shape[1]
@@ -136,6 +161,17 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, at
         if with_lse:
             lse[:, start:stop] = _log_sum_exp(q_i.to(lse.dtype), k_i.to(lse.dtype), sm_scale)
     return out, lse
+
+
+def _with_tail(q, k, v, selected, tail, i, sm_scale):
+    """Exact keys and the tail's in one softmax: q [N, n, D] -> out [N, n, D], lse [N, n]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    exact = torch.where(selected, 0.0, -torch.inf).to(wide)  # [Sk]
+    bias = torch.cat([exact, tail.bias[i].to(wide)])
+    keys, values = (torch.cat(pair, 1).to(wide) for pair in ((k, tail.k), (v, tail.v)))
+    scores = q.to(wide) @ keys.mT * sm_scale + bias  # [N, n, Sk + C]
+    lse = torch.logsumexp(scores, -1)
+    return (scores.softmax(-1).nan_to_num(0) @ values).to(q.dtype), lse
 
 
 def _log_sum_exp(q, k, sm_scale):
@@ -180,6 +216,23 @@ def check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_sca
                 )
 
 
+def _check_tail(q, q_sizes, tail) -> None:
+    if tail is None:
+        return
+    B, H, _, D = q.shape
+    C = tail.k.shape[2] if tail.k.dim() == 4 else 0
+    if tail.k.shape != (B, H, C, D) or tail.v.shape != tail.k.shape or tail.bias.shape != (*q_sizes.shape, C):
+        raise ValueError(
+            f"tail must hold k and v [B, H, C, D] = [{B}, {H}, C, {D}] and bias [M, Cq, C], "
+            f"got {tuple(tail.k.shape)}, {tuple(tail.v.shape)}, {tuple(tail.bias.shape)}: reshape them"
+        )
+    if not tail.k.dtype == tail.v.dtype == q.dtype or tail.bias.dtype != torch.float32:
+        raise TypeError(
+            f"tail must hold k and v of q's dtype {q.dtype} and an fp32 bias, "
+            f"got {tail.k.dtype}, {tail.v.dtype}, {tail.bias.dtype}: convert them"
+        )
+
+
 @dataclass(frozen=True)
 class Launch:
     """How one architecture, dtype width and padded head dim is computed.
@@ -189,6 +242,8 @@ class Launch:
         num_warps, num_stages: as Triton takes them.
         tma: load K and V through descriptors (Hopper and newer); rows that are no multiple of 16 bytes take pointers.
         lazy: keep a row's stale maximum until it is 2^8 too small, and rescale only then.
+        specialised: on sm90, tiles of 128 x 64 and contiguous k and v take block_sparse_hopper.py's kernel with this many
+            stages; what it cannot take runs as the other fields say.
     """
 
     block_m: int
@@ -197,15 +252,18 @@ class Launch:
     num_stages: int
     tma: bool = False
     lazy: bool = False
+    specialised: bool = False
 
     def name(self) -> str:
         """Such as 128x64_w8_s3_tma."""
-        flags = "".join(f"_{flag}" for flag in ("tma", "lazy") if getattr(self, flag))
+        flags = "".join(f"_{flag}" for flag in ("tma", "lazy", "specialised") if getattr(self, flag))
         return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
 
 
 def candidates() -> Iterator[Launch]:
     """Rows worth timing for 16-bit inputs; what doesn't fit a GPU is refused at its launch."""
+    for stages in (2, 3):
+        yield Launch(128, 64, 8, stages, tma=True, specialised=True)
     for tma, lazy in itertools.product((False, True), (False, True)):
         for m, n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4), (256, 64, 16)):
             for stages in (2, 3):
@@ -228,7 +286,7 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, sm_scale, return_lse):
+def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, sm_scale, return_lse, tail):
     B, H, S, D = q.shape
     Cq = block_map.shape[1]
     if D > MAX_HEAD_DIM:
@@ -247,11 +305,18 @@ def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, s
     with target.on_device(q):
         q_tiles, query_counts = query_tiles(q_sizes, S, row.block_m)
         k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n)
+        lists = (q_tiles, query_counts, k_tiles, key_counts)
+        tail = None if tail is None else Tail(*(x.contiguous() for x in tail))
+        if row.specialised and block_sparse_hopper.takes(q, k, v, row):
+            scale = sm_scale * LOG2_E
+            block_sparse_hopper.launch(q, k, v, out, lse, q_permutation, map_index, lists, Cq, scale, row.num_stages, tail)
+            return (out, lse) if return_lse else out
+        k_tail, v_tail, bias = (None, None, None) if tail is None else tail
         launch = target.with_workspace(_attention_kernel[(q_tiles.shape[1], B * H)], q.device)
         launch(
-            q, k, v, out, lse, q_permutation, map_index.contiguous(),
-            q_tiles, query_counts, k_tiles, key_counts,
+            q, k, v, out, lse, q_permutation, map_index.contiguous(), *lists, k_tail, v_tail, bias,
             sm_scale * LOG2_E, H, S, k.shape[2], Cq, q_tiles.shape[1], k_tiles.shape[2],
+            0 if tail is None else bias.shape[2],
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *perm_strides,
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n,
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", TMA=tma, LAZY=row.lazy,
@@ -403,7 +468,13 @@ def _attend_tile(
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
     if PARTIAL:
         s = tl.where(inside[None, :], s, float("-inf"))
-    peak = tl.max(s, 1) * scale_log2  # [BM]
+    return _accumulate(s, scale_log2, v_tile, acc, l_i, m_i, PRECISION, LAZY)
+
+
+@triton.jit
+def _accumulate(s, scale, v_tile, acc, l_i, m_i, PRECISION: tl.constexpr, LAZY: tl.constexpr):
+    """One tile of the online softmax; s * scale [BM, BN] in base 2, and one finite entry a row in this tile or before."""
+    peak = tl.max(s, 1) * scale  # [BM]
     if LAZY:
         m_new = tl.where(peak > m_i + 8.0, peak, m_i)
         if tl.max((m_new > m_i).to(tl.int32), 0) > 0:
@@ -415,16 +486,33 @@ def _attend_tile(
         alpha = tl.exp2(m_i - m_new)
         acc = acc * alpha[:, None]
         l_i = l_i * alpha
-    p = tl.exp2(s * scale_log2 - m_new[:, None])
+    p = tl.exp2(s * scale - m_new[:, None])
     l_i = l_i + tl.sum(p, 1)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, l_i, m_new
 
 
-@triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width"])
+@triton.jit
+def _attend_means(
+    q, k_tail, v_tail, bias, first, C, acc, l_i, m_i, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows first ... of the tail: mean keys with the logs of their clusters' sizes."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_n < C)[:, None] & (offs_d < D)[None, :]  # [BN, BD]
+    k_tile = tl.load(k_tail + offs_n[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    v_tile = tl.load(v_tail + offs_n[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    log_size = tl.load(bias + offs_n, mask=offs_n < C, other=float("-inf")) * 1.4426950408889634  # log2 e
+    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + log_size[None, :]
+    m_i = tl.maximum(m_i, -1e30)  # nothing so far and nothing here: no difference of infinities
+    return _accumulate(s, 1.0, v_tile, acc, l_i, m_i, PRECISION, False)
+
+
+@triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width", "C"])
 def _attention_kernel(
     q, k, v, out, lse, permutation, map_index, query_tiles, query_counts, key_tiles, key_counts,
-    scale_log2, H, S, Sk, Cq, query_width, key_width,
+    k_tail, v_tail, bias, scale_log2, H, S, Sk, Cq, query_width, key_width, C,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
@@ -469,6 +557,14 @@ def _attention_kernel(
             q_tile, k, v, tl.load(tiles + i), acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
             D, BLOCK_D, BLOCK_N, True, PRECISION, TMA, LAZY,
         )  # fmt: skip
+    if bias is not None:
+        k_tail += bh * C * D
+        v_tail += bh * C * D
+        for c in range(0, C, BLOCK_N):
+            acc, l_i, m_i = _attend_means(
+                q_tile, k_tail, v_tail, bias + row * C, c, C, acc, l_i, m_i, scale_log2, D, BLOCK_D, BLOCK_N, PRECISION
+            )
+        m_i = tl.where(l_i == 0, float("-inf"), m_i)
     divisor = tl.where(l_i == 0, 1.0, l_i)  # a row with nothing selected gives zeros
     acc = acc / divisor[:, None]
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]

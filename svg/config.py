@@ -178,6 +178,7 @@ class SVG2Config(MethodConfig):
         budget: upper bound on density in (0, 1], or None.
         selection: what the block map selects: "clusters" (the paper's), or "tiles", equal stretches of the tokens in
             cluster order, which attention computes without padding.
+        compensate: let every block that is not computed take part as one key, its mean, weighed by its size.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.
@@ -198,6 +199,7 @@ class SVG2Config(MethodConfig):
     iterations: int = 2
     budget: float | None = None
     selection: str = "clusters"
+    compensate: bool = False
     precision: str = "native"
     head_top_p: tuple[tuple[float, ...], ...] | None = None
     tuned_for: TunedFor | None = None
@@ -209,6 +211,10 @@ class SVG2Config(MethodConfig):
         _share(self, "top_p", zero=False)
         _share(self, "min_k_ratio")
         _choice(self, "precision", PRECISIONS)
+        if not isinstance(self.compensate, bool):
+            raise TypeError(f"compensate must be true or false, got {self.compensate!r}")
+        if self.compensate and self.precision != "native":
+            raise ValueError(f'compensate needs precision "native", got {self.precision!r}; change one of the two')
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations"):
             _integer(self, name, least=1)
         if self.budget is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse import block_sparse_attention
+from svg.kernels.block_sparse import Tail, block_sparse_attention
 from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
 from svg.kernels.permute import gather_tokens
 
@@ -26,6 +26,7 @@ class Plan:
         visible_keys: int [M], keys that dense attention would see (all but padding text).
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
+        tail: what stands for the blocks that are not computed, or None; for native precision only.
     """
 
     q_permutation: Tensor | None
@@ -37,14 +38,17 @@ class Plan:
     visible_keys: Tensor
     kind: Tensor | None = None
     pv_threshold: Tensor | None = None
+    tail: Tail | None = None
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
 
         Returns:
-            float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys).
+            float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys); a key of the tail counts as one.
         """
         seen = torch.where(self.block_map, self.k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
+        if self.tail is not None:
+            seen = seen + self.tail.bias.isfinite().sum(-1)
         area = (seen * self.q_sizes).sum(-1)  # [M], int64: exact
         share = area.double() / (self.q_sizes.sum(-1) * self.visible_keys)
         return share.float()[self.map_index.long()]
@@ -86,6 +90,7 @@ def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "nativ
         plan.k_sizes,
         map_index=plan.map_index,
         q_permutation=plan.q_permutation,
+        tail=plan.tail,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svg.kernels.block_sparse import Tail
 from svg.kernels.kmeans import Clustering, cluster_means, kmeans
 from svg.kernels.neighbours import neighbour_order
 from svg.kernels.top_p import top_p_block_map
@@ -44,7 +45,7 @@ def plan(
     A video of fewer tokens than clusters gets as many clusters as tokens.
 
     Args:
-        q, k, v: float [B, H, S, D], after QK-norm and RoPE; v takes no part.
+        q, k, v: float [B, H, S, D], after QK-norm and RoPE; v takes part where the config compensates.
         config: the method's settings.
         state: the layer's state; its centroids are where k-means starts, and are replaced.
         layout: where video and text are.
@@ -64,7 +65,7 @@ def plan(
     q_blocks, k_blocks = (
         _blocks(x[:, :, layout.video_slice], clusters, tile, name, config, state) for x, clusters, tile, name in sides
     )
-    block_map = top_p_block_map(
+    video_map = top_p_block_map(
         q_blocks.means,
         k_blocks.means,
         k_blocks.sizes,
@@ -75,16 +76,30 @@ def plan(
     )
     q_permutation, q_sizes = _with_text_tokens(q_blocks, layout, text_mask)
     k_permutation, k_sizes = _with_text_tokens(k_blocks, layout, text_mask)
+    block_map = _with_text(video_map, layout)
     visible = visible_keys(batch, layout.video_tokens, layout.text_tokens, text_mask, q.device)
     return Plan(
         q_permutation=q_permutation,
         k_permutation=k_permutation,
         q_sizes=q_sizes.flatten(0, 1),
         k_sizes=k_sizes.flatten(0, 1),
-        block_map=_with_text(block_map, layout).flatten(0, 1),
+        block_map=block_map.flatten(0, 1),
         map_index=torch.arange(batch * heads, dtype=torch.int32, device=q.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
+        tail=_tail(block_map, k_blocks, k, v, layout) if config.compensate else None,
     )
+
+
+def _tail(block_map: Tensor, blocks: Blocks, k: Tensor, v: Tensor, layout: TokenLayout) -> Tail:
+    """One key a video block, its mean, weighed by the block's size where the block is not computed.
+
+    Source: SVG-EAR (arXiv 2603.08982), compensation by centroids; the means here are exact, of the final labels.
+    """
+    nothing = torch.zeros_like(blocks.means)
+    values = cluster_means(v[:, :, layout.video_slice], blocks.permutation, blocks.sizes, nothing)
+    log_sizes = blocks.sizes.float().log()[:, :, None]  # -inf for an empty block
+    bias = torch.where(block_map[..., : blocks.sizes.shape[-1]], -torch.inf, log_sizes)
+    return Tail(blocks.means.to(k.dtype), values.to(v.dtype), bias.flatten(0, 1))
 
 
 class Blocks(NamedTuple):

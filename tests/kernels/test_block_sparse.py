@@ -92,6 +92,63 @@ def test_rows_that_no_descriptor_can_address():
     assert_matches_definition((arguments[0], k, v, *arguments[3:]), plan)
 
 
+def tail_of(arguments, plan, clusters):
+    """Random means and sizes for the first clusters, counted where they are not selected; one of them is empty."""
+    q, _, _, block_map, *_ = arguments
+    B, H, _, D = q.shape
+    means = (torch.randn(B, H, clusters, D).to(q.dtype) for _ in range(2))
+    sizes = torch.randint(1, 60, (clusters,)).float()
+    sizes[-1] = 0
+    chosen = torch.rand(*block_map.shape[:2], clusters) < 0.4
+    chosen[1, 1] = True  # nothing is left to stand for
+    return block_sparse.Tail(*means, torch.where(chosen, -torch.inf, sizes.log()))
+
+
+def brute_force_with_tail(arguments, plan, tail):
+    """The tail as further keys of dense attention with a bias, in fp64."""
+    q, k, v, block_map, q_sizes, k_sizes = arguments
+    keys, values = (torch.cat(pair, 2).double() for pair in ((k, tail.k), (v, tail.v)))
+    logits = q.double() @ keys.mT * q.shape[-1] ** -0.5
+    order = plan["q_permutation"].long().argsort(-1)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            m = plan["map_index"][b, h]
+            mask = block_map[m].repeat_interleave(k_sizes[m], 1)
+            bias = torch.cat([torch.where(mask, 0.0, -torch.inf), tail.bias[m]], 1).repeat_interleave(q_sizes[m], 0)
+            logits[b, h] += bias[order[b, h]]
+    return logits.softmax(-1).nan_to_num(0) @ values, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("clusters", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tail(clusters, dtype):
+    arguments, plan = problem(111, dtype=dtype)
+    tail = tail_of(arguments, plan, clusters)
+    out, lse = block_sparse_attention(*arguments, **plan, tail=tail, return_lse=True)
+    exact, exact_lse = brute_force_with_tail(arguments, plan, tail)
+    assert (out - exact).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_tail_of_single_keys_is_dense_attention():
+    """Nothing selected and one key a cluster: every key is its own mean."""
+    (q, k, v, block_map, q_sizes, k_sizes), plan = problem(63)
+    bias = torch.zeros(*block_map.shape[:2], 63)
+    out = block_sparse_attention(
+        q, k, v, torch.zeros_like(block_map), q_sizes, k_sizes, **plan, tail=block_sparse.Tail(k, v, bias)
+    )
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-5)
+
+
+def test_tail_that_does_not_fit_is_refused():
+    arguments, plan = problem(63)
+    tail = tail_of(arguments, plan, 5)
+    with pytest.raises(ValueError, match="tail must hold"):
+        block_sparse_attention(*arguments, **plan, tail=tail._replace(bias=tail.bias[:, :-1]))
+    with pytest.raises(TypeError, match="tail must hold"):
+        block_sparse_attention(*arguments, **plan, tail=tail._replace(bias=tail.bias.half()))
+
+
 def test_given_scale_and_no_permutation():
     arguments, plan = problem(129)
     del plan["q_permutation"]

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from svg.config import SVG2Config
 from svg.layout import TokenLayout
 from svg.methods import svg2
 from svg.methods.dense import key_mask
+from svg.methods.plan import execute
 from svg.state import LayerState, RunState
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
@@ -239,3 +241,49 @@ def test_budget_below_the_text_alone_raises(make_qkv):
     q, k, v = (x.transpose(1, 2) for x in make_qkv(LAYOUT))
     with pytest.raises(ValueError, match="budget must be above 0.22.*got 0.1; raise it"):
         svg2.plan(q, k, v, SVG2Config(**SMALL, budget=0.1), LayerState(0, "cond", 7), LAYOUT)
+
+
+@pytest.mark.parametrize("selection", ["clusters", "tiles"])
+def test_compensation_counts_every_left_out_block_as_its_mean(layout, selection, make_qkv, make_mask, monkeypatch):
+    monkeypatch.setattr(svg2, "Q_TILE", 8)
+    monkeypatch.setattr(svg2, "K_TILE", 4)
+    config = SVG2Config(**SMALL, top_p=0.3, min_k_ratio=0.0, selection=selection, compensate=True)
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(layout, heads=2))
+    mask = make_mask(layout)
+    memory = LayerState(0, "cond", 7)
+    plan = svg2.plan(q, k, v, config, memory, layout, mask)
+    out = execute(plan, q, k, v)
+    b, h, m = 1, 0, 2
+    q_order, k_order = plan.q_permutation[b, h].long(), plan.k_permutation[b, h].long()
+    q_blocks, k_blocks = (x.split(n[m].tolist()) for x, n in ((q_order, plan.q_sizes), (k_order, plan.k_sizes)))
+    counted = 0
+    for i, rows in enumerate(q_blocks):
+        weights, values = [], []
+        for j, keys in enumerate(k_blocks):
+            if plan.block_map[m, i, j]:
+                weights.append((q[b, h, rows] @ k[b, h, keys].T * q.shape[-1] ** -0.5).exp())
+                values.append(v[b, h, keys])
+            elif len(keys) and j < plan.tail.k.shape[2]:
+                mean = k[b, h, keys].mean(0, keepdim=True)
+                weights.append((q[b, h, rows] @ mean.T * q.shape[-1] ** -0.5).exp() * len(keys))
+                values.append(v[b, h, keys].mean(0, keepdim=True))
+                counted += len(rows)
+        weight = torch.cat(weights, 1)
+        expected = weight / weight.sum(1, keepdim=True) @ torch.cat(values)
+        torch.testing.assert_close(out[b, h, rows], expected, atol=1e-5, rtol=1e-4)
+    without = dataclasses.replace(plan, tail=None)
+    extra = (plan.density() - without.density())[b, h].item() * layout.total_tokens * plan.visible_keys[m].item()
+    assert counted > 0 and extra == pytest.approx(counted, abs=0.01)
+
+
+def test_compensation_at_full_density_is_dense(layout, make_qkv, make_mask):
+    state = RunState(SVG2Config(**SMALL, top_p=1.0, compensate=True), 1)
+    state.begin_forward(0, 1, "cond", layout)
+    inputs, mask = make_qkv(layout), make_mask(layout)
+    dense = dense_attention(*(x.transpose(1, 2) for x in inputs), key_mask(layout, mask)).transpose(1, 2)
+    torch.testing.assert_close(attend(*inputs, state, 0, mask), dense, atol=2e-5, rtol=0)
+
+
+def test_compensation_in_8_bits_is_refused():
+    with pytest.raises(ValueError, match="compensate needs precision"):
+        SVG2Config(compensate=True, precision="int8-fp8")
