@@ -103,7 +103,7 @@ if LOADABLE:
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
             bh, m, entry, exists = _tile_of(t, q_tiles, q_counts, map_index, query_width)
             if exists:
-                row, full, total = _keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
+                row, _, total = _keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
                 tiles = key_tiles + row * key_width
                 for i in range(0, total, 2):
                     first = bh * Sk + gl.load(tiles + i) // 64

@@ -170,18 +170,27 @@ def check_attention():
     yield from attention_errors("bf16 D=128 density 1", 1, 2, 2049, 128, torch.bfloat16, 9, 33, 2.0)
     yield from attention_errors("bf16 D=128 S=32760 Cq=300 Ck=1000", 1, 2, 32760, 128, torch.bfloat16, 300, 1000, 0.25)
     yield from attention_errors("fp16 D=64 S=17776 Cq=100 Ck=500", 1, 2, 17776, 64, torch.float16, 100, 500, 0.25)
+    for name, D in itertools.product(DTYPES, (64, 96, 128)):
+        shape = (2, 3, 1333, D, DTYPES[name], 23, 41, 0.3)
+        yield from attention_errors(f"{name} D={D} contiguous keys", *shape, contiguous=True)
+        yield from attention_errors(f"{name} D={D} contiguous keys, tail", *shape, contiguous=True, tail=41)
+    shape = (1, 2, 32760, 128, torch.bfloat16, 300, 1000, 0.25)
+    yield from attention_errors("bf16 D=128 S=32760 contiguous keys", *shape, contiguous=True)
+    yield from attention_errors("bf16 D=128 S=32760 contiguous keys, tail", *shape, contiguous=True, tail=1000)
 
 
-def attention_errors(name, *shape):
+def attention_errors(name, *shape, contiguous=False, tail=0):
     arguments, plan = random_problem(*shape)
     arguments[3][0, 0] = False  # a query cluster that sees nothing
+    if contiguous:  # what the methods pass, and what some kernels need
+        arguments = (arguments[0], *(x.contiguous() for x in arguments[1:3]), *arguments[3:])
+    if tail:
+        plan["tail"] = random_tail(arguments, tail)
     block_sparse_attention(*arguments, **plan, return_lse=True)  # compile
     poison_memory()
     out, lse = quietly(block_sparse_attention, *arguments, **plan, return_lse=True)
     again = block_sparse_attention(*arguments, **plan, return_lse=True)
-    exact, exact_lse = block_sparse_attention_reference(
-        *(x.double() for x in arguments[:3]), *arguments[3:], **plan, return_lse=True
-    )
+    exact, exact_lse = in_fp64(arguments, plan, return_lse=True)
     plain = block_sparse_attention_reference(*arguments, **plan)
     # Three TF32 products keep about 21 bits where plain fp32 keeps 24.
     allowed = 2 * (plain - exact).abs().max() + (1e-5 if arguments[0].dtype == torch.float32 else 0)
@@ -195,10 +204,28 @@ def attention_errors(name, *shape):
     )
 
 
+def random_tail(arguments, clusters):
+    """Means and sizes for the first clusters, -inf where a cluster is selected."""
+    q, _, _, block_map, _, k_sizes = arguments
+    means = (torch.randn(*q.shape[:2], clusters, q.shape[3], device=DEVICE, dtype=q.dtype) for _ in range(2))
+    bias = torch.where(block_map, -torch.inf, k_sizes.float().log()[:, None])[..., :clusters]
+    return block_sparse.Tail(*means, bias.contiguous())
+
+
+def in_fp64(arguments, plan, **options):
+    """The reference on fp64 inputs."""
+    if "tail" in plan:
+        plan = plan | {"tail": block_sparse.Tail(*(x.double() for x in plan["tail"]))}
+    return block_sparse_attention_reference(
+        *(x.double() for x in arguments[:3]), *arguments[3:], **plan, **options
+    )  # fmt: skip
+
+
 def check_launches():
     """Every row that `svg bench attention --sweep` may choose gives what the table's row gives, within rounding."""
-    arguments, plan = random_problem(1, 2, 4097, 128, torch.bfloat16, 17, 61, 0.3)
-    exact = block_sparse_attention_reference(*(x.double() for x in arguments[:3]), *arguments[3:], **plan)
+    (q, k, v, *rest), plan = random_problem(1, 2, 4097, 128, torch.bfloat16, 17, 61, 0.3)
+    arguments = (q, k.contiguous(), v.contiguous(), *rest)
+    exact = in_fp64(arguments, plan)
     plain = block_sparse_attention_reference(*arguments, **plan)
     table = target.launch_row(block_sparse.LAUNCH, torch.device(DEVICE))
     kept = table[2, 128]
