@@ -1,0 +1,371 @@
+"""The backward of training_attention.py: all products in INT8 but dP = grad V^T, which stays in 16 bits.
+
+    P = 2^(S - lse)      dP = grad V^T      delta_i = grad_i . out_i      dS = P (dP - delta)
+    dV = P^T grad        dQ = sm_scale dS K         dK = sm_scale dS^T Q
+
+A row of a tile of P or dS, as it enters a product, has its own INT8 scale. The scales of the tokens that a product sums
+over enter P and dS beforehand, without a multiplication of their own where they come with the 16-bit operands:
+
+    grad16_i = grad_i q_scale_i / g_scale_i       v16_j = v_j k_scale_j       lse'_i = lse_i - log2 g_scale_i
+
+so that 2^(S - lse') = P g_scale, and P (grad16 v16^T - delta16 k_scale) = dS q_scale / g_scale k_scale.
+
+Queries have a kernel, keys and values another, so that sums have one order: no atomics, the same bits in every run. Both
+compute S and dP again. The one for keys can also run twice, once for dK and once for dV, where both sums at once would
+not fit the registers. Heads that share a key head are summed one after the other.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import target
+from .target import tl, triton
+from .training_attention import Kept, Launch, larger, layouts, operand, pairs, rounded, scores_of
+from .training_inputs import (
+    LN_2,
+    PackedGradients,
+    Sequences,
+    operand_order,
+    pack_gradients,
+    pack_gradients_reference,
+    turn,
+    unpack,
+    whole,
+)
+
+GROUPS = {"q": 64, "k": 64, "v": 64}  # scores that share a scale in a row, by whose gradient they make
+
+
+def training_attention_backward(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    kept: Kept,
+    *,
+    key_tokens: int,
+    is_causal: bool = False,
+    sm_scale: float,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `training_attention` by q, k and v.
+
+    Args:
+        grad: [B, H, S, D], of the output.
+        out: [B, H, S, D], the output.
+        kept: what the forward kept.
+        key_tokens: Sk.
+        is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k: the forward's.
+
+    Returns:
+        dq [B, H, S, D], dk and dv [B, Hkv, Sk, D], out's dtype; heads and tokens lie in memory as those of out do.
+
+    Source: arXiv 2505.11594, algorithm 3; arXiv 2603.02170.
+    """
+    op = _launch if target.use_triton(out) else training_attention_backward_reference
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return op(
+        grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+
+
+def training_attention_backward_reference(
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    kept: Kept,
+    *,
+    key_tokens: int,
+    is_causal: bool = False,
+    sm_scale: float,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Specification of `training_attention_backward` in plain torch; same arguments and result."""
+    dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
+    rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
+    packed = pack_gradients_reference(grad, out, kept.v_mean, kept.q_scale, kept.lse, rows)
+    steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
+    sum_q, sum_k, sum_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (kept.queries, kept.keys, kept.keys))
+    for _, h, kv, m, n in pairs(kept, rows, columns):
+        keys, k_scale = kept.keys[kv, n].float(), kept.k_scale[kv, n]
+        scores = scores_of(kept, h, kv, m, n, is_causal)
+        wide = packed.values[h, m].float() @ kept.values[kv, n].float().T - packed.delta[h, m, None] * k_scale
+        ds = torch.exp2(scores - kept.lse[h, m, None]) * wide
+        factor = sm_scale * packed.scale[h, m, None] / kept.q_scale[h, m, None]
+        sum_q[h, m] = rounded(ds, GROUPS["q"]) @ keys * factor
+        ds = (ds * packed.scale[h, m, None]).T
+        sum_k[kv, n] += rounded(ds, GROUPS["k"]) @ kept.queries[h, m].float() * (LN_2 / k_scale)[:, None]
+        p = torch.exp2(scores - packed.lse[h, m, None]).T
+        sum_v[kv, n] += rounded(p, GROUPS["v"]) @ steps[h, m].float()
+    return unpack(sum_q, rows, dq), unpack(sum_k, columns, dk), unpack(sum_v, columns, dv)
+
+
+def empty_gradients(out: torch.Tensor, kv_heads: int, key_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for dq, dk and dv; where tokens come before heads in `out`, they do so in all."""
+    B, _, _, D = out.shape
+    if out.stride(1) < out.stride(2):
+        dk, dv = (out.new_empty(B, key_tokens, kv_heads, D).transpose(1, 2) for _ in range(2))
+    else:
+        dk, dv = (out.new_empty(B, kv_heads, key_tokens, D) for _ in range(2))
+    return torch.empty_like(out), dk, dv
+
+
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """Launches of the backward: of dQ, of dK, and of dV, or of dK and dV in one where that is None."""
+
+    query: Launch
+    key: Launch
+    value: Launch | None
+
+
+def query_candidates() -> Iterator[Launch]:
+    """Rows of dQ worth timing."""
+    for m, n, warps in ((128, 64, 8), (128, 32, 8), (64, 64, 4), (128, 128, 8)):
+        for stages in (2, 3):
+            yield Launch(m, n, warps, stages)
+
+
+def key_candidates() -> Iterator[tuple[Launch, Launch | None]]:
+    """Rows of dK and dV worth timing: both in one, then apart."""
+    for stages in (2, 3):
+        yield Launch(64, 128, 8, stages), None
+        yield Launch(64, 64, 4, stages), None
+    apart = (Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 4, 2))
+    values = (Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(64, 128, 8, 3, 128), Launch(128, 128, 8, 2))
+    yield from itertools.product(apart[:1], values)
+    yield from itertools.product(apart[1:], values[:1])
+
+
+# arch -> padded head dim -> launches. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
+LAUNCH = {
+    80: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
+         128: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))},
+    89: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
+         128: BackwardLaunch(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 64, 4, 2))},
+    90: {64: BackwardLaunch(Launch(128, 64, 8, 3), Launch(64, 128, 8, 2), None),
+         128: BackwardLaunch(Launch(128, 64, 8, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2))},
+    100: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
+          128: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))},
+    120: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
+          128: BackwardLaunch(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 64, 4, 2))},
+}  # fmt: skip
+
+
+def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
+    dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
+    rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
+    packed = pack_gradients(grad, out, kept.v_mean, kept.q_scale, kept.lse, rows)
+    launch = target.launch_row(LAUNCH, out.device)[kept.queries.shape[2]]
+    query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale)
+    key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal)
+    return dq, dk, dv
+
+
+def query_gradient(
+    row: Launch,
+    dq: torch.Tensor,
+    kept: Kept,
+    packed: PackedGradients,
+    rows: Sequences,
+    columns: Sequences,
+    is_causal: bool,
+    sm_scale: float,
+) -> None:
+    """Writes dq.
+
+    Args:
+        row: the launch.
+        dq: [B, H, S, D], written.
+        kept: from the forward.
+        packed: from `pack_gradients`.
+        rows, columns: from `layouts`.
+        is_causal, sm_scale: the forward's.
+    """
+    H, T, block_d = kept.queries.shape
+    with target.on_device(dq):
+        _query_gradient_kernel[(T // row.block_m, H)](
+            target.tiles_of(kept.queries.flatten(0, 1), [row.block_m, block_d]),
+            target.tiles_of(packed.values.flatten(0, 1), [row.block_m, block_d]),
+            target.tiles_of(kept.keys.flatten(0, 1), [row.block_n, block_d]),
+            target.tiles_of(kept.values.flatten(0, 1), [row.block_n, block_d]),
+            target.tiles_of(turn(kept.keys).flatten(0, 1), [block_d, row.block_n]),
+            kept.q_scale, packed.scale, kept.lse, packed.delta, kept.k_scale, rows.owner, rows.table, columns.table, dq,
+            sm_scale, H // kept.keys.shape[0], T, columns.tokens, *dq.stride()[:3],
+            D=dq.shape[3], BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal, **row.options(),
+        )  # fmt: skip
+
+
+def key_gradients(
+    launch: BackwardLaunch,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    kept: Kept,
+    packed: PackedGradients,
+    rows: Sequences,
+    columns: Sequences,
+    is_causal: bool,
+) -> None:
+    """Writes dk and dv; arguments as in `query_gradient`."""
+    H, T, block_d = kept.queries.shape
+    turned = turn(kept.queries)
+    for row, with_k, with_v in ((launch.key, True, launch.value is None), (launch.value, False, True)):
+        if row is None:
+            continue
+        with target.on_device(dk):
+            _key_gradient_kernel[(columns.tokens // row.block_n, kept.keys.shape[0])](
+                target.tiles_of(kept.queries.flatten(0, 1), [row.block_m, block_d]),
+                target.tiles_of(packed.values.flatten(0, 1), [row.block_m, block_d]),
+                target.tiles_of(turned.flatten(0, 1), [block_d, row.block_m]),
+                target.tiles_of(packed.turned.flatten(0, 1), [block_d, row.block_m]),
+                target.tiles_of(kept.keys.flatten(0, 1), [row.block_n, block_d]),
+                target.tiles_of(kept.values.flatten(0, 1), [row.block_n, block_d]),
+                kept.q_scale, packed.lse, packed.delta, kept.k_scale, columns.owner, columns.table, rows.table, dk, dv,
+                H // kept.keys.shape[0], T, columns.tokens, *dk.stride()[:3],
+                D=dk.shape[3], BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
+                WITH_K=with_k, WITH_V=with_v, **row.options(),
+            )  # fmt: skip
+
+
+@triton.jit
+def _in_8_bits(x):
+    """A tile of INT8 for a product, one scale a row, and those scales."""
+    scale = larger(tl.reduce(tl.abs(x), 1, larger), 1e-36) / 127.0
+    return operand(whole(x * (1.0 / scale)[:, None])), scale
+
+
+@triton.jit
+def _query_tile(
+    q, grad, row_scale, lse, delta, k, v, turned, k_scale, k_row, d_row, first, start, keys, position, acc,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """dQ after one tile of keys, the sequence's [first, first + BLOCK_N), which begins at packed row `start`."""
+    offs_n = first + tl.arange(0, BLOCK_N)
+    scale = tl.load(k_scale + start + offs_n)[None, :]
+    x = tl.dot(q, tl.trans(k.load([k_row + start + first, 0])), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
+    dp = tl.dot(grad, tl.trans(v.load([k_row + start + first, 0])))
+    x = (x * scale) * row_scale[:, None] - lse[:, None]
+    if MASKED:
+        seen = (offs_n < keys)[None, :]
+        if CAUSAL:
+            seen = seen & (offs_n[None, :] <= position[:, None])
+        x = tl.where(seen, x, float("-inf"))
+    ds, size = _in_8_bits(tl.exp2(x) * (dp - delta[:, None] * scale))
+    product = tl.dot(ds, tl.trans(turned.load([d_row, start + first])), out_dtype=tl.int32)
+    return acc + product.to(tl.float32) * size[:, None]
+
+
+@triton.jit(do_not_specialize=["T", "Tk"])
+def _query_gradient_kernel(
+    q, grad, k, v, turned, q_scale, g_scale, lse, delta, k_scale, owner, rows, columns, dq,
+    sm_scale, HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(1).to(tl.int64)
+    kv = h // HEADS_PER_KEY
+    # The longest rows first, so that the last programs are short.
+    row = (tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)) * BLOCK_M
+    n = tl.load(owner + row // 128)
+    if n < 0:
+        return
+    place = row - tl.load(rows + n * 4 + 3)
+    position = place + tl.arange(0, BLOCK_M)
+    keys, start = tl.load(columns + n * 4 + 2), tl.load(columns + n * 4 + 3)
+    offs_m, offs_d = h * T + row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    q_tile, grad_tile = q.load([(h * T).to(tl.int32) + row, 0]), grad.load([(h * T).to(tl.int32) + row, 0])
+    row_scale, l_i, delta_i = tl.load(q_scale + offs_m), tl.load(lse + offs_m), tl.load(delta + offs_m)  # [BM]
+    k_scale += kv * Tk
+    k_row, d_row = (kv * Tk).to(tl.int32), (kv * BLOCK_D).to(tl.int32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    full = tl.minimum(place + 1, keys) // BLOCK_N if CAUSAL else keys // BLOCK_N
+    stop = tl.minimum(place + BLOCK_M, keys) if CAUSAL else keys
+    for i in range(full):
+        acc = _query_tile(
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, i * BLOCK_N, start, keys,
+            position, acc, BLOCK_N, False, CAUSAL,
+        )  # fmt: skip
+    for i in range(full, tl.cdiv(stop, BLOCK_N)):
+        acc = _query_tile(
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, i * BLOCK_N, start, keys,
+            position, acc, BLOCK_N, True, CAUSAL,
+        )  # fmt: skip
+    acc = acc * (sm_scale * tl.load(g_scale + offs_m) / row_scale)[:, None]
+    batch, first = tl.load(rows + n * 4).to(tl.int64), tl.load(rows + n * 4 + 1).to(tl.int64)
+    goal = dq + batch * stride_b + h * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]
+    mask = (position < tl.load(rows + n * 4 + 2))[:, None] & (offs_d < D)[None, :]
+    tl.store(goal, acc.to(dq.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _key_tile(
+    k, v, k_scale, q, grad, q_turned, g_turned, q_scale, lse, delta, q_row, d_row, first, start, position, acc_k, acc_v,
+    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+):  # fmt: skip
+    """dK and dV after one tile of queries, the sequence's [first, first + BLOCK_M), which begins at packed row `start`."""
+    offs_m = first + tl.arange(0, BLOCK_M)
+    row = start + first
+    x = tl.dot(k, tl.trans(q.load([q_row + row, 0])), out_dtype=tl.int32).to(tl.float32)  # [BN, BM]
+    x = (x * k_scale[:, None]) * tl.load(q_scale + start + offs_m)[None, :] - tl.load(lse + start + offs_m)[None, :]
+    if MASKED:
+        x = tl.where(position[:, None] <= offs_m[None, :], x, float("-inf"))
+    p = tl.exp2(x)  # zero in padding, whose lse is infinity
+    if WITH_V:
+        p8, size = _in_8_bits(p)
+        product = tl.dot(p8, tl.trans(g_turned.load([d_row, row])), out_dtype=tl.int32)
+        acc_v += product.to(tl.float32) * size[:, None]
+    if WITH_K:
+        dp = tl.dot(v, tl.trans(grad.load([q_row + row, 0])))
+        ds, size = _in_8_bits(p * (dp - k_scale[:, None] * tl.load(delta + start + offs_m)[None, :]))
+        product = tl.dot(ds, tl.trans(q_turned.load([d_row, row])), out_dtype=tl.int32)
+        acc_k += product.to(tl.float32) * size[:, None]
+    return acc_k, acc_v
+
+
+@triton.jit(do_not_specialize=["T", "Tk"])
+def _key_gradient_kernel(
+    q, grad, q_turned, g_turned, k, v, q_scale, lse, delta, k_scale, owner, columns, rows, dk, dv,
+    HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+):  # fmt: skip
+    kv = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N
+    n = tl.load(owner + column // 128)
+    if n < 0:
+        return
+    place = column - tl.load(columns + n * 4 + 3)
+    position = place + tl.arange(0, BLOCK_N)
+    queries, start = tl.load(rows + n * 4 + 2), tl.load(rows + n * 4 + 3)
+    offs_n, offs_d = kv * Tk + column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    k_tile, scale = k.load([(kv * Tk).to(tl.int32) + column, 0]), tl.load(k_scale + offs_n)  # [BN, BD], [BN]
+    v_tile = v.load([(kv * Tk).to(tl.int32) + column, 0])
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    tiles = tl.cdiv(queries, BLOCK_M)
+    # Causal: earlier queries see none of these keys, later ones all.
+    begin = place // BLOCK_M if CAUSAL else 0
+    full = tl.minimum(tl.cdiv(place + BLOCK_N - 1, BLOCK_M), tiles) if CAUSAL else 0
+    for g in range(HEADS_PER_KEY):
+        h = kv * HEADS_PER_KEY + g
+        q_row, d_row, offset = (h * T).to(tl.int32), (h * BLOCK_D).to(tl.int32), h * T
+        if CAUSAL:
+            for i in range(begin, full):
+                acc_k, acc_v = _key_tile(
+                    k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
+                    q_row, d_row, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_M, True, WITH_K, WITH_V,
+                )  # fmt: skip
+        for i in range(full, tiles):
+            acc_k, acc_v = _key_tile(
+                k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
+                q_row, d_row, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_M, False, WITH_K, WITH_V,
+            )  # fmt: skip
+    batch, first = tl.load(columns + n * 4).to(tl.int64), tl.load(columns + n * 4 + 1).to(tl.int64)
+    goal = batch * stride_b + kv * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]
+    mask = (position < tl.load(columns + n * 4 + 2))[:, None] & (offs_d < D)[None, :]
+    if WITH_K:
+        tl.store(dk + goal, (acc_k * (0.6931471805599453 / scale)[:, None]).to(dk.dtype.element_ty), mask=mask)  # ln 2
+    if WITH_V:
+        tl.store(dv + goal, acc_v.to(dv.dtype.element_ty), mask=mask)
