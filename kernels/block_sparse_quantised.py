@@ -2,8 +2,12 @@
 
 Keys and values are quantised while they are gathered into sorted order, one pass each after one read for statistics; a
 tile of queries is quantised by the program that attends with it. Every query and every key has a scale of its own, so
-that tiles may start anywhere. V is stored transposed; sm90 and newer read it through tensor descriptors, which take
-tiles from any token on.
+that runs of keys may start anywhere. V is stored transposed, and its tiles begin at multiples of 16 tokens: the tensor
+memory accelerator takes no others, and wide loads through pointers want the same.
+
+SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all far below the running maximum of all rows of
+the query tile still counts in the row sums and maxima, but its P V is skipped. Which tiles those are depends on the order
+of the keys and on the tile sizes of the launch.
 
 Precisions, dtypes, head dims and archs as in `quantised_attention`, but no INT4: its smoothing of Q needs fixed blocks.
 """
@@ -13,9 +17,10 @@ from functools import partial
 import torch
 
 from . import target
+from .aligned_tiles import aligned_key_tiles
 from .block_sparse import LOG2_E, block_sparse_attention_reference, check, key_tiles, query_tiles
 from .permute import gather_tokens, gather_tokens_reference
-from .quantised_attention import pv_dtype, rounded_attention, unsmoothed_lse
+from .precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
 from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
 from .quantize import (
     absmax_of_rows,
@@ -26,15 +31,16 @@ from .quantize import (
     round_to_int8,
 )
 from .quantize_values import (
-    dequantize_channels,
+    fp8_values,
     quantize_channels,
     quantize_channels_reference,
     statistics,
     statistics_reference,
 )
+from .rounded_attention import note_failure_reference, rounded_attention, unsmoothed_lse
 from .target import tl, triton
 
-PRECISIONS = ("int8-fp8", "int8-fp16")
+PV_TILE = 64  # keys of a tile that pv_threshold skips, in the specification and on sm90
 
 
 def block_sparse_attention_quantised(
@@ -52,6 +58,8 @@ def block_sparse_attention_quantised(
     precision: str = "int8-fp8",
     smooth_k: bool = True,
     smooth_v: bool = False,
+    pv_threshold: torch.Tensor | None = None,
+    failed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in 8 bits in which each query cluster sees only the key clusters its map row selects.
@@ -66,9 +74,12 @@ def block_sparse_attention_quantised(
         q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries; None: identity.
         k_permutation: the same [B, H, Sk] for keys and values.
         sm_scale: softmax scale; default D ** -0.5.
-        precision: "int8-fp8" or "int8-fp16" (P V in 16 bits: the safe mode).
+        precision: "int8-fp8", "int8-fp8-acc16" (FP8 products summed in fp16) or "int8-fp16" (P V in 16 bits).
         smooth_k: take K's mean over all tokens off.
         smooth_v: take V's channel means off and add them to the output (FP8 only).
+        pv_threshold: fp32 [H], >= 0: skip P V of a tile of keys where in no row of the query tile the tile's largest score
+            comes within this many powers of two of the running maximum; None: never.
+        failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -84,10 +95,11 @@ def block_sparse_attention_quantised(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if smooth_v and precision != "int8-fp8":
-        raise ValueError(f"smooth_v needs FP8 values, got precision {precision!r}: leave it off")
+    if pv_threshold is not None and (pv_threshold.shape != q.shape[1:2] or pv_threshold.dtype != torch.float32):
+        raise ValueError(
+            f"pv_threshold must be fp32 [H] = [{q.shape[1]}], got {pv_threshold.dtype} {tuple(pv_threshold.shape)}"
+        )
+    find_precision(precision, SPARSE_PRECISIONS, smooth_v)
     if k_permutation is not None and k_permutation.shape != k.shape[:3]:
         raise ValueError(
             f"k_permutation must be [B, H, Sk] = {tuple(k.shape[:3])}, got {tuple(k_permutation.shape)}: expand it"
@@ -96,7 +108,7 @@ def block_sparse_attention_quantised(
     return op(
         q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
         k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-        return_lse=return_lse,
+        pv_threshold=pv_threshold, failed=failed, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -115,37 +127,81 @@ def block_sparse_attention_quantised_reference(
     precision: str = "int8-fp8",
     smooth_k: bool = True,
     smooth_v: bool = False,
+    pv_threshold: torch.Tensor | None = None,
+    failed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention_quantised` in plain torch; same arguments and result.
 
-    Quantised and turned back into fp32, then the unquantised specification with P rounded in its attention.
+    Quantised and turned back into fp32, then the unquantised specification with P rounded in its attention. For
+    pv_threshold a query cluster is one query tile, and each PV_TILE of its selected keys one tile of keys.
     """
     D = q.shape[-1]
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
-    fp8 = precision == "int8-fp8"
+    kind = PRECISIONS[precision]
     stats = statistics_reference(k, v)
     mean = stats.k_mean if smooth_k else None
     keys = quantize_tokens_reference(k, side="k", mean=mean, permutation=k_permutation)
-    if fp8:
-        channels = quantize_channels_reference(v, stats, smooth=smooth_v, permutation=k_permutation)
-        values = dequantize_channels(channels, v.shape[2], D)
+    if kind.fp8:
+        channels = quantize_channels_reference(
+            v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation
+        )
+        values = fp8_values(channels, v.shape[2], D)
     else:
         values = v if k_permutation is None else gather_tokens_reference(v, k_permutation)
         values = values.to(pv_dtype(v)).float()
-    out, lse = block_sparse_attention_reference(
-        dequantize_tokens(quantize_tokens_reference(q, side="q"), D), dequantize_tokens(keys, D), values,
-        block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale,
-        return_lse=True, attend=partial(_attend, p_dtype=torch.float8_e4m3fn if fp8 else pv_dtype(v)),
-    )  # fmt: skip
+    rows, keys = dequantize_tokens(quantize_tokens_reference(q, side="q"), D), dequantize_tokens(keys, D)
+    attend = partial(_attend, p_dtype=kind.p_dtype(v), acc16=kind.acc16)
+
+    def sparse(heads, attend):
+        order = None if q_permutation is None else q_permutation[:, heads]
+        return block_sparse_attention_reference(
+            rows[:, heads], keys[:, heads], values[:, heads], block_map, q_sizes, k_sizes,
+            map_index=map_index[:, heads], q_permutation=order, sm_scale=sm_scale, return_lse=True, attend=attend,
+        )  # fmt: skip
+
+    if pv_threshold is None:
+        out, lse = sparse(slice(None), attend)
+    else:
+        limits = pv_threshold.tolist()
+        parts = [sparse(slice(h, h + 1), partial(attend, threshold=limit)) for h, limit in enumerate(limits)]
+        out, lse = (torch.cat(part, 1) for part in zip(*parts))
+    if kind.fp8:
+        out = out * channels.scale[:, :, None, :D]
     if smooth_v:
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + channels.mean[:, :, None, :D])
+    note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
 
 
-def _attend(q, k, v, scale, p_dtype):
-    return rounded_attention(q, k, v, scale, p_dtype)[0]
+def _attend(q, k, v, scale, p_dtype, acc16, threshold=None):
+    if threshold is None:
+        return rounded_attention(q, k, v, scale, p_dtype, acc16=acc16)[0]
+    scores = q @ k.transpose(2, 3) * (scale * LOG2_E)  # [1, N, s, n], base 2
+    p = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    largest = 448 if p_dtype == torch.float8_e4m3fn else 1
+    rounded = (p * largest).to(p_dtype).float() / largest
+    skipped = skipped_tiles(scores, threshold).repeat_interleave(PV_TILE, -1)[..., : k.shape[2]]  # [1, N, n]
+    return rounded.masked_fill(skipped[:, :, None], 0) @ v / p.sum(-1, keepdim=True)
+
+
+def skipped_tiles(scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Which tiles of PV_TILE keys are left out of P V, where `threshold` is given and the rows are one query tile.
+
+    Args:
+        scores: fp32 [..., s, n], base 2, keys in the order in which they are computed.
+        threshold: powers of two.
+
+    Returns:
+        bool [..., ceil(n / PV_TILE)].
+
+    Source: arXiv 2502.18137, section 3.4 (sparse warp online softmax).
+    """
+    peaks = torch.stack([tile.amax(-1) for tile in scores.split(PV_TILE, -1)], -1)  # [..., s, tiles]
+    before = peaks.cummax(-1).values.roll(1, -1)
+    before[..., 0] = -torch.inf
+    return (peaks - before < -threshold).all(-2)
 
 
 # arch -> (P V in FP8, padded head dim) -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared
@@ -165,10 +221,12 @@ LAUNCH = {
 
 def _launch(
     q, k, v, block_map, q_sizes, k_sizes,
-    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, return_lse,
+    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, failed,
+    return_lse,
 ):  # fmt: skip
     target.refuse_gradients("block_sparse_attention_quantised", q, k, v)
-    fp8 = precision == "int8-fp8"
+    kind = PRECISIONS[precision]
+    fp8 = kind.fp8
     if fp8:
         target.require_fp8(q.device)
     B, H, S, D = q.shape
@@ -177,7 +235,9 @@ def _launch(
     stats = statistics(k, v) if smooth_k or fp8 else None
     mean = stats.k_mean if smooth_k else None
     keys = quantize_tokens(k, side="k", mean=mean, permutation=k_permutation)
-    channels = quantize_channels(v, stats, smooth=smooth_v, permutation=k_permutation) if fp8 else None
+    channels = None
+    if fp8:
+        channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation)
     if fp8:
         values = channels.values
     else:
@@ -186,28 +246,29 @@ def _launch(
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
     with target.on_device(q):
         q_tiles, q_counts = query_tiles(q_sizes, S, row.block_m)
-        k_tiles, k_counts = key_tiles(block_map, k_sizes, Sk, row.block_n)
+        cut = aligned_key_tiles if fp8 else key_tiles
+        k_tiles, k_counts = cut(block_map, k_sizes, Sk, row.block_n)
         _sparse_quantised_kernel[(q_tiles.shape[1], B * H)](
             q, key_source(keys.values, row), keys.scale, value_source(values, row),
-            channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, q_permutation,
+            channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation, pv_threshold,
             map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
             sm_scale * LOG2_E, H, S, Sk, block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
             *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if q_permutation is None else q_permutation.stride()),
-            D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, TWO_LEVEL=row.two_level,
-            MAGIC=row.magic, TMA=row.tma, num_warps=row.num_warps, num_stages=row.num_stages,
+            D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, ACC16=kind.acc16,
+            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma, num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
 
 
 @triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width"])
 def _sparse_quantised_kernel(
-    q, k, k_scale, v, v_scale, v_mean, out, lse, permutation, map_index, query_tiles, query_counts, key_tiles,
-    key_counts, scale_log2, H, S, Sk, Cq, query_width, key_width,
+    q, k, k_scale, v, v_scale, v_mean, out, lse, failed, permutation, pv_threshold, map_index, query_tiles, query_counts,
+    key_tiles, key_counts, scale_log2, H, S, Sk, Cq, query_width, key_width,
     stride_qb, stride_qh, stride_qs, stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
-    TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
+    ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -239,23 +300,31 @@ def _sparse_quantised_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    pv_floor = None
+    if pv_threshold is not None:
+        pv_floor = tl.where(inside, -tl.load(pv_threshold + h), float("inf"))  # rows that are not there ask for nothing
     map_row = m * Cq + cluster
     tiles = key_tiles + map_row * key_width
     full = tl.load(key_counts + map_row * 2)
     for i in range(full):
         first = tl.load(tiles + i) // BLOCK_N
+        if FP8:
+            first = tl.multiple_of(first, 16)  # aligned_tiles.ALIGN
         acc, l_i, m_i = attend_tile(
-            q_tile, row_scale, k, k_scale, v, None, k_row, v_row, stride_v, first, BLOCK_N, offs_m, acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, False, False, True, FP8, TWO_LEVEL, MAGIC, TMA,
+            q_tile, row_scale, k, k_scale, v, None, None, 0, k_row, v_row, 0, stride_v, first, BLOCK_N, offs_m,
+            acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, False, False, True, FP8, ACC16, TWO_LEVEL, MAGIC, TMA, pv_floor,
         )  # fmt: skip
     for i in range(full, tl.load(key_counts + map_row * 2 + 1)):
         entry = tl.load(tiles + i)
+        first, keys = entry // BLOCK_N, entry % BLOCK_N + 1
+        skip = first % (16 if FP8 else 1)
         acc, l_i, m_i = attend_tile(
-            q_tile, row_scale, k, k_scale, v, None, k_row, v_row, stride_v, entry // BLOCK_N, entry % BLOCK_N + 1,
-            offs_m, acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, True, False, True, FP8, TWO_LEVEL, MAGIC, TMA,
+            q_tile, row_scale, k, k_scale, v, None, None, 0, k_row, v_row, 0, stride_v, first - skip, skip + keys, offs_m,
+            acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, True, False, True, FP8, ACC16, TWO_LEVEL, MAGIC, TMA, pv_floor, skip,
         )  # fmt: skip
-    acc = finish_rows(acc, l_i, v_scale, v_mean, bh * BLOCK_D, BLOCK_D, FP8)
+    acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, bh * BLOCK_D, BLOCK_D, FP8, ACC16)
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:

@@ -68,17 +68,20 @@ def value_source(values: torch.Tensor, row: Launch):
 
 @triton.jit
 def attend_tile(
-    q, row_scale, k, k_scale, v, bias, k_row, v_row, stride_v, first, keys, row, acc, l_i, m_i,
+    q, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, v_column, stride_v, first, keys, row, acc, l_i, m_i,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
+    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr,
+    TMA: tl.constexpr, pv_floor=None, skip=None,
 ):  # fmt: skip
-    """One tile of keys [first, first + BLOCK_N), of which `keys` exist: running output, sum and maximum of each row.
+    """One tile of keys [first, first + BLOCK_N), columns [skip, keys) of which count: running output, sum and maximum.
 
-    k, k_scale, v and bias point at the head; k_row and v_row are its first rows in the descriptors.
+    k, k_scale, v and bias point at the head, mask [BM] at each row's mask (or is None); k_row, v_row and v_column
+    are where the head begins in the descriptors. P V is left out where no row's maximum of this tile is at least pv_floor [BM] above
+    its running one.
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    inside = offs_n < keys
+    inside = offs_n < keys if skip is None else (offs_n >= skip) & (offs_n < keys)
     token = first + offs_n.to(tl.int64)
     if TMA:
         k_tile = k.load([k_row + first, 0])  # [BN, BD]
@@ -102,23 +105,48 @@ def attend_tile(
     if bias is not None:
         x = x * scale[:, None] + tl.load(bias + token, mask=inside, other=0.0)[None, :]
         scale = tl.full([q.shape[0]], 1.0, dtype=tl.float32)
-    if CAUSAL:
-        x = tl.where((token[None, :] <= row[:, None]) & inside[None, :], x, float("-inf"))
-    elif PARTIAL:
-        x = tl.where(inside[None, :], x, float("-inf"))
-    m_new = tl.maximum(m_i, tl.max(x, 1) * scale)  # [BM], base 2
+    x = hide(x, mask, stride_mk, token, inside, row, PARTIAL, CAUSAL)
+    m_tile = tl.max(x, 1) * scale  # [BM], base 2
+    m_new = tl.maximum(m_i, m_tile)
+    top = m_new if mask is None else tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen no key yet
     # 448 in P and in l cancels; the largest P then takes FP8's whole range.
-    p = tl.exp2(x * scale[:, None] - (m_new - 8.807354922057604 if FP8 else m_new)[:, None])
-    alpha = tl.exp2(m_i - m_new)
+    p = tl.exp2(x * scale[:, None] - (top - 8.807354922057604 if FP8 else top)[:, None])
+    alpha = tl.exp2(m_i - top)
     l_i = l_i * alpha + tl.sum(p, 1)
+    if pv_floor is None:
+        acc = add_values(
+            p, alpha, acc, v, v_row, v_column + first, stride_v, token, inside,
+            D, BLOCK_D, PARTIAL, FP8, ACC16, TWO_LEVEL, TMA,
+        )  # fmt: skip
+    elif tl.max((m_tile - m_i >= pv_floor).to(tl.int32), 0) > 0:
+        # Else no maximum rose, alpha is 1, and what V would add is below what the caller asked for.
+        acc = add_values(
+            p, alpha, acc, v, v_row, v_column + first, stride_v, token, inside,
+            D, BLOCK_D, PARTIAL, FP8, ACC16, TWO_LEVEL, TMA,
+        )  # fmt: skip
+    return acc, l_i, m_new
+
+
+@triton.jit
+def add_values(
+    p, alpha, acc, v, v_row, v_column, stride_v, token, inside,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
+    TWO_LEVEL: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """alpha acc + P V of one tile of keys."""
+    offs_d = tl.arange(0, BLOCK_D)
     if FP8:
         if TMA:
-            v_tile = v.load([v_row, first])  # [BD, BN]
+            v_tile = v.load([v_row, v_column])  # [BD, BN]
         elif PARTIAL:
             v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :], mask=inside[None, :], other=0.0)
         else:
             v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :])
-        if TWO_LEVEL:
+        if ACC16:
+            # P up to 448, V up to 2.25: sums of 64 products stay below fp16's largest number.
+            part = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), out_dtype=tl.float16).to(tl.float32)
+            acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part)
+        elif TWO_LEVEL:
             # An fma, not a sum: the compiler would fold the sum into the product's own accumulator.
             acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile)))
         else:
@@ -130,16 +158,41 @@ def attend_tile(
         else:
             v_tile = tl.load(v_ptr)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
-    return acc, l_i, m_new
+    return acc
 
 
 @triton.jit
-def finish_rows(acc, l_i, v_scale, v_mean, channel, BLOCK_D: tl.constexpr, FP8: tl.constexpr):
+def hide(x, mask, stride_mk, token, inside, row, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr):
+    """Scores [BM, BN] with minus infinity where a query does not see a key."""
+    if CAUSAL:
+        x = tl.where((token[None, :] <= row[:, None]) & inside[None, :], x, float("-inf"))
+    elif PARTIAL:
+        x = tl.where(inside[None, :], x, float("-inf"))
+    if mask is not None:
+        seen = tl.load(mask[:, None] + token[None, :] * stride_mk, mask=inside[None, :], other=0)
+        x = tl.where(seen != 0, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def note_failure(failed, head, acc, limit):
+    """Sets a head's flag where sums left the range that rounding can explain, or are not finite."""
+    if tl.max(tl.where(tl.abs(acc) <= limit, 0, 1)) > 0:
+        tl.store(failed + head, 1)
+
+
+@triton.jit
+def finish_rows(
+    acc, l_i, v_scale, v_mean, failed, head, channel, BLOCK_D: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
+):  # fmt: skip
     """Weighted means of V from running sums; `channel` is the head's first. A row that saw no key gives zeros."""
     acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
+    limit: tl.constexpr = (2.25 if ACC16 else 448.0) if FP8 else 3.0e38
+    if failed is not None:
+        note_failure(failed, head, acc, 1.07 * limit)  # e4m3 rounds P by 6.25 % at most
     if FP8:
         offs_d = channel + tl.arange(0, BLOCK_D)
-        acc = tl.clamp(acc, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = tl.clamp(acc, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         acc = acc * tl.load(v_scale + offs_d)[None, :]
         if v_mean is not None:
             acc += tl.where((l_i == 0)[:, None], 0.0, tl.load(v_mean + offs_d)[None, :])

@@ -1,8 +1,8 @@
 """Quantisation of V: FP8 e4m3 per channel, transposed; and the statistics of K and V that quantising both needs.
 
-    v ~ scale * values + mean        values = e4m3(448 (v - mean) / absmax of the channel)
+    v ~ scale * values + mean        values = e4m3(limit (v - mean) / absmax of the channel)
 
-An all-zero channel has scale 1, one with NaN or infinity has scale NaN, so that the output shows it. Two passes: the
+The limit is 448, all of e4m3's range, or less where sums of products must stay in fp16. An all-zero channel has scale 1, one with NaN or infinity has scale NaN, so that the output shows it. Two passes: the
 statistics in one read of K and V, then a read and a write, with the rows gathered by a permutation on the way. 64-bit
 offsets; inputs may be strided (last dim contiguous).
 """
@@ -74,7 +74,12 @@ def statistics_reference(k: torch.Tensor, v: torch.Tensor) -> Statistics:
 
 
 def quantize_channels(
-    v: torch.Tensor, stats: Statistics, *, smooth: bool = False, permutation: torch.Tensor | None = None
+    v: torch.Tensor,
+    stats: Statistics,
+    *,
+    smooth: bool = False,
+    limit: float = FP8_MAX,
+    permutation: torch.Tensor | None = None,
 ) -> QuantizedChannels:
     """FP8 e4m3 values of V, transposed, with one scale a channel.
 
@@ -82,6 +87,7 @@ def quantize_channels(
         v: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
         stats: its statistics.
         smooth: take the channel's mean off first; the attention adds it to its output.
+        limit: largest quantised value, in (0, 448].
         permutation: int32 or int64 [B, H, S], sorted -> original index; None: identity.
 
     Returns:
@@ -97,29 +103,34 @@ def quantize_channels(
     check("v", v, permutation)
     target.require_fp8(v.device)
     op = _quantize_channels if target.use_triton(v) else quantize_channels_reference
-    return op(v, stats, smooth=smooth, permutation=permutation)
+    return op(v, stats, smooth=smooth, limit=limit, permutation=permutation)
 
 
 def quantize_channels_reference(
-    v: torch.Tensor, stats: Statistics, *, smooth: bool = False, permutation: torch.Tensor | None = None
+    v: torch.Tensor,
+    stats: Statistics,
+    *,
+    smooth: bool = False,
+    limit: float = FP8_MAX,
+    permutation: torch.Tensor | None = None,
 ) -> QuantizedChannels:
     """Specification of `quantize_channels` in plain torch; same arguments and result."""
     S, D = v.shape[2:]
-    scale, mean = _channel_scales(stats, smooth)
+    scale, mean = _channel_scales(stats, smooth, limit)
     rows = gather(v, permutation).float() - mean[:, :, None, :D]
-    rows = (rows / scale[:, :, None, :D]).clamp(-FP8_MAX, FP8_MAX)
+    rows = (rows / scale[:, :, None, :D]).clamp(-limit, limit)
     values = rows.new_zeros(*scale.shape, -(-S // BLOCK) * BLOCK)
     values[:, :, :D, :S] = rows.transpose(2, 3)
     return QuantizedChannels(values.to(torch.float8_e4m3fn), scale, mean if smooth else None)
 
 
-def _channel_scales(stats, smooth):
+def _channel_scales(stats, smooth, limit):
     """Scale and mean of every channel, fp32 [B, H, Dp]; the mean is zero where it stays."""
     mean = stats.v_mean if smooth else torch.zeros_like(stats.v_mean)
     largest = torch.maximum(stats.v_high - mean, mean - stats.v_low)
     largest = torch.where(largest <= TINY, 1.0, largest)
     # Minimum and maximum may skip NaN; the mean never does.
-    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / FP8_MAX, torch.nan)
+    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / limit, torch.nan)
     padding = (0, padded_head_dim(mean.shape[-1]) - mean.shape[-1])
     return F.pad(scale, padding, value=1.0), F.pad(mean, padding)
 
@@ -135,8 +146,21 @@ def dequantize_channels(x: QuantizedChannels, tokens: int, head_dim: int) -> tor
     Returns:
         fp32 [B, H, S, D].
     """
-    wide = x.values.float() * x.scale[..., None]  # [B, H, Dp, Sp]
-    return wide.transpose(2, 3)[:, :, :tokens, :head_dim]
+    return fp8_values(x, tokens, head_dim) * x.scale[:, :, None, :head_dim]
+
+
+def fp8_values(x: QuantizedChannels, tokens: int, head_dim: int) -> torch.Tensor:
+    """The FP8 numbers alone, as `dequantize_channels` without the scale.
+
+    Args:
+        x: quantised values.
+        tokens: S.
+        head_dim: D.
+
+    Returns:
+        fp32 [B, H, S, D].
+    """
+    return x.values.float().transpose(2, 3)[:, :, :tokens, :head_dim]
 
 
 # arch -> warps of (statistics, channels). Not measured: chosen by ahead-of-time compile (no spills).
@@ -158,16 +182,16 @@ def _statistics(k, v):
     return Statistics(k_sum.sum(2) / S, v_sum.sum(2) / S, low.amin(2), high.amax(2))
 
 
-def _quantize_channels(v, stats, *, smooth, permutation):
+def _quantize_channels(v, stats, *, smooth, limit, permutation):
     B, H, S, D = v.shape
-    scale, mean = _channel_scales(stats, smooth)
+    scale, mean = _channel_scales(stats, smooth, limit)
     padded = triton.cdiv(S, BLOCK) * BLOCK
     values = torch.empty(B, H, scale.shape[2], padded, dtype=torch.float8_e4m3fn, device=v.device)
     with target.on_device(v):
         _quantize_channels_kernel[(padded // BLOCK, B * H)](
             v, permutation, scale, mean, values, H, S, padded,
             *v.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
-            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, v.device)[1],
+            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, LIMIT=limit, num_warps=target.launch_row(LAUNCH, v.device)[1],
         )  # fmt: skip
     return QuantizedChannels(values, scale, mean if smooth else None)
 
@@ -208,7 +232,7 @@ def _statistics_kernel(
 def _quantize_channels_kernel(
     v, permutation, scale, mean, values, H, S, padded,
     stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -225,6 +249,7 @@ def _quantize_channels_kernel(
     )
     rows = rows.to(tl.float32) - tl.load(mean + bh * BLOCK_D + offs_d)[None, :]
     size = tl.broadcast_to(tl.load(scale + bh * BLOCK_D + offs_d)[None, :], [BLOCK, BLOCK_D])
-    rows = tl.where(mask, tl.clamp(tl.div_rn(rows, size), -448.0, 448.0), 0.0).to(tl.float8e4nv)
+    # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
+    rows = tl.where(inside[:, None], tl.clamp(tl.div_rn(rows, size), -LIMIT, LIMIT), 0.0).to(tl.float8e4nv)
     goal = (bh * BLOCK_D + offs_d)[:, None] * padded + offs_s[None, :]
     tl.store(values + goal, tl.trans(rows))

@@ -1,17 +1,21 @@
 """Checks the quantised kernels on this GPU against fp64, then times them and other ways to launch them.
 
-    python scripts/check_quantised.py --out quantised.json [--sweep] [--no-timing]
+    python scripts/check_quantised.py --out quantised.json [--sweep] [--no-timing] [--groups dense,sparse]
 
 Inputs with the outliers of trained models, outputs poisoned beforehand, two runs compared bit for bit, tiles that start
 at every offset from 16 bytes, offsets beyond 2^31 elements, more than 160 000 tokens, torch.compile. Timings have the
-keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidates()`. Exits 1 when a check fails.
+keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidates()`. Every group runs in a process of
+its own, all at once, so that a crash of one hides nothing of the others. Exits 1 when a check fails.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,9 +34,11 @@ from svg.kernels import (
     statistics_reference,
     target,
 )
+from svg.kernels.block_sparse_quantised import LAUNCH as SPARSE_LAUNCH
 
 import svg
 from svg.bench.run import Bench, bench_ceilings, bench_quantised
+from svg.bench.sweep import replaced
 
 DEVICE = "cuda"
 Check = tuple[str, float, float]  # name, measured, largest allowed
@@ -44,6 +50,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
     parser.add_argument("--sweep", action="store_true", help="also time other tile sizes and variants")
     parser.add_argument("--no-timing", action="store_true", help="checks only")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="which checks, with commas [default: %(default)s]")
+    parser.add_argument("--here", action="store_true", help="run the groups in this process")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("check_quantised.py needs a CUDA device: the CPU tests cover the references and the interpreter")
@@ -56,10 +64,14 @@ def main() -> None:
     def save():
         args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": bench.results}, indent=1))
 
+    names = args.groups.split(",")
     with torch.inference_mode():
-        for group in (check_quantisation, check_dense, check_sparse, check_alignment, check_compile, check_large):
-            checks.extend(judge(group))
-            save()
+        if args.here:
+            for name in names:
+                checks.extend(judge(GROUPS[name]))
+        else:
+            checks.extend(run_apart(names, args.seed))
+        save()
         if not args.no_timing:
             bench_ceilings(bench)
             bench_quantised(bench)
@@ -67,6 +79,25 @@ def main() -> None:
     failed = [row["name"] for row in checks if not row["ok"]]
     print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed")
     sys.exit(1 if failed else 0)
+
+
+def run_apart(names: list[str], seed: int) -> Iterator[dict]:
+    """Every group in a process of its own; one that dies without results is a failed row."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for name in names:
+            out = Path(folder) / f"{name}.json"
+            command = [sys.executable, __file__, "--here", "--no-timing", "--groups", name, "--seed", str(seed)]
+            runs[name] = out, subprocess.Popen(
+                [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        for name, (out, process) in runs.items():
+            print(process.communicate()[0], end="", flush=True)
+            if out.is_file():
+                yield from json.loads(out.read_text())["checks"]
+            else:
+                print(f"FAIL {name}: its process ended with exit code {process.returncode}", flush=True)
+                yield {"name": f"{name} died", "measured": math.inf, "allowed": 0, "ok": False}
 
 
 def show_result(key: str, entry: dict) -> None:
@@ -96,7 +127,8 @@ def poison_memory() -> None:
 
 
 def precisions() -> list[str]:
-    return ["int8-fp16", "int4-fp16"] + (["int8-fp8", "int4-fp8"] if target.has_fp8(torch.device(DEVICE)) else [])
+    fp8 = ["int8-fp8", "int8-fp8-acc16", "int4-fp8"] if target.has_fp8(torch.device(DEVICE)) else []
+    return ["int8-fp16", "int4-fp16", *fp8]
 
 
 def outliers(S, Sk, D, dtype=torch.bfloat16, B=1, H=2, kv_heads=2):
@@ -149,6 +181,7 @@ def check_quantisation() -> Iterator[Check]:
             poison_memory()
             got = quantize_channels(v, expected, permutation=order)
             right = quantize_channels_reference(v, expected, permutation=order)
+            yield f"quantize_channels S={S} D={D}: padding that is not zero", got.values[:, :, D:].float().abs().sum(), 0
             yield (
                 f"quantize_channels S={S} D={D}: share that differs",
                 differences(got.values, right.values) / right.values.numel(),
@@ -206,9 +239,17 @@ def check_sparse() -> Iterator[Check]:
 
 
 def check_alignment() -> Iterator[Check]:
-    """A tile of transposed V may start at any token: descriptors with a column that is no multiple of 16 bytes."""
+    """A run of keys may start at any token, with descriptors and with pointers."""
     if not target.has_fp8(torch.device(DEVICE)):
         return
+    table = target.launch_row(SPARSE_LAUNCH, torch.device(DEVICE))
+    for tma in (False, True):
+        row = table[True, 128]
+        with replaced(table, (True, 128), dataclasses.replace(row, tma=tma)):
+            yield from check_starts("descriptors" if tma else "pointers")
+
+
+def check_starts(how: str) -> Iterator[Check]:
     q, k, v = outliers(256, 512, 128, H=1, kv_heads=1)
     for start in range(1, 18):
         sizes = torch.tensor([[start, 300, 212 - start]], device=DEVICE, dtype=torch.int32)
@@ -219,7 +260,7 @@ def check_alignment() -> Iterator[Check]:
         )  # fmt: skip
         part = slice(start, start + 300)
         yield (
-            f"keys from token {start} on: 1 - cosine",
+            f"keys from token {start} on, {how}: 1 - cosine",
             lost_cosine(out, exact(q, k[:, :, part], v[:, :, part])[0]),
             1e-4,
         )
@@ -255,6 +296,43 @@ def check_large() -> Iterator[Check]:
         far, close = (quantised_attention(x, x, x, precision=precision) for x in (view, near))
         yield f"offsets beyond 2^31 elements {precision}: bits that differ", differences(far, close), 0
 
+
+def check_masks() -> Iterator[Check]:
+    for precision, (S, Sk) in itertools.product(precisions(), ((129, 193), (700, 1100))):
+        arguments = outliers(S, Sk, 128, B=2, H=4, kv_heads=2)
+        for name, shape in (("keys", (2, 1, 1, Sk)), ("pairs", (1, 4, S, Sk))):
+            mask = torch.rand(shape, device=DEVICE) < 0.5
+            if name == "pairs":
+                mask[:, :, 3] = False
+            poison_memory()
+            out, lse = quantised_attention(*arguments, precision=precision, mask=mask, return_lse=True)
+            right, _ = exact(*arguments, seen=mask)
+            what = f"mask of {name} {precision} S={S} Sk={Sk}"
+            yield f"{what}: 1 - cosine", lost_cosine(out, right), 1e-4 if "int8" in precision else 6e-3
+            if name == "pairs":
+                yield f"{what}: a row without keys", out[:, :, 3].abs().sum() + (lse[:, :, 3] != -math.inf).sum(), 0
+
+
+def check_failures() -> Iterator[Check]:
+    """A head whose sums are not finite is named, and no other."""
+    q, k, v = outliers(300, 300, 128)
+    q[0, 1, 5, 3] = math.inf
+    for precision in precisions():
+        failed = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+        quantised_attention(q, k, v, precision=precision, failed=failed)
+        yield f"failed heads {precision}", abs(failed - torch.tensor([[0, 1]], device=DEVICE)).sum(), 0
+
+
+GROUPS = {
+    "quantisation": check_quantisation,
+    "dense": check_dense,
+    "masks": check_masks,
+    "failures": check_failures,
+    "sparse": check_sparse,
+    "alignment": check_alignment,
+    "compile": check_compile,
+    "large": check_large,
+}
 
 if __name__ == "__main__":
     main()

@@ -39,6 +39,7 @@ SUITES = (
     "test_top_p.py",
     "test_sparge.py",
     "test_neighbours.py",
+    "test_aligned_tiles.py",
     "test_quantize.py",
     "test_quantised_attention.py",
     "test_block_sparse_quantised.py",

@@ -3,7 +3,8 @@
 The interpreter keeps bf16 and fp8 values as raw integers and hands those to numpy: sums and products of bf16 are then
 nonsense, and its conversions drop the carry when a mantissa rounds up. Here every operation on such values goes through
 fp32, and torch does the conversions. Not corrected: reductions and scans of bf16 (our kernels convert to fp32 first).
-Tensor descriptors take tiles that begin anywhere, as the GPU does; the interpreter wants multiples of 16 bytes.
+Tensor descriptors take tiles whose last coordinate is a multiple of 16 bytes, as the GPU does (elsewhere it stops with an
+illegal instruction); the other coordinates may be anything.
 """
 
 import numpy as np
@@ -44,9 +45,10 @@ def encode(values, dtype):
 
 
 def materialize_pointers(self, offsets):
-    """Addresses of a descriptor's tile that begins at any offset, and which of them lie inside."""
+    """Addresses of a descriptor's tile, and which of them lie inside."""
     pointers, inside = np.broadcast_to(self.base.data, self.block_shape), np.ones(self.block_shape, dtype=bool)
     size = self.base.dtype.element_ty.primitive_bitwidth // 8
+    assert np.all(offsets[-1].data * size % 16 == 0), "a tile's last coordinate must be a multiple of 16 bytes"
     for axis, (offset, length) in enumerate(zip(offsets, self.block_shape, strict=True)):
         place = (offset.data + np.arange(length)).reshape([-1 if i == axis else 1 for i in range(self.ndim)])
         pointers = pointers + (size * place * self.strides[axis].data).astype(np.uint64)
