@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from svg.config import METHODS, DenseConfig, SVG1Config, SVG2Config, config_from_dict
+from svg.config import METHODS, DenseConfig, SpargeConfig, SVG1Config, SVG2Config, config_from_dict
 from svg.configs import load_preset, preset_names
 from svg.layout import TokenLayout
 
@@ -22,6 +22,16 @@ BAD = [
     (SVG2Config, {"budget": 2}, ValueError, "budget"),
     (SVG2Config, {"precision": "fp8"}, ValueError, "precision must be one of native, int8-fp8, int8-fp16, got 'fp8'"),
     (SVG1Config, {"precision": None}, ValueError, "precision"),
+    (SpargeConfig, {"topk": 0}, ValueError, r"topk must be in \(0, 1\], got 0"),
+    (SpargeConfig, {"cdf": 1.2}, ValueError, r"cdf must be in \(0, 1\], got 1.2"),
+    (SpargeConfig, {"cdf": 0.9, "topk": 0.5}, ValueError, "one of topk, cdf, thresholds must be given, got topk and cdf"),
+    (SpargeConfig, {"simthresh": 1}, ValueError, r"simthresh must be in \[-1, 1\), got 1"),
+    (SpargeConfig, {"order": "zigzag"}, ValueError, "order must be one of hilbert, rowmajor, got 'zigzag'"),
+    (SpargeConfig, {"attention_sink": 1}, TypeError, "attention_sink must be true or false"),
+    (SpargeConfig, {"pv_threshold": 10.0}, ValueError, "pv_threshold must come with precision int8-fp8"),
+    (SpargeConfig, {"pv_threshold": -1, "precision": "int8-fp8"}, ValueError, "pv_threshold must be >= 0, got -1"),
+    (SpargeConfig, {"thresholds": 3}, TypeError, "thresholds must be a file's path"),
+    (SpargeConfig, {"thresholds": "a", "simthresh": 0.5}, ValueError, "simthresh must be left out with thresholds"),
     (DenseConfig, {"warmup_steps": 1.5}, ValueError, "warmup_steps"),
     (DenseConfig, {"warmup_layers": True}, TypeError, "warmup_layers"),
     (DenseConfig, {"seed": -1}, ValueError, "seed must be >= 0"),
@@ -37,15 +47,20 @@ def test_impossible_values_raise(config, values, error, message):
 
 
 def test_dict_round_trip():
-    for config in (DenseConfig(seed=3), SVG1Config(density=0.5), SVG2Config(budget=0.25)):
+    for config in (DenseConfig(seed=3), SVG1Config(density=0.5), SVG2Config(budget=0.25), SpargeConfig(cdf=0.9)):
         assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_dict_names_the_choices():
-    with pytest.raises(ValueError, match="method must be one of dense, svg1, svg2, got 'svg3'"):
+    with pytest.raises(ValueError, match="method must be one of dense, svg1, svg2, sparge, got 'svg3'"):
         config_from_dict({"method": "svg3"})
     with pytest.raises(ValueError, match="unknown key 'top_k' for method svg2; choose from .*top_p"):
         config_from_dict({"method": "svg2", "top_k": 3})
+
+
+def test_sparge_resolves_how_much_is_kept():
+    assert SpargeConfig().topk == 0.5
+    assert SpargeConfig(cdf=0.9).topk is None and SpargeConfig(thresholds="file").topk is None
 
 
 def test_config_is_frozen():
