@@ -1,4 +1,4 @@
-"""`svg`: generate, evaluate, sweep, record, page, bench, presets, doctor.
+"""`svg`: generate, evaluate, sweep, tune, record, page, bench, presets, doctor.
 
 Nothing heavy is imported before a command runs.
 """
@@ -15,13 +15,15 @@ import click
 
 from . import __version__
 from .config import METHODS
+from .sparge_command import sparge_tune
 from .sweep.commands import record, sweep
+from .tune.commands import tune
 
 LPIPS_NETS = ("alex", "vgg", "none")
 BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "quantised", "step", "all")
 OFFLOADS = ("none", "model", "group", "sequential")
 _METHOD_FLAGS = (
-    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters"),
+    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
     *("warmup_steps", "warmup_layers", "dense_backend"),
 )
 _GENERATION_FLAGS = (
@@ -49,6 +51,9 @@ def cli() -> None:
 @click.option("--budget", type=float, help="svg2: upper bound on density, in (0, 1].")
 @click.option("--num-q-clusters", type=int, help="svg2: query clusters a head.")
 @click.option("--num-k-clusters", type=int, help="svg2: key clusters a head.")
+@click.option("--topk", type=float, help="sparge: share of the key blocks kept per query block, in (0, 1].")
+@click.option("--cdf", type=float, help="sparge: predicted mass of the kept key blocks, in (0, 1].")
+@click.option("--thresholds", type=click.Path(), help="sparge: file of `svg sparge-tune`, thresholds of every head.")
 @click.option("--warmup-steps", type=float, help="Share of the steps kept dense, in [0, 1].")
 @click.option("--warmup-layers", type=float, help="Share of the layers kept dense, in [0, 1].")
 @click.option("--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several.")
@@ -140,7 +145,9 @@ def evaluate(
 
 
 cli.add_command(sweep)
+cli.add_command(tune)
 cli.add_command(record)
+cli.add_command(sparge_tune)
 
 
 @cli.command()

@@ -38,7 +38,8 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
 
 
-def _size_options(command: Callable) -> Callable:
+def size_options(command: Callable) -> Callable:
+    """Options of a video's size and steps."""
     for option in (
         click.option("--fps", type=int, help="Frames per second of the written videos."),
         click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler."),
@@ -53,7 +54,8 @@ def _size_options(command: Callable) -> Callable:
     return command
 
 
-def _run_options(command: Callable) -> Callable:
+def run_options(command: Callable) -> Callable:
+    """Options of where and how a model runs."""
     for option in (
         click.option("--vae-tiling", is_flag=True, default=None, help="Decode in tiles."),
         click.option("--offload", type=click.Choice(_OFFLOADS), help="[default: none]"),
@@ -69,11 +71,11 @@ def _run_options(command: Callable) -> Callable:
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
 @click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
-@click.option("--budgets", type=Numbers(float), help="Densities for svg1, upper bounds on density for svg2, with commas.")
+@click.option("--budgets", type=Numbers(float), help="With commas: densities for svg1, upper bounds for svg2, shares of key blocks for sparge.")
 @click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
 @click.option("--negative-prompt")
-@_size_options
-@_run_options
+@size_options
+@run_options
 @click.option("--lpips", type=click.Choice(_LPIPS), help="[default: alex]")
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control.")
 @click.option("--keep-frames", is_flag=True, help="Keep raw frames of every cell, not of dense and control alone.")
@@ -104,10 +106,10 @@ def sweep(grid: str | None, **options: Any) -> int:
 @click.argument("prompt")
 @click.option("--model", help="Hub id or directory [default: the bundled tiny-wan].")
 @click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
-@_size_options
+@size_options
 @click.option("--negative-prompt")
 @click.option("--seed", type=int, help="Seed of the noise [default: 0].")
-@_run_options
+@run_options
 @click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
 @click.option("--record-layers", type=Numbers(int), help="Layers to record, from 0; -1 is the last [default: all].")
 @click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")
@@ -163,7 +165,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     plan = read_grid(grid, _flags(options))
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, resolve_device)
-    header = {"command": _command(), "lpips": plan.run["lpips"]}
+    header = {"command": command_text(), "lpips": plan.run["lpips"]}
     results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
     with SweepDisplay(console) as display:
 
@@ -190,7 +192,7 @@ def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> 
 
     plan = read_grid(grid, _flags(options), prompts_needed=False)
     device = resolve_device(plan.run["device"])
-    result = sweep_recorded(options["recorded"], method_configs(plan), device, Path(options["out"]), _command())
+    result = sweep_recorded(options["recorded"], method_configs(plan), device, Path(options["out"]), command_text())
     print_recorded(console, result, options["out"])
     return 0
 
@@ -228,5 +230,6 @@ def _device_of(device: str, address: str | None, resolve_device: Callable) -> st
     return str(resolve_device(device)) if address == "local" else "cuda"
 
 
-def _command() -> str:
+def command_text() -> str:
+    """The command line of this process, quoted for a POSIX shell."""
     return shlex.join(["svg", *sys.argv[1:]])

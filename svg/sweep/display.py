@@ -92,7 +92,7 @@ class SweepDisplay(AbstractContextManager):
         left = self._left.seconds(list(self._open.values()))
         shown = "" if left is None else f"{clock(left)} left"
         self._progress.update(self._task, advance=1, step="", left=shown)
-        self._console.print(f"{_line(cell, record)}{f'  [{shown}]' if shown else ''}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(f"{cell_line(cell, record)}{f'  [{shown}]' if shown else ''}", highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
@@ -142,7 +142,8 @@ def _kind(cell: Cell) -> tuple:
     return cell.model["name"], cell.label
 
 
-def _line(cell: Cell, record: dict[str, Any]) -> str:
+def cell_line(cell: Cell, record: dict[str, Any]) -> str:
+    """What a finished or failed cell came to, in one line."""
     where = f"{cell.label}, seed {cell.generation['seed']}, {_short(cell.generation['prompt'])}"
     if record["status"] == "failed":
         return f"failed: {where}: {record['error']['message']}"

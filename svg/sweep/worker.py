@@ -64,7 +64,7 @@ class Worker:
             What loading, generating and measuring raise.
         """
         started, job = datetime.now(UTC), cell.job()
-        pipe = self._load(cell, job)
+        pipe = self.load(cell, job)
         validate_request(pipe, job.request)
         try:
             config = self._warmed_up(pipe, cell, job)
@@ -88,7 +88,19 @@ class Worker:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }, frames
 
-    def _load(self, cell: Cell, job: Job) -> Any:
+    def load(self, cell: Cell, job: Job) -> Any:
+        """The pipeline of a cell; it stays until another model is asked for.
+
+        Args:
+            cell: a cell.
+            job: its job.
+
+        Returns:
+            The pipeline, plain.
+
+        Raises:
+            ValueError: as `svg.pipelines.load_pipeline`.
+        """
         key = (cell.model["name"], cell.model["fingerprint"], *(v for k, v in cell.run.items() if k != "lpips"))
         if key != self._loaded:
             self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit

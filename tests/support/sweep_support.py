@@ -1,4 +1,4 @@
-"""`svg sweep` in child processes that are killed or kept from writing, and what its results must be."""
+"""`svg sweep` and `svg tune` in child processes that are killed or kept from writing, and what its results must be."""
 
 import json
 import multiprocessing
@@ -13,6 +13,8 @@ PRELOAD = [
     "svg.sweep.run",
     "svg.sweep.grid",
     "svg.sweep.display",
+    "svg.tune.run",
+    "svg.tune.display",
     "diffusers.pipelines.wan.pipeline_wan",
     "diffusers.schedulers.scheduling_unipc_multistep",
     "transformers.models.umt5.modeling_umt5",
@@ -21,11 +23,12 @@ PRELOAD = [
 ]
 
 
-def start(arguments, *, die_at_replace=None, after=False, file_limit=None):
+def start(arguments, *, command="sweep", die_at_replace=None, after=False, file_limit=None):
     """Start `svg sweep` in a child, forked from a server that has imported all of it.
 
     Args:
-        arguments: command-line arguments after `sweep`.
+        arguments: command-line arguments after the command.
+        command: which one, "sweep" or "tune".
         die_at_replace: SIGKILL itself at this many renames (every file appears by one), or None.
         after: die after that rename, not before it.
         file_limit: largest file in bytes it may write, or None.
@@ -35,7 +38,7 @@ def start(arguments, *, die_at_replace=None, after=False, file_limit=None):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_run, args=(list(map(str, arguments)), die_at_replace, after, file_limit))
+    process = context.Process(target=_run, args=([command, *map(str, arguments)], die_at_replace, after, file_limit))
     process.start()
     return process
 
@@ -50,7 +53,7 @@ def _run(arguments, die_at_replace, after, file_limit):
         _die_at_replace(die_at_replace, after)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.exit(main(["sweep", *arguments]))
+    sys.exit(main(arguments))
 
 
 def _die_at_replace(count, after):

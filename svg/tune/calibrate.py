@@ -1,0 +1,167 @@
+"""One dense run that tells what heads lose, what calls cost, and how much a loss matters to the model's prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate, restore
+from svg.pipelines.attach import attached, transformers_of
+
+from ..config import DenseConfig, MethodConfig
+from ..record import RecordedCall
+from ..state import ObservedCall, RunState, device_name
+from .curves import measure_call
+
+# The level at which single heads are tried: far enough from dense to be seen above rounding.
+PROBED = {"svg1": 0.3, "svg2": 0.6}
+PROBES = ("heads", "layers", "none")
+
+
+def calibrate(
+    pipe: Any,
+    request: GenerationRequest,
+    config: MethodConfig,
+    levels: tuple[float, ...],
+    steps: list[int],
+    probe: str,
+    on_step: Callable[[StepProgress], None],
+) -> dict[str, Any]:
+    """Run a pipeline dense and measure every layer in chosen steps, both branches.
+
+    Args:
+        pipe: a Diffusers pipeline of a supported class; it is plain afterwards.
+        request: what to generate.
+        config: settings of the method that is tuned.
+        levels: values of its budget, the last one 1.
+        steps: indices of steps.
+        probe: whose effect on the prediction to measure: "heads" (a forward for each head, layer, step and branch),
+            "layers" (for each layer, step and branch) or "none".
+        on_step: told about every step.
+
+    Returns:
+        dict that json takes: rows (of `measure_call`), effects (of `_Probe`), dense_seconds, num_layers, heads, tokens
+        (frames, height, width), device.
+
+    Raises:
+        ValueError: the transformers of the pipeline differ in their layers.
+    """
+    rows: list[dict[str, Any]] = []
+    effects: list[dict[str, Any]] = []
+    handles = []
+    accelerate(
+        pipe, DenseConfig(dense_backend=config.dense_backend, check_finite=config.check_finite, fused=config.fused)
+    )
+    try:
+        states = {name: hook.state for name, hook in attached(pipe).items()}
+        if len({state.num_layers for state in states.values()}) > 1:
+            raise ValueError("transformers must have the same layers to share per-head budgets: tune them apart")
+        for name, transformer in transformers_of(pipe).items():
+            state = states[name]
+            state.observer = _Observer(state, config, levels, steps, rows)
+            if probe != "none":
+                effect = _Probe(state, config, steps, probe, effects)
+                handles.append(transformer.register_forward_hook(effect, with_kwargs=True))
+        generate(pipe, request, on_step)
+        state = next(state for state in states.values() if state.records)
+        layout, record = state.layout, state.records[0]
+        return {
+            "rows": rows,
+            "effects": effects,
+            "dense_seconds": [record.seconds for state in states.values() for record in state.records],
+            "num_layers": state.num_layers,
+            "heads": record.density.shape[1],
+            "tokens": [layout.frames, layout.height, layout.width],
+            "device": device_name(pipe._execution_device),
+        }
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore(pipe)
+
+
+class _Observer:
+    """Measures the calls of one transformer in chosen steps, in layers that may be sparse."""
+
+    def __init__(
+        self,
+        state: RunState,
+        config: MethodConfig,
+        levels: tuple[float, ...],
+        steps: list[int],
+        rows: list[dict[str, Any]],
+    ):
+        self._state, self._config, self._levels = state, config, levels
+        self._steps, self._rows = set(steps), rows
+
+    def __call__(self, seen: ObservedCall) -> None:
+        state = self._state
+        if state.step not in self._steps or is_fixed(self._config, seen.layer, state.num_layers):
+            return
+        call = RecordedCall(
+            name="",
+            step=state.step,
+            num_steps=state.num_steps,
+            layer=seen.layer,
+            num_layers=state.num_layers,
+            branch=str(state.branch),
+            transformer=state.name,
+            layout=state.layout,
+        )
+        self._rows.append(measure_call(call, seen.q, seen.k, seen.v, seen.text_mask, self._config, self._levels))
+
+
+class _Probe:
+    """Forward hook: runs a transformer's forward again with one layer or head sparse and all else dense.
+
+    Every effect is {"step", "branch", "layer", "heads", "effect"}, effect being ||prediction - dense prediction||^2 /
+    ||dense prediction||^2.
+    """
+
+    def __init__(
+        self, state: RunState, config: MethodConfig, steps: list[int], probe: str, effects: list[dict[str, Any]]
+    ):
+        self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
+        self._config = dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0, tuned_for=None)
+        self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
+
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        state = self._state
+        if state.step not in self._steps:
+            return
+        dense, observer, records = state.config, state.observer, len(state.records)
+        exact = output[0].float()
+        state.observer = None
+        try:
+            for layer, heads in self._groups():
+                state.layer(layer).match()  # as in a new run: no clusters, the generator at its seed
+                state.config = self._alone(layer, heads)
+                # Not the module's call: our own hooks must not take this for another step of the run.
+                changed = transformer.forward(*args, **kwargs)[0].float()
+                effect = (changed - exact).square().sum() / exact.square().sum()
+                found = {"step": state.step, "branch": str(state.branch), "layer": layer, "heads": heads}
+                self._effects.append({**found, "effect": effect.item()})
+        finally:
+            state.config, state.observer = dense, observer
+            del state.records[records:]
+
+    def _groups(self) -> list[tuple[int, list[int]]]:
+        heads = list(range(self._state.records[-1].density.shape[1]))
+        layers = [layer for layer, fixed in enumerate(self._fixed) if not fixed]
+        if self._probe == "layers":
+            return [(layer, heads) for layer in layers]
+        return [(layer, [head]) for layer in layers for head in heads]
+
+    def _alone(self, layer: int, heads: list[int]) -> MethodConfig:
+        table = [[1.0] * self._state.records[-1].density.shape[1] for _ in self._fixed]
+        for head in heads:
+            table[layer][head] = PROBED[self._config.method]
+        return dataclasses.replace(self._config, **{self._config.head_field: table})
+
+
+def is_fixed(config: MethodConfig, layer: int, num_layers: int) -> bool:
+    """Whether the config's warm-up keeps a layer dense in every step."""
+    return dataclasses.replace(config, warmup_steps=0.0).is_warmup(0, 1, layer, num_layers)

@@ -1,0 +1,364 @@
+"""`svg tune`: measure heads, spend a budget on them, search for the target on videos, verify on videos never seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from svg.eval.files import to_json, write_json
+from svg.eval.journal import Journal
+from svg.eval.page import build_page
+
+from ..config import MethodConfig
+from ..fingerprint import fingerprint
+from ..job import Job
+from ..sweep.run import Display, now
+from ..versions import versions
+from .allocate import Problem, fit_cost, uniform_cost, uniform_value, weights_of, within
+from .calibrate import PROBED, is_fixed
+from .curves import LEVELS, curves_of
+from .preset import write_preset
+from .search import Search, Target
+from .stage import KeptPool, Stage
+
+VERSION = 1
+PRESET = "tuned.yaml"
+_VERIFICATIONS = 4
+_CORRECTIONS = 3  # settings tried in a search after the first
+_CLOSE = 3  # times the slack of the search: how far beyond the target a verified result is good enough
+
+
+class TuneDisplay(Display, Protocol):
+    """Where a tuning tells how far it is: as a sweep, and by stages."""
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to tune, validated.
+
+    Args:
+        job: model, size and the method's settings that stay.
+        prompts: what heads are measured on and the target is searched on.
+        held_out: what the result is verified on.
+        seeds: of the noise; heads are measured with the first one.
+        target: what to reach.
+        steps: indices of the steps that are measured; None: three of the sparse ones.
+        probe: "heads", "layers" or "none", see `svg.tune.calibrate`.
+        rounds: settings of each family that are tried on videos in one search.
+        control: whether held-out videos get a control.
+
+    Raises:
+        ValueError: prompts missing or in both sets, a step out of range, or nothing that could be sparse.
+    """
+
+    job: Job
+    prompts: list[str]
+    held_out: list[str]
+    seeds: list[int]
+    target: Target
+    steps: list[int] | None
+    probe: str
+    rounds: int
+    control: bool
+
+    def __post_init__(self):
+        config, total = self.job.config, self.job.request.steps
+        for name, prompts in (("prompt", self.prompts), ("held-out", self.held_out)):
+            if not prompts or len(set(prompts)) < len(prompts):
+                raise ValueError(f"--{name} must give at least one prompt, and none twice, got {prompts}")
+        both = set(self.prompts) & set(self.held_out)
+        if both:
+            raise ValueError(
+                f"--held-out must be prompts that are not in --prompt, got {', '.join(sorted(both))} in both"
+            )
+        if not self.sparse_steps:
+            raise ValueError(f"warmup_steps must leave a step of {total} sparse, got {config.warmup_steps}: lower it")
+        if not set(self.measured_steps) <= set(self.sparse_steps):
+            raise ValueError(
+                f"--tune-steps must be among the sparse steps, {self.sparse_steps[0]} to {total - 1}, got {self.steps}"
+            )
+        if config.tuned_for is not None or getattr(config, config.head_field) is not None:
+            raise ValueError(
+                f"--preset must have no per-head budgets yet, got {self.job.preset}: start from an untuned one"
+            )
+
+    @property
+    def sparse_steps(self) -> list[int]:
+        """Steps in which layers may be sparse."""
+        config, total = dataclasses.replace(self.job.config, warmup_layers=0.0), self.job.request.steps
+        return [step for step in range(total) if not config.is_warmup(step, total, 0, 1)]
+
+    @property
+    def measured_steps(self) -> list[int]:
+        """Steps that are measured: those given, or one after a sixth, a half and five sixths of the sparse ones."""
+        there = self.sparse_steps
+        return (
+            self.steps if self.steps is not None else sorted({there[(2 * i + 1) * len(there) // 6] for i in range(3)})
+        )
+
+
+class Tuner:
+    """One tuning and its folder; whatever is done is journalled, and the same command goes on.
+
+    Args:
+        plan: what to tune.
+        out: the folder.
+        device: the resolved device, such as "cuda:0".
+        dtype: "bf16", "fp16" or "fp32".
+        command: what the results say they came from.
+        display: told how far it is.
+    """
+
+    def __init__(self, plan: Plan, out: Path, device: str, dtype: str, command: str, display: TuneDisplay):
+        self._plan, self._out, self._device = plan, Path(out), device
+        self._command, self._display = command, display
+        self._pool: KeptPool | None = None
+        self._config, self._on_gpu = plan.job.config, device.startswith("cuda")
+        self._levels = LEVELS[self._config.method]
+        self._place = {"mark": fingerprint(plan.job.model), "device": device.split(":")[0], "dtype": dtype}
+        self._notes: list[str] = []
+        self._trials: list[dict[str, Any]] = []
+        self._search = self._stage(self._out / "search", plan.prompts, control=False)
+        self._verify = self._stage(self._out, plan.held_out, control=plan.control)
+
+    def run(self) -> dict[str, Any]:
+        """Do it all.
+
+        Returns:
+            tune.json.
+
+        Raises:
+            ValueError, OSError: bad input, a video that cannot be generated, or a folder that cannot be written to.
+            JournalError: the folder is in use, or of another version.
+        """
+        try:
+            found = self._calibrations()
+            problem = self._problem(found)
+            tuned, uniform = self._families(problem)
+            start = uniform_cost(problem, getattr(self._config, self._config.budget_field))
+            best = {family.name: self._verified(family, start) for family in (tuned, uniform)}
+            equal = self._at_equal_cost(uniform, best["tuned"])
+        finally:
+            if self._pool is not None:
+                self._pool.end()
+        result = self._result(found, problem, best, equal)
+        write_json(self._out / "tune.json", result)
+        for folder in (self._out / "search", self._out):
+            build_page(folder)
+        return result
+
+    def _calibrations(self) -> list[dict[str, Any]]:
+        """What heads lose on every prompt, measured or read from the journal."""
+        journal, plan, found = Journal(self._out / "curves", VERSION), self._plan, []
+        with journal.locked():
+            records, notes = journal.read()
+            self._notes += notes
+            options = {"levels": self._levels, "steps": plan.measured_steps, "probe": plan.probe}
+            cells = [cell for cell in self._search.dense if cell.generation["seed"] == plan.seeds[0]]
+            for number, cell in enumerate(cells, 1):
+                name = _digest({**options, "cell": cell.id, "method": self._config.to_dict()})
+                if name not in records:
+                    self._display.stage(f"measuring heads on prompt {number} of {len(cells)}")
+                    record = to_json(self._worker().calibrate(cell, self._config, **options))
+                    journal.write(name, record, [])
+                    records[name] = record
+                found.append(records[name])
+        return found
+
+    def _problem(self, found: list[dict[str, Any]]) -> Problem:
+        rows, effects, dense = ([x for one in found for x in one[key]] for key in ("rows", "effects", "dense_seconds"))
+        num_layers = found[0]["num_layers"]
+        curves = curves_of(rows, self._levels, num_layers)
+        cost, notes = fit_cost(rows, dense, self._on_gpu)
+        self._notes += notes
+        free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
+        return Problem(curves, weights_of(curves, effects, PROBED[self._config.method]), cost, free)
+
+    def _families(self, problem: Problem) -> tuple[_Family, _Family]:
+        """Per-head budgets and one budget for all, both by what they cost as a share of dense attention."""
+        config = self._config
+
+        def tuned(cost: float) -> MethodConfig:
+            return dataclasses.replace(config, **{config.head_field: within(problem, cost).table()})
+
+        def uniform(cost: float) -> MethodConfig:
+            return dataclasses.replace(config, **{config.budget_field: round(uniform_value(problem, cost), 4)})
+
+        cheapest = uniform_cost(problem, self._levels[0])
+        return _Family("tuned", tuned, (within(problem, 0.0).cost, 1.0)), _Family("uniform", uniform, (cheapest, 1.0))
+
+    def _verified(self, family: _Family, start: float) -> dict[str, Any]:
+        """The best setting of a family that reaches the target on held-out videos; "met" tells whether one does."""
+        target, plan = self._plan.target, self._plan
+        aim, best, tried = target, None, {}
+        search = Search(lambda spent: self._try(self._search, family, spent)["value"], *family.bounds)
+        for attempt in range(_VERIFICATIONS):
+            self._display.stage(f"searching {family.name} budgets for {_words(aim)}")
+            spent = search.find(aim, start, plan.rounds if attempt == 0 else _CORRECTIONS)
+            if spent is None or spent in tried:
+                break
+            self._display.stage(f"verifying {family.name} {spent:.4g} on {len(plan.held_out)} held-out prompts")
+            tried[spent] = self._try(self._verify, family, spent)
+            margin = target.margin(tried[spent]["value"])
+            if margin >= 0 and (best is None or (spent < best) == target.rises):
+                best = spent
+            if 0 <= margin <= _CLOSE * target.slack:
+                break
+            # What these videos lack is asked of the others on top, and what they have too much is taken off.
+            aim = target.moved(search.known[spent] + target.value - tried[spent]["value"] + target.sign * target.slack)
+        shown = best if best is not None else next(reversed(tried), None)
+        return {**tried.get(shown, {"family": family.name}), "met": best is not None}
+
+    def _try(self, stage: Stage, family: _Family, spent: float) -> dict[str, Any]:
+        """One setting on a stage's videos: what it reaches and costs."""
+        config = family.config(spent)
+        budget = f"{config.budget_field}={getattr(config, config.budget_field):g}"
+        label = f"{config.method} " + (f"tuned {spent:.4f}" if config.head_budgets(0) else f"uniform {budget}")
+        cells, dense = stage.try_out(config, label)
+        trial = {
+            "family": family.name,
+            "label": label,
+            "videos": "held-out" if stage is self._verify else "search",
+            "spent": spent,
+            "value": self._plan.target.of(cells, dense, self._on_gpu),
+            "density": _mean([cell["density"]["all_calls"] for cell in cells]),
+            "attention_seconds": _mean([cell["seconds"]["attention"] for cell in cells]),
+            "dense_attention_seconds": _mean([cell["seconds"]["attention"] for cell in dense]),
+            "psnr": _mean([float(cell["quality"]["psnr"]["mean"]) for cell in cells]),
+            "lpips": _mean([cell["quality"]["lpips"]["mean"] for cell in cells]),
+            "config": config.to_dict(),
+        }
+        self._trials.append({key: value for key, value in trial.items() if key != "config"})
+        return trial
+
+    def _at_equal_cost(self, uniform: _Family, tuned: dict[str, Any]) -> dict[str, Any] | None:
+        """One value for all heads that costs what the tuned budgets cost, on the same videos."""
+        if "spent" not in tuned:
+            return None
+        self._display.stage("trying one budget for all heads at equal cost")
+        wanted = tuned["spent"]
+        for _ in range(2):
+            there = self._try(self._verify, uniform, wanted)
+            ratio = self._cost(tuned) / self._cost(there)
+            if abs(ratio - 1) < 0.02:
+                break
+            wanted = min(wanted * ratio, 1.0)  # curves are of other videos, and of dense ones
+        return there
+
+    def _cost(self, trial: dict[str, Any]) -> float:
+        return trial["attention_seconds"] if self._on_gpu else trial["density"]
+
+    def _result(
+        self, found: list[dict[str, Any]], problem: Problem, best: dict[str, Any], equal: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        tuned, uniform = best["tuned"], best["uniform"]
+        winner = self._winner(tuned, uniform)
+        tokens, device = tuple(found[0]["tokens"]), found[0]["device"]
+        preset = None
+        if winner is not None:
+            preset = write_preset(
+                self._out / PRESET, self._plan.job, winner["config"], tokens, device, self._source(winner)
+            )
+        curves = problem.curves
+        return {
+            "format": "svg-tune",
+            "version": VERSION,
+            "state": "missed" if winner is None else "finished",
+            "command": self._command,
+            "updated": now(),
+            "versions": versions(),
+            "target": dataclasses.asdict(self._plan.target),
+            "method": self._config.to_dict(),
+            "model": {"name": self._plan.job.model, "fingerprint": self._place["mark"]},
+            "tokens": tokens,
+            "device": device,
+            "prompts": {"search": self._plan.prompts, "held-out": self._plan.held_out},
+            "measured_steps": self._plan.measured_steps,
+            "cost": dataclasses.asdict(problem.cost),
+            "levels": curves.levels,
+            "density": curves.density.tolist(),
+            "error": curves.error.tolist(),
+            "weight": problem.weight.tolist(),
+            "tuned": tuned,
+            "uniform": uniform,
+            "uniform_at_equal_cost": equal,
+            "saved": 1 - self._cost(tuned) / self._cost(uniform) if tuned["met"] and uniform["met"] else None,
+            "winner": winner and winner["family"],
+            "preset": preset and preset.name,
+            "trials": self._trials,
+            "notes": self._notes,
+        }
+
+    def _winner(self, tuned: dict[str, Any], uniform: dict[str, Any]) -> dict[str, Any] | None:
+        met = [one for one in (tuned, uniform) if one["met"]]
+        if not met:
+            self._notes.append(
+                "the target was not reached on the held-out videos: no preset was written; try more --rounds"
+            )
+            return None
+        rises = self._plan.target.rises
+        # A speed-up asks for the best video, a quality for the least cost.
+        best = min(met, key=self._cost) if rises else max(met, key=lambda one: one["psnr"])
+        if best is uniform:
+            lost = "cost more than" if tuned["met"] else "missed the target and lost to"
+            self._notes.append(f"per-head budgets {lost} one budget for all heads here: the preset holds the latter")
+        return best
+
+    def _source(self, winner: dict[str, Any]) -> str:
+        return (
+            f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on {len(self._plan.held_out)} "
+            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets. {self._command}"
+        )
+
+    def _stage(self, out: Path, prompts: list[str], control: bool) -> Stage:
+        header = {"command": self._command, "lpips": self._plan.job.lpips}
+        common = (self._place, header, self._worker, self._display)
+        return Stage(out, self._plan.job, prompts, self._plan.seeds, control, *common)
+
+    def _worker(self) -> KeptPool:
+        if self._pool is None:
+            self._pool = KeptPool(self._device)
+        return self._pool
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Settings along one line, from little to all.
+
+    Args:
+        name: "tuned" or "uniform".
+        config: predicted cost, as a share of dense attention in the sparse steps -> config.
+        bounds: least and largest cost.
+    """
+
+    name: str
+    config: Callable[[float], MethodConfig]
+    bounds: tuple[float, float]
+
+
+def _words(target: Target) -> str:
+    over = "in every video" if target.worst else "in the mean"
+    return {
+        "min_psnr": f"PSNR >= {target.value:.4g} dB {over}",
+        "max_lpips": f"LPIPS <= {target.value:.4g} {over}",
+        "target_speedup": f"attention {target.value:.4g} times as fast {over}",
+    }[target.kind]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,141 @@
+"""The budget goes where it removes most error: against every possible choice, and against one budget for all."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from svg.tune.allocate import (
+    Cost,
+    Problem,
+    at_price,
+    fit_cost,
+    uniform_cost,
+    uniform_value,
+    weights_of,
+    within,
+)
+from svg.tune.curves import Curves
+
+LEVELS = (0.3, 0.6, 0.9, 1.0)
+BY_DENSITY = Cost(plan=0.0, per_density=1.0, dense=2.0, unit="density")
+BY_TIME = Cost(plan=0.5, per_density=0.9, dense=1.7, unit="seconds")
+
+
+def problem(rng, cost, layers=3, heads=2, free=None):
+    density = np.sort(rng.uniform(0.05, 0.95, (layers, heads, 4)), -1)
+    error = -np.sort(-rng.uniform(0.0, 1.0, (layers, heads, 4)), -1)
+    density[..., -1], error[..., -1] = 1, 0
+    curves = Curves(LEVELS, error, density, np.ones(layers, bool))
+    free = np.ones(layers, bool) if free is None else np.array(free)
+    return Problem(curves, rng.uniform(0.1, 3.0, (layers, heads)), cost, free)
+
+
+def every_choice(given):
+    """(cost, error) of all allocations, from the definition."""
+    layers, heads, levels = given.curves.error.shape
+    whole = layers * given.cost.dense
+    for choice in itertools.product(range(levels), repeat=layers * heads):
+        choice = np.array(choice).reshape(layers, heads)
+        cost = error = 0.0
+        for layer in range(layers):
+            row = choice[layer]
+            if not given.free[layer] and (row < levels - 1).any():
+                break
+            if (row == levels - 1).all():
+                cost += given.cost.dense
+                continue
+            cost += given.cost.plan + given.cost.per_density * sum(
+                given.curves.density[layer, head, row[head]] for head in range(heads)
+            )
+            error += sum(
+                given.weight[layer, head] * given.curves.error[layer, head, row[head]] for head in range(heads)
+            )
+        else:
+            yield cost / whole, error
+
+
+@pytest.mark.parametrize("cost", [BY_DENSITY, BY_TIME])
+@pytest.mark.parametrize("price", [1e-3, 0.1, 0.5, 1.0, 3.0, 100.0])
+def test_no_choice_of_the_same_cost_has_less_error(cost, price):
+    given = problem(np.random.default_rng(int(price * 1000)), cost, free=[True, True, False])
+    found = at_price(given, price)
+    best = min(error for spent, error in every_choice(given) if spent <= found.cost + 1e-9)
+    assert found.error == pytest.approx(best, abs=1e-9)
+    assert (found.choice[2] == 3).all()  # a layer that must stay dense
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.65, 0.8, 0.95])
+def test_within_a_budget(budget):
+    """On the hull the optimum; between its corners what is left is spent, and never more than there is."""
+    given = problem(np.random.default_rng(7), BY_DENSITY)
+    found, choices = within(given, budget), list(every_choice(given))
+    assert found.cost <= budget
+    assert found.error <= min(at_price(given, price).error for price in np.geomspace(1e-4, 1e3, 200)
+                              if at_price(given, price).cost <= budget) + 1e-12  # fmt: skip
+    best = min(error for spent, error in choices if spent <= budget)
+    assert best - 1e-9 <= found.error <= best + 0.35 * given.error.max()
+    table = np.array(found.table())
+    assert table.shape == (3, 2) and set(table.flatten()) <= set(LEVELS)
+
+
+def test_equal_steps_and_falling_returns_are_solved_exactly():
+    """Where every step costs the same and gains fall, greedy is optimal: so must the result be, at every budget."""
+    rng = np.random.default_rng(3)
+    gains = -np.sort(-rng.uniform(0.01, 1, (3, 2, 3)), -1)
+    error = np.concatenate([gains[..., ::-1].cumsum(-1)[..., ::-1], np.zeros((3, 2, 1))], -1)
+    density = np.broadcast_to(np.array([0.25, 0.5, 0.75, 1.0]), error.shape)
+    given = Problem(Curves(LEVELS, error, density, np.ones(3, bool)), np.ones((3, 2)), BY_DENSITY, np.ones(3, bool))
+    choices = list(every_choice(given))
+    for steps in range(19):
+        budget = 0.25 + steps / 24 + 1e-6
+        assert within(given, budget).error == pytest.approx(min(e for c, e in choices if c <= budget), abs=1e-9)
+
+
+def test_bounds():
+    given = problem(np.random.default_rng(1), BY_TIME)
+    assert within(given, 1.0).error == 0
+    least = min(spent for spent, _ in every_choice(given))
+    assert within(given, 0.0).cost == pytest.approx(least)
+    costly = Cost(plan=5.0, per_density=0.9, dense=1.7, unit="seconds")  # planning alone costs more than dense
+    assert within(problem(np.random.default_rng(1), costly), 0.0).error == 0
+
+
+def test_never_worse_than_one_budget_for_all():
+    for seed in range(5):
+        given = problem(np.random.default_rng(seed), BY_DENSITY, layers=5, heads=4)
+        for index, level in enumerate(LEVELS[:-1]):
+            cost, error = given.total(np.full((5, 4), index))
+            assert uniform_cost(given, level) == pytest.approx(cost, abs=1e-6)
+            assert uniform_cost(given, uniform_value(given, cost)) == pytest.approx(cost, abs=1e-6)
+            assert within(given, cost).error <= error + 1e-12
+
+
+def rows(plan, per_density, noise=0.0):
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        density = [[share, share + 0.1] for share in (0.1, 0.3, 0.6)]
+        seconds = [plan + per_density * sum(row) + noise * rng.random() for row in density]
+        yield {"density": density, "error": [[0, 0]] * 3, "seconds": seconds}
+
+
+def test_cost_from_times():
+    cost, notes = fit_cost(list(rows(0.002, 0.01)), [0.03, 0.03, 9.0], on_gpu=True)
+    assert (cost.plan, cost.per_density) == pytest.approx((0.002, 0.01)) and cost.unit == "seconds"
+    assert cost.dense == 0.03 and not notes  # an outlier does no harm
+    cost, notes = fit_cost(list(rows(0.002, -0.01)), [0.03], on_gpu=True)
+    assert cost == Cost(0.0, 1.0, 2.0, "density") and "too short to fit" in notes[0]
+    cost, notes = fit_cost(list(rows(0.002, 0.01)), [0.03], on_gpu=False)
+    assert cost.unit == "density" and "on a CPU" in notes[0]
+
+
+def test_weights_are_effect_for_each_unit_of_error():
+    error = np.zeros((2, 2, 3))
+    error[:, :, 1] = [[0.1, 0.4], [0.2, 0.0]]
+    curves = Curves((0.3, 0.6, 1.0), error, np.ones((2, 2, 3)), np.ones(2, bool))
+    assert (weights_of(curves, [], None) == 1).all()
+    effects = [{"layer": 0, "heads": [0, 1], "effect": e} for e in (0.5, 1.5)] + [{"layer": 1, "heads": [0, 1], "effect": 3.0}]
+    assert weights_of(curves, effects, 0.6) == pytest.approx(np.array([[2.0, 2.0], [15.0, 15.0]]))
+    alone = [{"layer": layer, "heads": [head], "effect": 0.1} for layer in (0, 1) for head in (0, 1)]
+    # The head without an error of its own gets the others' mean.
+    assert weights_of(curves, alone, 0.6) == pytest.approx(np.array([[1.0, 0.25], [0.5, (1 + 0.25 + 0.5) / 3]]))

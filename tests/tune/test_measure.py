@@ -1,0 +1,140 @@
+"""What is measured: heads against their definition, single layers and heads in a real forward, and what tuning gains."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from svg.attend import attend
+from svg.config import SVG1Config, SVG2Config
+from svg.layout import TokenLayout
+from svg.methods.dense import dense_attention, key_mask
+from svg.pipelines import GenerationRequest, accelerate, generate, load_pipeline, restore
+from svg.record import RecordedCall
+from svg.state import RunState
+from svg.tune.allocate import Cost, Problem, uniform_cost, within
+from svg.tune.calibrate import calibrate
+from svg.tune.curves import curves_of, measure_call
+
+LAYOUT = TokenLayout(4, 6, 8)
+SVG1 = SVG1Config(block_size=8, sample_rows=192)  # every row: kinds are the same in every call
+SVG2 = SVG2Config(num_q_clusters=6, num_k_clusters=16, first_iterations=4, min_k_ratio=0.0)
+LEVELS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 1.0)
+
+
+def heads(layer, count=4, dim=16):
+    """q, k, v [1, H, S, D] of heads from diffuse to sharp, over features that vary slowly in space and time."""
+    generator = torch.Generator().manual_seed(layer)
+    t, y, x = torch.meshgrid(*(torch.linspace(0, 3, n) for n in (4, 6, 8)), indexing="ij")
+    waves = torch.stack([f(a * p.flatten()) for p in (t, y, x) for a in (1.0, 2.0) for f in (torch.sin, torch.cos)], -1)
+    q, k, v = (waves @ torch.randn(count, waves.shape[1], dim, generator=generator) for _ in range(3))
+    sharp = torch.linspace(0.3, 2.0, count)[:, None, None]
+    return (q * sharp)[None], k[None], v[None]
+
+
+def call(layer, num_layers=3, layout=LAYOUT):
+    return RecordedCall(
+        name="", step=1, num_steps=4, layer=layer, num_layers=num_layers, branch="cond", transformer="transformer", layout=layout
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [SVG1, SVG2], ids=["svg1", "svg2"])
+def test_a_call_against_its_definition(config):
+    """Text with padding; a level is measured from clusters that one call has made."""
+    layout = TokenLayout(3, 4, 6, 4, "last")
+    q, k, v = (torch.randn(2, 3, layout.total_tokens, 16) for _ in range(3))
+    mask = torch.arange(4) < torch.tensor([[1], [3]])
+    row = measure_call(call(0, layout=layout), q, k, v, mask, config, LEVELS)
+    assert (row["layer"], row["branch"], row["transformer"]) == (0, "cond", "transformer")
+    exact = dense_attention(q, k, v, key_mask(layout, mask))
+    for index, level in enumerate(LEVELS[:-1]):
+        state = RunState(dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0), 3)
+        state.begin_forward(1, 4, "cond", layout)
+        inputs = [x.transpose(1, 2) for x in (q, k, v)]
+        attend(*inputs, state, 0, mask)
+        state.config = dataclasses.replace(state.config, **{config.budget_field: level})
+        out = attend(*inputs, state, 0, mask).transpose(1, 2)
+        lost = (out - exact).square().sum((0, 2, 3)) / exact.square().sum()
+        assert row["error"][index] == pytest.approx(lost.tolist(), rel=1e-3, abs=1e-9)
+        assert row["density"][index] == pytest.approx(state.records[-1].density.mean(0).tolist())
+    assert np.diff(np.array(row["density"]), axis=0).min() >= 0 and len(row["seconds"]) == len(LEVELS) - 1
+    assert np.array(row["error"])[-1].sum() < np.array(row["error"])[0].sum()
+
+
+def losses(config, layers):
+    """Squared error of each layer's output as a share of it, and mean density, when run as configured."""
+    state = RunState(dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0), len(layers))
+    state.begin_forward(1, 4, "cond", LAYOUT)
+    lost = []
+    for _ in range(2):  # the second call starts from clusters, as measured
+        lost, state.records = [], []
+        for layer, (q, k, v) in enumerate(layers):
+            out = attend(*(x.transpose(1, 2) for x in (q, k, v)), state, layer).transpose(1, 2)
+            exact = dense_attention(q, k, v)
+            lost.append(((out - exact).square().sum() / exact.square().sum()).item())
+    return sum(lost), torch.stack([record.density.mean() for record in state.records]).mean().item()
+
+
+@pytest.mark.parametrize("config", [SVG1, SVG2], ids=["svg1", "svg2"])
+def test_tuned_budgets_beat_one_for_all(config):
+    """At no more density, on the tensors that were measured, executed for real."""
+    layers = [heads(layer) for layer in range(3)]
+    rows = [measure_call(call(layer), *tensors, None, config, LEVELS) for layer, tensors in enumerate(layers)]
+    curves = curves_of(rows, LEVELS, 3)
+    problem = Problem(curves, np.ones((3, 4)), Cost(0.0, 1.0, 4.0, "density"), curves.measured)
+    gained = []
+    for value in (0.4, 0.6, 0.8):
+        uniform, spent = losses(dataclasses.replace(config, **{config.budget_field: value}), layers)
+        found = within(problem, uniform_cost(problem, value))
+        tuned, density = losses(dataclasses.replace(config, **{config.head_field: found.table()}), layers)
+        assert density <= spent + 0.01 and tuned < uniform
+        gained.append(1 - tuned / uniform)
+    assert max(gained) > 0.2
+
+
+REQUEST = GenerationRequest(prompt="a red ball", height=32, width=48, num_frames=9, steps=3)
+
+
+@pytest.mark.parametrize("probe", ["heads", "layers"])
+def test_calibration_of_a_pipeline(model, probe):
+    """Effects of step 0 are the distances of real sparse runs' first predictions: their inputs are the same there."""
+    config = SVG2Config(num_q_clusters=3, num_k_clusters=6, first_iterations=2, min_k_ratio=0.0, warmup_layers=0.3)
+    pipe = load_pipeline(model, device="cpu")
+    before = list(pipe.transformer.attn_processors.values())
+    plain = generate(pipe, REQUEST).frames
+    seen = []
+    found = calibrate(pipe, REQUEST, config, (0.6, 1.0), [0, 2], probe, seen.append)
+    assert len(seen) == 3 and list(pipe.transformer.attn_processors.values()) == before
+    assert not pipe.transformer._forward_hooks
+    assert (found["num_layers"], found["heads"], found["tokens"], found["device"]) == (3, 2, [3, 2, 3], "cpu")
+    # Layer 0 is warm-up. Steps, branches, layers 1 and 2.
+    assert [(r["step"], r["branch"], r["layer"]) for r in found["rows"][:4]] == [
+        (0, "cond", 1), (0, "cond", 2), (0, "uncond", 1), (0, "uncond", 2),
+    ]  # fmt: skip
+    assert len(found["rows"]) == 8 and len(found["effects"]) == (16 if probe == "heads" else 8)
+    assert len(found["dense_seconds"]) == 3 * 2 * 3
+    expected = predictions(pipe, None)
+    for effect in (e for e in found["effects"] if e["step"] == 0):
+        table = [[1.0, 1.0] for _ in range(3)]
+        for head in effect["heads"]:
+            table[effect["layer"]][head] = 0.6
+        changed = predictions(pipe, dataclasses.replace(config, head_top_p=table, warmup_steps=0.0, warmup_layers=0.0))
+        branch = ("cond", "uncond").index(effect["branch"])
+        distance = (changed[branch] - expected[branch]).square().sum() / expected[branch].square().sum()
+        assert effect["effect"] == pytest.approx(distance.item(), rel=0.02) and effect["effect"] > 0
+    assert np.array_equal(generate(pipe, REQUEST).frames, plain)
+
+
+def predictions(pipe, config):
+    """The first step's predictions, cond and uncond, plain or accelerated."""
+    seen = []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0].clone()))
+    try:
+        if config is not None:
+            accelerate(pipe, config)
+        generate(pipe, REQUEST)
+    finally:
+        handle.remove()
+        restore(pipe)
+    return seen[:2]

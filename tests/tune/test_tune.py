@@ -1,0 +1,171 @@
+"""`svg tune` from end to end on a tiny model: results, preset, resumption, bad input."""
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from sweep_support import start
+
+from svg.cli import main
+from svg.config import SVG2Config
+from svg.configs import load_preset
+
+TIMED = ("attention_seconds", "dense_attention_seconds", "updated", "command")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(arguments, tmp_path_factory):
+    """Folder of a tuning that nothing disturbed, and its arguments but --out."""
+    folder = tmp_path_factory.mktemp("tune") / "out"
+    arguments = ["--min-psnr", "40", *arguments]
+    assert main(["tune", *arguments, "--out", str(folder)]) == 0
+    return folder, arguments
+
+
+def summary(out):
+    return json.loads(Path(out, "tune.json").read_text())
+
+
+def untimed(value):
+    if isinstance(value, dict):
+        return {key: untimed(item) for key, item in value.items() if key not in TIMED}
+    return [untimed(item) for item in value] if isinstance(value, list) else value
+
+
+def test_results(undisturbed):
+    out, _ = undisturbed
+    found = summary(out)
+    assert found["state"] == "finished" and found["target"] == {"kind": "min_psnr", "value": 40.0, "worst": False}
+    assert found["tuned"]["met"] and found["tuned"]["value"] >= 40 and found["uniform"]["met"]
+    assert found["cost"]["unit"] == "density" and found["device"] == "cpu" and found["tokens"] == [3, 2, 3]
+    saved = 1 - found["tuned"]["density"] / found["uniform"]["density"]
+    assert found["saved"] == pytest.approx(saved)
+    equal = found["uniform_at_equal_cost"]
+    assert equal["videos"] == "held-out" and equal["density"] == pytest.approx(found["tuned"]["density"], abs=0.08)
+    prompts = {cell["generation"]["prompt"] for cell in json.loads(Path(out, "sweep.json").read_text())["cells"]}
+    assert prompts == {"a blue box moves up"}
+    prompts = {cell["generation"]["prompt"] for cell in json.loads(Path(out, "search/sweep.json").read_text())["cells"]}
+    assert prompts == {"a red ball moves right"}
+    assert Path(out, "report.html").is_file() and Path(out, "search/report.html").is_file()
+
+
+def test_preset_is_bound(undisturbed, here, model, capsys):
+    out, _ = undisturbed
+    found, path = summary(out), out / "tuned.yaml"
+    preset = load_preset(path)
+    config = preset.config("svg2")
+    winner = found[found["winner"]]["config"]
+    assert config.to_dict()["head_top_p"] == (winner["head_top_p"] and tuple(map(tuple, winner["head_top_p"])))
+    assert isinstance(config, SVG2Config) and config.tuned_for.tokens == (3, 2, 3) and config.tuned_for.device == "cpu"
+    assert preset.generation.frames == 9 and preset.model == str(model) and "svg tune" in preset.source
+    run = ["generate", "a red ball", "--preset", str(path), "--lpips", "none", "--no-control", "--device", "cpu"]
+    assert main([*run, "--out", "a"]) == 0
+    report = json.loads(Path("a/report.json").read_text())
+    assert report["method"]["head_top_p"] == winner["head_top_p"]
+    # The report's own command gives the same settings again.
+    assert "--preset" in report["command"] and "--set head_top_p" not in report["command"]
+    capsys.readouterr()
+    assert main([*run, "--out", "b", "--frames", "13"]) == 2
+    assert "token grid they were tuned for, 3x2x3, got 4x2x3" in capsys.readouterr().err
+    content = yaml.safe_load(path.read_text())
+    content["svg2"]["tuned_for"]["device"] = "NVIDIA H100"
+    Path("gpu.yaml").write_text(yaml.safe_dump(content))
+    other = [*run[:3], "gpu.yaml", *run[4:]]
+    assert main([*other, "--out", "b"]) == 2
+    assert "device they were tuned for, NVIDIA H100, got cpu: run `svg tune`" in capsys.readouterr().err
+    content["svg2"]["tuned_for"]["fingerprint"] = "0" * 16
+    Path("gpu.yaml").write_text(yaml.safe_dump(content))
+    assert main([*other, "--out", "b"]) == 2
+    assert "weights they were tuned for" in capsys.readouterr().err and not Path("b").exists()
+    assert main([*other, "--out", "b", "--set", "tuned_for=null"]) == 0  # the way out that the errors name
+
+
+def journals(out):
+    """Inode and time of every entry: what ran again would have others."""
+    return {
+        path.relative_to(out): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in Path(out).rglob("journal/*.json")
+        if path.name != "format.json"
+    }
+
+
+def test_killed_at_random_moments(undisturbed, here):
+    folder, arguments = undisturbed
+    kills, before = [], {}
+    while len(kills) < 3:
+        child = start([*arguments, "--out", "out"], command="tune")
+        while not Path("out/curves").exists():
+            time.sleep(0.01)
+        kills.append(random.Random().uniform(0.2, 2.5))
+        child.join(kills[-1])
+        child.kill()
+        child.join()
+        if child.exitcode == 0:
+            break  # done before it could be killed
+        assert child.exitcode == -signal.SIGKILL
+        assert before.items() <= journals("out").items()
+        before = journals("out")
+    assert main(["tune", *arguments, "--out", "out"]) == 0
+    assert before.items() <= journals("out").items()
+    assert untimed(summary("out")) == untimed(summary(folder)), kills
+    assert len(journals("out")) == len(journals(folder))
+    before = journals("out")
+    assert main(["tune", *arguments, "--out", "out"]) == 0  # nothing left to do
+    assert journals("out") == before
+
+
+def test_a_speed_up_and_svg1(arguments, here, capsys):
+    keep = [word for word in arguments if not word.startswith(("num_", "min_k", "first_"))]
+    keep = [word for word in keep if word != "--set"]
+    options = ["--method", "svg1", "--set", "block_size=4", "--no-control", "--probe", "none", "--seeds", "0,1"]
+    assert main(["tune", "--target-speedup", "1.1", *keep, *options, "--out", "out"]) == 0
+    found = summary("out")
+    assert found["tuned"]["value"] >= 1.1 and found["tuned"]["value"] == pytest.approx(1 / found["tuned"]["density"], rel=0.02)
+    assert (found["weight"][0][0], found["method"]["method"]) == (1.0, "svg1")
+    assert load_preset("out/tuned.yaml").config("svg1").tuned_for is not None
+    assert "2 held-out" not in capsys.readouterr().out
+    assert main(["tune", "--target-speedup", "50", *keep, *options, "--out", "out"]) == 1
+    assert summary("out")["state"] == "missed" and summary("out")["preset"] is None
+    assert "target was not reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "one of --min-psnr, --max-lpips, --target-speedup must be given, got 0"),
+        (["--min-psnr", "30", "--max-lpips", "0.1"], "must be given, got 2"),
+        (["--min-psnr", "-3"], "--min-psnr must be a finite number > 0, got -3"),
+        (["--max-lpips", "0.1"], "--max-lpips needs a network: --lpips alex or vgg, got none"),
+        (["--min-psnr", "30", "--held-out", "a red ball moves right"], "in both"),
+        (["--min-psnr", "30", "--prompt", "a red ball moves right"], "none twice"),
+        (["--min-psnr", "30", "--tune-steps", "0"], "--tune-steps must be among the sparse steps, 1 to 2, got [0]"),
+        (["--min-psnr", "30", "--set", "warmup_steps=1.0"], "warmup_steps must leave a step of 3 sparse, got 1.0"),
+        (["--min-psnr", "30", "--set", "topp=3"], "unknown key 'topp'"),
+        (["--min-psnr", "30", "--method", "dense"], "Invalid value for '--method'"),
+        (["--min-psnr", "30", "--set", "head_top_p=[[1]]"], "must have no per-head budgets yet"),
+    ],
+)
+def test_bad_input(arguments, here, capsys, extra, message):
+    assert main(["tune", *arguments, *extra, "--out", "out"]) == 2
+    assert message in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_prompts_are_needed_for_other_models(unprompted, here, capsys):
+    assert main(["tune", "--min-psnr", "30", *unprompted]) == 2
+    assert "--prompt must give at least one prompt" in capsys.readouterr().err
+
+
+def test_a_sweep_in_the_same_folder_is_refused(arguments, here, capsys):
+    Path("out/curves/journal").mkdir(parents=True)
+    Path("out/curves/journal/format.json").write_text('{"format": "svg-sweep-journal", "version": 99}')
+    assert main(["tune", "--min-psnr", "30", *arguments, "--out", "out"]) == 2
+    assert "must have version 1, got 99" in capsys.readouterr().err
