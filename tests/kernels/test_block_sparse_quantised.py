@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from svg.kernels import (
@@ -149,3 +151,56 @@ def test_limits_of_the_kernel_are_named(monkeypatch):
     monkeypatch.setattr(target, "arch", lambda device: 80)
     with pytest.raises(NotImplementedError, match="FP8 needs compute capability 8.9"):
         block_sparse_attention_quantised(q, k, v, *maps, **plan)
+
+
+def stepped():
+    """Blocks of 64 keys at different heights, and queries that all look up; one map a head, tails of 61 queries."""
+    height = torch.tensor([3.0, 5, 2, 0, 4.5, 1, 4, 6]).repeat_interleave(64)
+    q, k, v = (torch.randn(1, 189, 2, 64), torch.randn(1, 512, 2, 64), torch.rand(1, 512, 2, 64))
+    q[..., 0], k[..., 0] = 12.0, height[:, None]
+    v *= torch.exp2(6 - height)[:, None, None]  # what is left out shows
+    q, k, v = (x.bfloat16().transpose(1, 2) for x in (q, k, v))
+    block_map = torch.rand(2, 2, 8) < 0.8
+    sizes = [torch.tensor([row] * 2, dtype=torch.int32) for row in ([128, 61], [64] * 8)]
+    return (q, k, v, block_map, *sizes), {"map_index": torch.tensor([[0, 1]])}
+
+
+def skipping(arguments, limits):
+    """Attention in fp64 that leaves out P V tile by tile as the online softmax goes; and how many it left out."""
+    q, k, v, block_map, *_ = arguments
+    out, skips = torch.empty(q.shape, dtype=torch.float64), 0
+    for h in range(2):
+        for i, rows in enumerate((slice(0, 128), slice(128, 189))):
+            scores = q[0, h, rows].double() @ k[0, h].double().T / 8
+            peak, top, kept = scores[:, :0], torch.full((rows.stop - rows.start,), -torch.inf), torch.zeros(512)
+            for j in block_map[h, i].nonzero().squeeze(1):
+                peak = scores[:, 64 * j : 64 * j + 64].amax(1)
+                kept[64 * j : 64 * j + 64] = ((peak - top) / math.log(2) >= -limits[h]).any()
+                skips += 1 - kept[64 * j].item()
+                top = torch.maximum(top, peak)
+            p = scores.masked_fill(~block_map[h, i].repeat_interleave(64), -torch.inf).softmax(-1)
+            out[0, h, rows] = p * kept @ v[0, h].double()
+    return out, skips
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_pv_threshold_skips_tiles_far_below_the_maximum(precision):
+    arguments, plan = stepped()
+    limits = torch.tensor([0.0, 2.0])
+    out, lse = block_sparse_attention_quantised(
+        *arguments, **plan, precision=precision, pv_threshold=limits, return_lse=True
+    )
+    expected, skips = skipping(arguments, limits.tolist())
+    full, full_lse = block_sparse_attention_quantised(*arguments, **plan, precision=precision, return_lse=True)
+    assert skips > 4
+    close, far = ((x.double() - expected).norm() / expected.norm() for x in (out, full))
+    assert close < 0.02 < 0.05 < far
+    torch.testing.assert_close(lse, full_lse, rtol=1e-5, atol=1e-5)  # sums and maxima count what is skipped
+
+
+def test_pv_threshold_that_is_never_reached_changes_nothing():
+    arguments, plan = stepped()
+    never = block_sparse_attention_quantised(*arguments, **plan, pv_threshold=torch.full((2,), torch.inf))
+    torch.testing.assert_close(never, block_sparse_attention_quantised(*arguments, **plan), rtol=0, atol=1e-2)
+    with pytest.raises(ValueError, match=r"pv_threshold must be fp32 \[H\] = \[2\], got torch.float32 \(3,\)"):
+        block_sparse_attention_quantised(*arguments, **plan, pv_threshold=torch.ones(3))

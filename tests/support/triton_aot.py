@@ -76,6 +76,8 @@ def run_operations(arch):
         if fp8 or precision == "int8-fp16":
             yield f"quantised {precision} D={D}", lambda p=precision, D=D: quantised(p, D)
             yield f"sparse quantised {precision} D={D}", lambda p=precision, D=D: sparse_quantised(p, D)
+    best = "int8-fp8" if fp8 else "int8-fp16"
+    yield f"sparse quantised {best} D=128 pv", lambda: sparse_quantised(best, 128, pv_threshold=torch.zeros(2))
     if fp8:
         yield "quantised fp8 acc16 D=64", lambda: quantised("int8-fp8-acc16", 64)
         yield "quantised fp8 acc16 D=128", lambda: quantised("int8-fp8-acc16", 128)
@@ -119,13 +121,13 @@ def attention_launched(row):
     LAUNCH[90][2, 128] = kept
 
 
-def sparse_quantised(precision, D):
+def sparse_quantised(precision, D, **options):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     sizes, index = torch.full((2, 4), 64, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     order = torch.zeros(1, 2, 256, dtype=torch.int32)
     block_sparse_attention_quantised(
         q, q, q, torch.ones(2, 4, 4, dtype=torch.bool), sizes, sizes, map_index=index, q_permutation=order,
-        k_permutation=order, precision=precision, return_lse=True,
+        k_permutation=order, precision=precision, return_lse=True, **options,
     )  # fmt: skip
 
 
@@ -197,7 +199,7 @@ def describe(binary):
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
         "stale": re.findall(r"F2FP\S*MERGE_C R\d+, RZ, RZ, R\d+", assembly),
-        "instructions": sorted(set(re.findall(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b", assembly))),
+        "instructions": sorted(set(re.findall(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b", assembly))),
     }
 
 
