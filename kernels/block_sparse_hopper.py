@@ -26,7 +26,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row) -> bool:
         row: a `block_sparse.Launch`.
     """
     return (
-        LOADABLE and q.is_cuda and target.arch(q.device) == 90 and q.element_size() == 2
+        LOADABLE and target.arch(q.device) == 90 and q.element_size() == 2
         and (row.block_m, row.block_n) == (QUERY_ROWS, TILE_KEYS) and q.shape[-1] <= 128
         and all(x.is_contiguous() and target.fits_descriptor(x) for x in (k, v))
     )  # fmt: skip
@@ -47,7 +47,7 @@ def launch(q, k, v, out, lse, permutation, map_index, lists, Cq, scale_log2, sta
         TensorDescriptor.from_tensor(x.view(-1, D), [TILE_KEYS, 64], layout) for x in (k, v, *means)
     )
     strides = (0, 0, 0) if permutation is None else permutation.stride()
-    attention_kernel[(min(programs, target.sm_count(q.device)),)](
+    _hopper_attention_kernel[(min(programs, target.sm_count(q.device)),)](
         k_desc, v_desc, k_tail, v_tail, q, out, lse, bias, permutation, map_index.contiguous(), q_tiles, q_counts, key_tiles,
         key_counts, scale_log2, programs, H, S, k.shape[2], Cq, q_tiles.shape[1], key_tiles.shape[2],
         0 if tail is None else bias.shape[2], *q.stride()[:3], *out.stride()[:3], *strides,
@@ -187,7 +187,6 @@ if LOADABLE:
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
         l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
-        c0 = gl.where(total > 0, 0, 128)  # the first stage is the tail's where nothing is selected
         if HAS_TAIL or total > 0:
             s = _scores(q, k_stages, k_ready, n, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=[s])
@@ -216,7 +215,8 @@ if LOADABLE:
                 )  # fmt: skip
                 n += 1
             if HAS_TAIL:
-                for c in range(c0, C, 128):
+                # where nothing is selected, the first stage was the tail's
+                for c in range(gl.where(total > 0, 0, 128), C, 128):
                     p, acc, m_i, l_i = _step(
                         q, p, acc, m_i, l_i, c, tiles, total, bias, C, n, k_stages, v_stages, barriers, scale_log2,
                         "tail", STAGES, s_layout, p_layout,
@@ -227,6 +227,16 @@ if LOADABLE:
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index((n - 1) % STAGES), count=1)
         return acc, m_i, l_i, n
+
+    @gluon.jit
+    def _tokens(tile, HALF: gl.constexpr, order, stride, HAS_PERMUTATION: gl.constexpr, rows_layout: gl.constexpr):
+        """Original indices of a consumer's rows, and which rows there are."""
+        offs_m = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
+        token = (gl.load(tile + 1) + offs_m).to(gl.int64)
+        inside = offs_m < gl.load(tile + 2)
+        if HAS_PERMUTATION:
+            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
+        return token, inside
 
     @gluon.jit
     def _consume(
@@ -255,11 +265,8 @@ if LOADABLE:
                 b = (bh // H).to(gl.int64)
                 h = (bh % H).to(gl.int64)
                 tile = q_tiles + (m * query_width + entry) * 3
-                offs_m = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
-                token = (gl.load(tile + 1) + offs_m).to(gl.int64)
-                inside = offs_m < gl.load(tile + 2)
-                if HAS_PERMUTATION:
-                    token = gl.load(permutation + b * spb + h * sph + token * sps, mask=inside, other=0).to(gl.int64)
+                order = permutation + b * spb + h * sph if HAS_PERMUTATION else permutation
+                token, inside = _tokens(tile, HALF, order, sps, HAS_PERMUTATION, rows_layout)
                 mask = inside[:, None] & (offs_d < D)[None, :]
                 q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
                 q_shared.store(gl.load(q_ptr, mask=mask, other=0.0))
@@ -280,7 +287,7 @@ if LOADABLE:
                     gl.store(lse + bh.to(gl.int64) * S + token, natural, mask=inside)
 
     @gluon.jit(do_not_specialize=["programs", "S", "Sk", "Cq", "query_width", "key_width", "C"])
-    def attention_kernel(
+    def _hopper_attention_kernel(
         k_desc, v_desc, k_tail, v_tail, q, out, lse, bias, permutation, map_index, q_tiles, q_counts, key_tiles,
         key_counts, scale_log2, programs, H, S, Sk, Cq, query_width, key_width, C,
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps,

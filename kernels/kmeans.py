@@ -21,6 +21,7 @@ from .target import tl, triton
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCORE_CHUNK = 1 << 24
+CENTRED_ROWS = 16
 
 
 class Clustering(NamedTuple):
@@ -89,11 +90,17 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     _check_triton("kmeans_assign", x)
     B, H, S, D = x.shape
     C = centroids.shape[2]
-    directions, offsets = _centred(centroids, x.dtype)
+    centroids = centroids.contiguous()
+    directions = torch.empty_like(centroids, dtype=x.dtype)
+    offsets = torch.empty(B, H, C, dtype=torch.float32, device=x.device)
     labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
     row = target.launch_row(LAUNCH, x.device)[x.element_size()]
     with target.on_device(x):
+        mean = centroids.mean(2)
+        _centre_kernel[(triton.cdiv(C, CENTRED_ROWS), B * H)](
+            centroids, mean, directions, offsets, C, D=D, BLOCK_D=block_d, ROWS=CENTRED_ROWS
+        )
         _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
             x, directions, offsets, labels, H, S, C, *x.stride()[:3],
             D=D, BLOCK_D=block_d, BLOCK_S=row.block_s, BLOCK_C=row.block_c,
@@ -256,6 +263,24 @@ LAUNCH = {
     100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
     120: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
 }
+
+
+@triton.jit(do_not_specialize=["C"])
+def _centre_kernel(
+    centroids, mean, directions, offsets, C, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    """What `_centred` computes."""
+    bh = tl.program_id(1).to(tl.int64)
+    row = bh * C + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = row < (bh + 1) * C
+    mask = inside[:, None] & (offs_d < D)[None, :]  # [ROWS, BD]
+    centre = tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :]
+    entry = row[:, None] * D + offs_d[None, :]
+    direction = (tl.load(centroids + entry, mask=mask, other=0.0) - centre).to(directions.dtype.element_ty)
+    tl.store(directions + entry, direction, mask=mask)
+    exact = tl.where(mask, direction.to(tl.float32), 0.0)
+    tl.store(offsets + row, tl.sum(exact * (exact + 2 * centre), 1), mask=inside)
 
 
 @triton.jit(do_not_specialize=["S", "C"])

@@ -14,6 +14,7 @@ from .target import tl, triton
 INT16_LABELS = 1 << 15
 MAX_COUNTED = 4096  # more clusters are sorted by torch
 CHUNK, PART = 512, 16  # tokens counted together; how many of them are compared with all of them at once
+SCAN_ROWS = 8
 
 
 def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,10 +63,11 @@ def _count_and_place(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Ten
         _count_kernel[grid](
             flat, counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
         )
-        through = counts.cumsum(-1, dtype=torch.int32)  # in this chunk and the ones before
-        sizes = through[..., -1].clone()
-        before = through - counts + (sizes.cumsum(-1, dtype=torch.int32) - sizes).unsqueeze(-1)
-        _place_kernel[grid](flat, before, permutation, S, num_clusters, CHUNK=CHUNK, PART=PART, num_warps=8)
+        sizes = torch.empty(flat.shape[0], num_clusters, dtype=torch.int32, device=labels.device)
+        rows = triton.cdiv(sizes.numel(), SCAN_ROWS)
+        _scan_kernel[(rows,)](counts, sizes, grid[0], sizes.numel(), ROWS=SCAN_ROWS, BLOCK=triton.next_power_of_2(grid[0]))
+        ends = sizes.cumsum(-1, dtype=torch.int32)
+        _place_kernel[grid](flat, counts, sizes, ends, permutation, S, num_clusters, CHUNK=CHUNK, PART=PART, num_warps=8)
     return permutation.view(labels.shape), sizes.view(*labels.shape[:-1], num_clusters)
 
 
@@ -178,8 +180,20 @@ def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr, BLOCK_C: tl.constex
     tl.store(counts + (row * C + offs_c) * tl.num_programs(0) + chunk, count, mask=offs_c < C)
 
 
+@triton.jit(do_not_specialize=["chunks", "total"])
+def _scan_kernel(counts, sizes, chunks, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts of each chunk become those of the chunks before it."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    chunk = tl.arange(0, BLOCK)
+    mask = (row < total)[:, None] & (chunk < chunks)[None, :]  # [ROWS, BLOCK]
+    entry = counts + row[:, None].to(tl.int64) * chunks + chunk[None, :]
+    count = tl.load(entry, mask=mask, other=0)
+    tl.store(entry, tl.cumsum(count, 1) - count, mask=mask)
+    tl.store(sizes + row, tl.sum(count, 1), mask=row < total)
+
+
 @triton.jit(do_not_specialize=["S", "C"])
-def _place_kernel(labels, before, permutation, S, C, CHUNK: tl.constexpr, PART: tl.constexpr):
+def _place_kernel(labels, before, sizes, ends, permutation, S, C, CHUNK: tl.constexpr, PART: tl.constexpr):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = tl.arange(0, CHUNK)
     token = chunk * CHUNK + place
@@ -191,7 +205,9 @@ def _place_kernel(labels, before, permutation, S, C, CHUNK: tl.constexpr, PART: 
         other_label = tl.load(labels + row * S + other_token, mask=other_token < S, other=-2).to(tl.int32)  # [PART]
         earlier = (label[:, None] == other_label[None, :]) & (other[None, :] < place[:, None])
         rank += tl.sum(earlier.to(tl.int32), 1)
-    start = tl.load(before + (row * C + label) * tl.num_programs(0) + chunk, mask=token < S, other=0)
+    cluster = row * C + label
+    start = tl.load(ends + cluster, mask=token < S, other=0) - tl.load(sizes + cluster, mask=token < S, other=0)
+    start += tl.load(before + cluster * tl.num_programs(0) + chunk, mask=token < S, other=0)
     tl.store(permutation + row * S + start + rank, token, mask=token < S)
 
 

@@ -34,6 +34,7 @@ from svg.kernels import (
     top_p_block_map,
 )
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
+from svg.kernels.fp4_attention import fp4_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -65,7 +66,12 @@ def run_operations(arch):
     """Yields (case, op call) for every kernel variant."""
     for name, D in (("bf16", 64), ("bf16", 96), ("bf16", 128), ("fp16", 128), ("fp32", 64), ("fp32", 128)):
         yield f"block_sparse {name} D={D}", lambda name=name, D=D: attention(DTYPES[name], D)
-    if arch == 90:  # the other ways to launch that `svg bench attention --sweep` times
+    if arch == 90:
+        for D, tail in ((64, 0), (96, 0), (128, 0), (64, 5), (128, 5)):
+            yield f"block_sparse specialised D={D} tail={tail}", lambda D=D, tail=tail: attention(
+                DTYPES["bf16"], D, tail, contiguous=True
+            )
+        # the other ways to launch that `svg bench attention --sweep` times
         for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
     yield "block_sparse bf16 D=128 tail", lambda: attention(DTYPES["bf16"], 128, tail=5)
@@ -85,6 +91,9 @@ def run_operations(arch):
         yield "quantize fp8 D=96", lambda: quantised("int8-fp8", 96)
     precision = "int4-fp8" if fp8 else "int4-fp16"
     yield f"quantised {precision} D=128 causal", lambda: quantised(precision, 128, is_causal=True, k_groups="thread")
+    yield "fp4 D=64", lambda: fp4(64)
+    yield "fp4 D=96 causal", lambda: fp4(96, is_causal=True)
+    yield "fp4 D=128 mask", lambda: fp4(128, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool))
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
@@ -99,13 +108,14 @@ def run_operations(arch):
     yield "probe of each head", lambda: probe(DTYPES["bf16"], 128, torch.zeros(1, 2, dtype=torch.int32))
 
 
-def attention(dtype, D, tail=0):
+def attention(dtype, D, tail=0, contiguous=False):
     q = torch.zeros(1, 256, 2, D, dtype=dtype).transpose(1, 2)
+    k = q.contiguous() if contiguous else q
     sizes, index = torch.full((2, 4), 64, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     block_map, permutation = torch.ones(2, 4, 4, dtype=torch.bool), torch.zeros(1, 2, 256, dtype=torch.int32)
     means = torch.zeros(1, 2, tail, D, dtype=dtype)
     block_sparse_attention(
-        q, q, q, block_map, sizes, sizes, map_index=index, q_permutation=permutation, return_lse=True,
+        q, k, k, block_map, sizes, sizes, map_index=index, q_permutation=permutation, return_lse=True,
         tail=Tail(means, means, torch.zeros(2, 4, tail)) if tail else None,
     )  # fmt: skip
 
@@ -113,6 +123,11 @@ def attention(dtype, D, tail=0):
 def quantised(precision, D, **options):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     quantised_attention(q, q, q, precision=precision, return_lse=True, **options)
+
+
+def fp4(D, **options):
+    q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
+    fp4_attention(q, q, q, return_lse=True, **options)
 
 
 def attention_launched(row):
@@ -198,6 +213,7 @@ def describe(binary):
     return {
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
+        "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
         "stale": re.findall(r"F2FP\S*MERGE_C R\d+, RZ, RZ, R\d+", assembly),
         "instructions": sorted(set(re.findall(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b", assembly))),
     }
