@@ -8,24 +8,27 @@ from importlib import resources
 from pathlib import Path
 
 from ..files import atomic_path
+from .measured import load_recorded, load_rows, load_tune
 from .run import load_run
 from .sweep import load_sweep
 
 PAGE = "report.html"
-SCRIPTS = ("core", "chart", "pareto", "table", "player", "heatmap", "bars", "main")
+SCRIPTS = ("core", "chart", "pareto", "table", "player", "heatmap", "bars", "recorded", "tune", "main")
+FOLDERS = (("sweep.json", load_sweep), ("report.json", load_run), ("recorded.json", load_recorded))
+EXTRAS = (("recorded", load_rows), ("tune", load_tune))  # <name>.json beside them, shown in parts of their own
 
 
 def build_page(folder):
     """Write the report page of a run or a sweep into its folder.
 
     Args:
-        folder: what `svg generate` or `svg sweep` wrote; the page plays the videos in it.
+        folder: what `svg generate`, `svg sweep` or `svg tune` wrote; the page plays the videos in it.
 
     Returns:
         Path of the page, folder/report.html; an earlier page is replaced.
 
     Raises:
-        ValueError: the folder holds neither report.json nor sweep.json, or a damaged one.
+        ValueError: the folder holds no report.json, sweep.json or recorded.json, or a damaged one.
         FileNotFoundError: there is no such folder.
     """
     path = Path(folder) / PAGE
@@ -39,10 +42,11 @@ def load_page_data(folder):
     """Read a result folder into the one form that page and plots share.
 
     Args:
-        folder: of a run (report.json) or a sweep (sweep.json).
+        folder: of a run (report.json), a sweep (sweep.json, and tune.json after `svg tune`), or recorded inputs
+            (recorded.json).
 
     Returns:
-        dict, see `svg.eval.page.cells.page_data`.
+        dict, see `svg.eval.page.cells.page_data`; with "recorded" and "tune", see `svg.eval.page.measured`, if there.
 
     Raises:
         ValueError, FileNotFoundError: as build_page.
@@ -50,10 +54,17 @@ def load_page_data(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
-    for name, load in (("sweep.json", load_sweep), ("report.json", load_run)):
-        if (folder / name).is_file():
-            return _load(folder / name, load)
-    raise ValueError(f"folder must hold report.json (svg generate) or sweep.json (svg sweep), got {folder}")
+    there = [(folder / name, load) for name, load in FOLDERS if (folder / name).is_file()]
+    if not there:
+        names = "report.json (svg generate), sweep.json (svg sweep, svg tune) or recorded.json (svg sweep --recorded)"
+        raise ValueError(f"folder must hold {names}, got {folder}")
+    data = _load(*there[0])
+    for name, load in EXTRAS:
+        path = folder / f"{name}.json"
+        data[name] = _load(path, load) if path.is_file() else None
+    if data["tune"]:
+        data["title"] = data["tune"].pop("title")
+    return data
 
 
 def _load(path, load):

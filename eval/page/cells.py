@@ -13,7 +13,7 @@ def page_data(*, kind, title, cells, notes, state="finished", command=None, vers
     """Everything the page needs.
 
     Args:
-        kind: "run" or "sweep".
+        kind: "run", "sweep" or "recorded".
         title: heading of the page.
         cells: of `cell`, dense first.
         notes: texts, shown as they are.
@@ -62,7 +62,7 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
     size = f"{generation['num_frames']} x {generation['height']} x {generation['width']}"
     return {
         **rest,
-        "method": (method or {"method": "dense"})["method"],
+        "method": _method_name(method or {"method": "dense"}),
         "settings": method or {},
         "group": ", ".join(filter(None, (model, size, f"{generation['steps']} steps", dtype))),
         "model": model,
@@ -95,9 +95,20 @@ def device_name(device):
 
 def method_label(method):
     """A method with its main setting, such as "svg2 top_p=0.9"."""
+    if _is_tuned(method):
+        return _method_name(method)
     names = {"svg1": ("density",), "svg2": ("top_p", "budget")}.get(method["method"], ())
     settings = [f"{name}={method[name]:g}" for name in names if method.get(name) is not None]
     return " ".join([method["method"], *settings])
+
+
+def _method_name(method):
+    """The method; with per-head budgets it is another one to compare with."""
+    return f"{method['method']} tuned" if _is_tuned(method) else method["method"]
+
+
+def _is_tuned(method):
+    return any(key.startswith("head_") and value is not None for key, value in method.items())
 
 
 def _value(part, key):

@@ -74,22 +74,25 @@ function kindWord(share) {
   return share === 1 ? "temporal" : `temporal in ${(share * 100).toFixed(0)} % of the calls`;
 }
 
-function heatmap(map, bytes, { id, title, stops, low, high, missing, word }) {
+// `place` says where a square is, `panelName` what a small picture is.
+function heatmap(map, bytes, { id, title, stops, low, high, missing, word, place, panelName, empty, hint }) {
   const { steps, layers, heads } = map;
   const at = (step, layer, head) => bytes[(step * layers.length + layer) * heads + head];
   const readout = el(
     "output",
     { class: "readout", "aria-live": "polite" },
-    "Point at a square, or focus the maps and use the arrow keys; Page Up and Down change the layer.",
+    hint || "Point at a square, or focus the maps and use the arrow keys; Page Up and Down change the layer.",
   );
-  const panels = layers.map((layer, index) => panel(layer, steps, heads, (step, head) => at(step, index, head), stops));
+  const panels = layers.map((layer, index) =>
+    panel(panelName?.(layer) ?? `layer ${layer}`, steps, heads, (step, head) => at(step, index, head), stops),
+  );
   const grid = el(
     "div",
     {
       class: "maps",
       tabindex: 0,
       role: "group",
-      "aria-label": `${title}: ${layers.length} layers, ${heads} heads, ${steps.length} steps`,
+      "aria-label": place ? title : `${title}: ${layers.length} layers, ${heads} heads, ${steps.length} steps`,
     },
     panels.map((item) => item.node),
   );
@@ -97,8 +100,9 @@ function heatmap(map, bytes, { id, title, stops, low, high, missing, word }) {
   const here = { step: 0, layer: 0, head: 0 };
   const show = () => {
     const byte = at(here.step, here.layer, here.head);
-    const text = byte === MISSING ? "no sparse call" : word(byte / 254);
-    readout.textContent = `Step ${steps[here.step] + 1}, layer ${layers[here.layer]}, head ${here.head}: ${text}`;
+    const text = byte === MISSING ? empty || "no sparse call" : word(byte / 254, here);
+    const where = place?.(here) ?? `Step ${steps[here.step] + 1}, layer ${layers[here.layer]}, head ${here.head}`;
+    readout.textContent = `${where}: ${text}`;
     panels.forEach((item, index) => item.mark(index === here.layer ? here : null));
   };
   panels.forEach((item, layer) =>
@@ -150,7 +154,7 @@ function clamp(index, count) {
   return Math.max(0, Math.min(count - 1, index));
 }
 
-function panel(layer, steps, heads, at, stops) {
+function panel(name, steps, heads, at, stops) {
   const canvas = el("canvas", { width: steps.length, height: heads, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
   const picture = context.createImageData(steps.length, heads);
@@ -182,7 +186,7 @@ function panel(layer, steps, heads, at, stops) {
         height: `${size}px`,
       });
   };
-  return { node: el("div", { class: "panel" }, el("span", {}, `layer ${layer}`), screen), canvas, mark };
+  return { node: el("div", { class: "panel" }, el("span", {}, name), screen), canvas, mark };
 }
 
 function ramp(stops) {

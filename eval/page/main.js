@@ -22,7 +22,7 @@ function header() {
     el(
       "p",
       { class: "kicker" },
-      DATA.kind === "sweep" ? "svg sweep" : "svg generate",
+      DATA.tune ? "svg tune" : { sweep: "svg sweep", run: "svg generate", recorded: "svg sweep --recorded" }[DATA.kind],
       DATA.state === "running" && el("b", {}, " · still running"),
     ),
     el("h1", {}, DATA.title),
@@ -120,6 +120,7 @@ function footer() {
       "dl",
       { class: "words" },
       [
+        ...measuredWords(),
         [
           "PSNR, SSIM, LPIPS",
           "distance of a cell's raw frames from those of dense attention with the same prompt and seed: not how good a video is, only how far it is from another one.",
@@ -137,11 +138,11 @@ function footer() {
       ].map(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]),
     ),
     DATA.command &&
-      DATA.kind === "sweep" &&
+      DATA.kind !== "run" &&
       el(
         "div",
         { class: "command" },
-        el("span", {}, "The whole sweep"),
+        el("span", {}, DATA.tune ? "The whole tuning" : "The whole sweep"),
         el("code", { tabindex: 0 }, DATA.command),
         copyButton(() => DATA.command),
       ),
@@ -152,8 +153,10 @@ function footer() {
 state.group = CELLS[0]?.group ?? null;
 state.selected = firstChoice(state.group);
 document.getElementById("head").append(...fill(el("div"), {}, header()).childNodes);
-const SECTIONS =
-  DATA.kind === "sweep"
-    ? [paretoSection, tableSection, selectedSection, playerSection, insideSection, timeSection, footer]
-    : [selectedSection, playerSection, paretoSection, insideSection, timeSection, tableSection, footer];
+const ORDER = {
+  sweep: [tuneSection, paretoSection, tableSection, selectedSection, playerSection, insideSection, timeSection],
+  run: [selectedSection, playerSection, paretoSection, insideSection, timeSection, tableSection],
+  recorded: [],
+};
+const SECTIONS = [...ORDER[DATA.kind], recordedSection, recordedMaps, footer];
 document.getElementById("main").append(...SECTIONS.map((make) => make()).filter(Boolean));

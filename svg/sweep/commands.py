@@ -185,6 +185,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
 
 
 def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> int:
+    from svg.eval.page import build_page
     from svg.pipelines.loading import resolve_device
 
     from .grid import method_configs, read_grid
@@ -193,6 +194,7 @@ def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> 
     plan = read_grid(grid, _flags(options), prompts_needed=False)
     device = resolve_device(plan.run["device"])
     result = sweep_recorded(options["recorded"], method_configs(plan), device, Path(options["out"]), command_text())
+    build_page(options["out"])
     print_recorded(console, result, options["out"])
     return 0
 

@@ -205,7 +205,7 @@ def print_recorded(console: Console, result: dict[str, Any], out: str) -> None:
         where = f"{worst['error']:.3f} (step {worst['step']}, layer {worst['layer']}, head {worst['head']})"
         table.add_row(label, *(number(mean, 4) for mean in means), where)
     console.print(table)
-    console.print(f"written to {out}: recorded.json", highlight=False)
+    console.print(f"written to {out}: recorded.json, report.html", highlight=False)
 
 
 def _mean(values: list[float]) -> float | None:

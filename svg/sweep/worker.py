@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ class Worker:
         self._on_step = on_step
         self._loaded: tuple | None = None
         self._pipe: Any = None
-        self._configs: dict[tuple, MethodConfig] = {}  # what is warmed up, and what a control turned out to be
+        self._configs: dict[tuple, MethodConfig | None] = {}  # what is warmed up, and what a control runs as
 
     def run(self, cell: Cell, reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
         """Generate a cell and measure it.
@@ -118,25 +119,32 @@ class Worker:
     def _warmed_up(self, pipe: Any, cell: Cell, job: Job) -> MethodConfig:
         """Compile and allocate, untimed, once for every setting and size."""
         request = job.request
-        key = (cell.role, job.config, request.height, request.width, request.num_frames, request.guidance > 1)
+        key = (cell.role, _compiled(job.config), request.height, request.width, request.num_frames, request.guidance > 1)
         if key not in self._configs:
-            if cell.role == "control":
-                warm_up(pipe, job, job.config)  # tells how large the attention map is
-                notes: list[str] = []
-                config = warm_up_control(pipe, job, notes)
-                if config is None:
-                    raise ValueError("; ".join(notes))
-            else:
-                config = job.config
-                warm_up(pipe, job, config)
-            self._configs[key] = config
-        return self._configs[key]
+            warm_up(pipe, job, job.config)  # tells a control how large the attention map is
+            self._configs[key] = self._control(pipe, job) if cell.role == "control" else None
+        return self._configs[key] or job.config
+
+    def _control(self, pipe: Any, job: Job) -> MethodConfig:
+        notes: list[str] = []
+        config = warm_up_control(pipe, job, notes)
+        if config is None:
+            raise ValueError("; ".join(notes))
+        return config
 
     def _step(self, cell: Cell, progress: StepProgress) -> None:
         if self.stop.is_set():
             raise Stopped("the sweep was interrupted")
         if self._on_step is not None:
             self._on_step(cell, progress)
+
+
+def _compiled(config: MethodConfig) -> MethodConfig:
+    """A config without what kernels take as a number, so that one warm-up serves all values of it."""
+    if config.method != "svg2":
+        return config
+    own = None if config.head_top_p is None else ((1.0,),)
+    return dataclasses.replace(config, top_p=1.0, head_top_p=own)
 
 
 def _density(summary: dict[str, Any]) -> dict[str, float | None]:
