@@ -256,7 +256,8 @@ def _launch(
             *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if q_permutation is None else q_permutation.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, ACC16=kind.acc16,
-            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma, num_warps=row.num_warps, num_stages=row.num_stages,
+            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
+            STAGES=None if pv_threshold is None else row.num_stages, num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
 
@@ -268,7 +269,7 @@ def _sparse_quantised_kernel(
     stride_qb, stride_qh, stride_qs, stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
-    ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr,
+    ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -306,7 +307,8 @@ def _sparse_quantised_kernel(
     map_row = m * Cq + cluster
     tiles = key_tiles + map_row * key_width
     full = tl.load(key_counts + map_row * 2)
-    for i in range(full):
+    # V of a filtered tile is used inside a branch: only a loop that says so has it loaded ahead.
+    for i in tl.range(full, num_stages=STAGES):
         first = tl.load(tiles + i) // BLOCK_N
         if FP8:
             first = tl.multiple_of(first, 16)  # aligned_tiles.ALIGN

@@ -113,51 +113,50 @@ def attend_tile(
     p = tl.exp2(x * scale[:, None] - (top - 8.807354922057604 if FP8 else top)[:, None])
     alpha = tl.exp2(m_i - top)
     l_i = l_i * alpha + tl.sum(p, 1)
+    v_tile = load_values(v, v_row, v_column + first, stride_v, token, inside, D, BLOCK_D, PARTIAL, FP8, TMA)
     if pv_floor is None:
-        acc = add_values(
-            p, alpha, acc, v, v_row, v_column + first, stride_v, token, inside,
-            D, BLOCK_D, PARTIAL, FP8, ACC16, TWO_LEVEL, TMA,
-        )  # fmt: skip
+        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16, TWO_LEVEL)
     elif tl.max((m_tile - m_i >= pv_floor).to(tl.int32), 0) > 0:
         # Else no maximum rose, alpha is 1, and what V would add is below what the caller asked for.
-        acc = add_values(
-            p, alpha, acc, v, v_row, v_column + first, stride_v, token, inside,
-            D, BLOCK_D, PARTIAL, FP8, ACC16, TWO_LEVEL, TMA,
-        )  # fmt: skip
+        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16, TWO_LEVEL)
     return acc, l_i, m_new
 
 
 @triton.jit
-def add_values(
-    p, alpha, acc, v, v_row, v_column, stride_v, token, inside,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
-    TWO_LEVEL: tl.constexpr, TMA: tl.constexpr,
+def load_values(
+    v, v_row, v_column, stride_v, token, inside,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL: tl.constexpr, FP8: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """alpha acc + P V of one tile of keys."""
+    """V of one tile of keys: FP8 [BD, BN], transposed, or 16 bits [BN, BD]."""
     offs_d = tl.arange(0, BLOCK_D)
     if FP8:
         if TMA:
-            v_tile = v.load([v_row, v_column])  # [BD, BN]
-        elif PARTIAL:
-            v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :], mask=inside[None, :], other=0.0)
+            return v.load([v_row, v_column])
         else:
-            v_tile = tl.load(v + offs_d[:, None] * stride_v + token[None, :])
-        if ACC16:
-            # P up to 448, V up to 2.25: sums of 64 products stay below fp16's largest number.
-            part = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), out_dtype=tl.float16).to(tl.float32)
-            acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part)
-        elif TWO_LEVEL:
-            # An fma, not a sum: the compiler would fold the sum into the product's own accumulator.
-            acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile)))
-        else:
-            acc = tl.dot(p.to(tl.float8e4nv), tl.trans(v_tile), acc * alpha[:, None])
+            v_ptr = v + offs_d[:, None] * stride_v + token[None, :]
+            return tl.load(v_ptr, mask=inside[None, :], other=0.0) if PARTIAL else tl.load(v_ptr)
     else:
         v_ptr = v + token[:, None] * stride_v + offs_d[None, :]
         if PARTIAL or D < BLOCK_D:
-            v_tile = tl.load(v_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [BN, BD]
+            return tl.load(v_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
         else:
-            v_tile = tl.load(v_ptr)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None])
+            return tl.load(v_ptr)
+
+
+@triton.jit
+def add_values(p, alpha, acc, v, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr):
+    """alpha acc + P V of one tile of keys."""
+    if not FP8:
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+    elif ACC16:
+        # P up to 448, V up to 2.25: sums of 64 products stay below fp16's largest number.
+        part = tl.dot(p.to(tl.float8e4nv), tl.trans(v), out_dtype=tl.float16).to(tl.float32)
+        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part)
+    elif TWO_LEVEL:
+        # An fma, not a sum: the compiler would fold the sum into the product's own accumulator.
+        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v)))
+    else:
+        acc = tl.dot(p.to(tl.float8e4nv), tl.trans(v), acc * alpha[:, None])
     return acc
 
 
