@@ -135,7 +135,7 @@ class SVG1Config(MethodConfig):
     Args:
         density: target for the computed share of the S x S map, everything counted, in (0, 1].
         sample_rows: video query rows profiled per call, >= 1.
-        block_size: tokens in a block of the map, >= 1.
+        block_size: keys in a block of the map, >= 1; a block holds twice as many queries.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_density: each head's own density, [layers][heads], or None; a layer whose heads all have 1 runs dense.

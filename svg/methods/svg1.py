@@ -30,6 +30,7 @@ from .dense import key_mask
 from .plan import Plan, visible_keys
 
 SPATIAL, TEMPORAL = 0, 1
+Q_BLOCKS = 2  # a block of queries is as long as two of keys: the kernels' tiles are 128 x 64
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ def band_grid(layout: TokenLayout, block_size: int, device: torch.device) -> Ban
         coordinate = order.argsort(-1)  # [2, V], token -> coordinate
         band = torch.stack([row[row >= sink] for row in order])  # [2, V - sink], keys without the sink
         k_order = torch.cat([index[:sink].expand(2, -1), band], -1)
-        q_sizes, k_sizes = _split(video, block_size), _split(video - sink, block_size)
+        q_sizes, k_sizes = _split(video, Q_BLOCKS * block_size), _split(video - sink, block_size)
         q_ends, k_ends = q_sizes.cumsum(0), k_sizes.cumsum(0)
         q_range = torch.stack([q_ends - q_sizes, q_ends - 1])
         k_coordinate = coordinate.gather(-1, band)  # ascending
@@ -300,7 +301,7 @@ def band_grid(layout: TokenLayout, block_size: int, device: torch.device) -> Ban
         return BandGrid(
             order.to(device, torch.int32),
             k_order.to(device, torch.int32),
-            (coordinate // block_size).to(device),
+            (coordinate // (Q_BLOCKS * block_size)).to(device),
             k_block.to(device),
             *narrow,
             area.to(device),

@@ -20,18 +20,18 @@ def brute_force_map(layout, kind, width, block_size, prompt):
         t, p = divmod(token, frame)
         return p * layout.frames + t if kind == svg1.TEMPORAL else token
 
-    def chunks(tokens):
+    def chunks(tokens, size):
         tokens = sorted(tokens, key=coordinate)
-        return [tokens[i : i + block_size] for i in range(0, len(tokens), block_size)]
+        return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
     def span(block):
         return min(map(coordinate, block)), max(map(coordinate, block))
 
     seen = torch.zeros(layout.total_tokens, layout.total_tokens, dtype=torch.bool)
     start, text = layout.video_slice.start, layout.text_slice.start
-    for rows in chunks(range(video)):
+    for rows in chunks(range(video), 2 * block_size):
         q_low, q_high = span(rows)
-        for columns in chunks(range(frame, video)):
+        for columns in chunks(range(frame, video), block_size):
             k_low, k_high = span(columns)
             if max(k_low - q_high, q_low - k_high) <= width:
                 for row in rows:
