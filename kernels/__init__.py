@@ -11,6 +11,7 @@ from .block_sparse_quantised import (
     block_sparse_attention_quantised,
     block_sparse_attention_quantised_reference,
 )
+from .fp4_attention import fp4_attention, fp4_attention_reference
 from .kmeans import (
     Clustering,
     cluster_means,
@@ -30,6 +31,7 @@ from .norm_rope import (
     norm_rope,
     norm_rope_reference,
 )
+from .nvfp4 import quantize_nvfp4, quantize_nvfp4_reference
 from .permute import (
     gather_tokens,
     gather_tokens_reference,
@@ -56,6 +58,8 @@ from .sparge import (
     sparge_block_map_reference,
 )
 from .top_p import top_p_block_map, top_p_block_map_reference
+from .training_attention import training_attention, training_attention_reference
+from .training_backward import training_attention_backward, training_attention_backward_reference
 
 __all__ = [
     "BlockStatistics",
@@ -68,6 +72,8 @@ __all__ = [
     "block_statistics_reference",
     "cluster_means",
     "cluster_means_reference",
+    "fp4_attention",
+    "fp4_attention_reference",
     "gate_residual",
     "gate_residual_reference",
     "gather_tokens",
@@ -90,6 +96,8 @@ __all__ = [
     "quantised_attention_reference",
     "quantize_channels",
     "quantize_channels_reference",
+    "quantize_nvfp4",
+    "quantize_nvfp4_reference",
     "quantize_tokens",
     "quantize_tokens_reference",
     "scatter_tokens",
@@ -102,4 +110,8 @@ __all__ = [
     "statistics_reference",
     "top_p_block_map",
     "top_p_block_map_reference",
+    "training_attention",
+    "training_attention_backward",
+    "training_attention_backward_reference",
+    "training_attention_reference",
 ]

@@ -127,7 +127,7 @@ def quantize_tokens_reference(
     padded = padded.view(B, H, blocks, BLOCK, -1)
     means = None
     if own_mean:
-        means = _block_means(rows, blocks)
+        means = block_means(rows, blocks)
         padded[..., :D] -= means[:, :, :, None]
         padded.view(B, H, blocks * BLOCK, -1)[:, :, S:] = 0
     largest = padded.abs().amax(-1).view(B, H, blocks, *GROUPS[side][groups])
@@ -141,7 +141,16 @@ def quantize_tokens_reference(
     return QuantizedTokens(values.flatten(2, 3)[:, :, :S].contiguous(), scale.contiguous(), means)
 
 
-def _block_means(rows: torch.Tensor, blocks: int) -> torch.Tensor:
+def block_means(rows: torch.Tensor, blocks: int) -> torch.Tensor:
+    """Mean of every BLOCK tokens, the last block's over those that are there.
+
+    Args:
+        rows: fp32 [B, H, S, D].
+        blocks: ceil(S / BLOCK).
+
+    Returns:
+        fp32 [B, H, blocks, D].
+    """
     counts = torch.full((blocks,), BLOCK, device=rows.device)
     counts[-1] -= blocks * BLOCK - rows.shape[2]
     padded = F.pad(rows, (0, 0, 0, blocks * BLOCK - rows.shape[2]))

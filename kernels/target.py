@@ -30,6 +30,7 @@ INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 INTERPRETER_ARCH = 90
 MIN_ARCH = 80
 FP8_ARCH = 89
+FP4_ARCHS = (100, 103, 120, 121)
 
 
 @cache
@@ -113,6 +114,15 @@ def has_fp8(device: torch.device) -> bool:
         device: where the tensors are.
     """
     return arch(device) >= FP8_ARCH
+
+
+def has_fp4(device: torch.device) -> bool:
+    """Whether NVFP4 products run natively on a device: compute capabilities 10 and 12.
+
+    Args:
+        device: where the tensors are.
+    """
+    return arch(device) in FP4_ARCHS
 
 
 def require_fp8(device: torch.device) -> None:

@@ -42,6 +42,8 @@ SUITES = (
     "test_aligned_tiles.py",
     "test_quantize.py",
     "test_quantised_attention.py",
+    "test_nvfp4.py",
+    "test_fp4_attention.py",
     "test_block_sparse_quantised.py",
     "test_interpreter.py",
 )

@@ -1,38 +1,18 @@
 import pytest
 import torch
+from quantised_inputs import cosine, exact, outliers
 from svg.kernels import quantised_attention, quantised_attention_reference, target
-from svg.kernels.quantised_attention import LAUNCH, PRECISIONS
+from svg.kernels.precision import PRECISIONS
+from svg.kernels.quantised_attention import LAUNCH
 from svg.kernels.quantised_tile import Launch
 
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of the Triton kernel only")
 
 
-def outliers(S, Sk=None, D=64, dtype=torch.bfloat16, B=1, H=2, kv_heads=2):
-    """The papers' inputs: biased channels in K, outlier tokens in Q, biased channels and a heavy tail in V."""
-    Sk = S if Sk is None else Sk
-    q = torch.randn(B, S, H, D) * torch.where(torch.rand(B, S, H, 1) < 0.05, 6.0, 0.7) + torch.randn(H, D)
-    k = 0.5 * torch.randn(B, Sk, kv_heads, D) + 8 * torch.randn(D) * (torch.rand(D) < 0.2)
-    v = torch.randn(B, Sk, kv_heads, D) / torch.rand(B, Sk, kv_heads, D).add(0.05).sqrt() + 2 * torch.randn(D)
-    return tuple(x.to(dtype).transpose(1, 2) for x in (q, k, v))
-
-
-def exact(q, k, v, is_causal=False, sm_scale=None):
-    """Dense attention from the definition in fp64, and its log-sum-exp."""
-    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = q.double() @ k.mT * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
-    if is_causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:]).tril() == 0, -torch.inf)
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-
-def cosine(a, b):
-    return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
-
-
 def assert_accurate(arguments, at_least, **options):
     """Against fp64, within the bar and within 1.2 times the error of the specification."""
     out, lse = quantised_attention(*arguments, return_lse=True, **options)
-    given = {name: options[name] for name in ("is_causal", "sm_scale") if name in options}
+    given = {name: options[name] for name in ("is_causal", "sm_scale", "mask") if name in options}
     right, right_lse = exact(*arguments, **given)
     spec = quantised_attention_reference(*arguments, **options)
     q = arguments[0]
@@ -40,11 +20,13 @@ def assert_accurate(arguments, at_least, **options):
     assert cosine(out, right) >= at_least
     assert (out - right).norm() <= 1.2 * (spec - right).norm() + 1e-6
     assert lse.dtype == torch.float32
-    assert (lse - right_lse).abs().mean() < (0.01 if "int8" in options["precision"] else 0.1)
+    seen = right_lse.isfinite()
+    assert torch.equal(seen, lse.isfinite())
+    assert (lse - right_lse)[seen].abs().mean() < (0.01 if "int8" in options["precision"] else 0.1)
 
 
 @pytest.mark.parametrize("S", [1, 63, 65, 127, 129])
-@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp8-acc16", "int8-fp16"])
 def test_odd_lengths(S, precision):
     assert_accurate(outliers(S), 0.9999, precision=precision)
 
@@ -71,6 +53,41 @@ def test_dtypes(dtype, precision):
 def test_causal(shape, precision):
     bar = 0.9999 if "int8" in precision else 0.994
     assert_accurate(outliers(*shape), bar, precision=precision, is_causal=True)
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp8-acc16", "int4-fp16"])
+def test_masks(precision):
+    arguments = outliers(70, 300, B=2, H=4)
+    keys = torch.rand(2, 1, 1, 300) < 0.8
+    pairs = torch.rand(1, 4, 70, 300) < 0.8
+    pairs[:, :, 3] = False
+    pairs[:, :, 4] = torch.arange(300) >= 128  # the first tile hides everything
+    bar = 0.9999 if "int8" in precision else 0.994
+    for mask in (keys, pairs):
+        assert_accurate(arguments, bar, precision=precision, mask=mask)
+    assert (quantised_attention(*arguments, precision=precision, mask=pairs)[:, :, 3] == 0).all()
+    assert_accurate(arguments, bar, precision=precision, mask=keys, is_causal=True)
+
+
+def test_sums_in_fp16_stay_in_range():
+    """P V of 64 keys at the largest value, all of one sign: 64 x 448 x 2.25 = 64 512."""
+    q, k, _ = outliers(129, 300)
+    v = torch.full_like(k, 7.0)
+    out = quantised_attention(torch.zeros_like(q), k, v, precision="int8-fp8-acc16")
+    torch.testing.assert_close(out, v[:, :, :129], rtol=0.005, atol=0)
+
+
+def test_failed_heads_are_named():
+    q, k, v = (x.clone() for x in outliers(129, 200))
+    for precision in PRECISIONS:
+        failed = torch.zeros(1, 2, dtype=torch.int32)
+        quantised_attention(q, k, v, precision=precision, failed=failed)
+        assert failed.tolist() == [[0, 0]]
+    q[0, 1, 3, 5] = torch.inf
+    for precision in PRECISIONS:
+        failed = torch.zeros(1, 2, dtype=torch.int32)
+        quantised_attention(q, k, v, precision=precision, failed=failed)
+        assert failed.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -200,6 +217,8 @@ def test_every_way_to_launch(row, monkeypatch):
         (ValueError, r"k, v \[B, Hkv, Sk, D\]", {"k": torch.zeros(1, 2, 70, 64)}),
         (ValueError, "heads must divide", {name: torch.zeros(1, 3, 63, 64).bfloat16() for name in "kv"}),
         (TypeError, "share one dtype", {"v": torch.zeros(1, 2, 63, 64)}),
+        (TypeError, "mask must be bool", {"mask": torch.zeros(1, 1, 1, 63)}),
+        (ValueError, r"mask must be \[B, H, S, Sk\]", {"mask": torch.ones(1, 1, 1, 64, dtype=torch.bool)}),
         (TypeError, "unexpected keyword argument", {"attn_mask": None}),
         (NotImplementedError, "at most 128, got 160", {name: torch.zeros(1, 2, 63, 160) for name in "qkv"}),
     ],

@@ -3,9 +3,12 @@
 The interpreter keeps bf16 and fp8 values as raw integers and hands those to numpy: sums and products of bf16 are then
 nonsense, and its conversions drop the carry when a mantissa rounds up. Here every operation on such values goes through
 fp32, and torch does the conversions. Not corrected: reductions and scans of bf16 (our kernels convert to fp32 first).
+Block scales in e4m3 are read as such; the stock interpreter takes every scale for a power of two.
 Tensor descriptors take tiles whose last coordinate is a multiple of 16 bytes, as the GPU does (elsewhere it stops with an
 illegal instruction); the other coordinates may be anything.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,6 +59,14 @@ def materialize_pointers(self, offsets):
     return interpreter.TensorHandle(pointers, self.base.dtype.scalar), inside
 
 
+def scaled_operand(value, scale, *args, stock, is_rhs, **kwargs):
+    """One factor of a scaled product in fp32: with e4m3 scales of 16 neighbours, or as the interpreter has it."""
+    if scale is None or scale.dtype.scalar != tl.float8e4nv:
+        return stock(value, scale, *args, is_rhs=is_rhs, **kwargs)
+    wide = np.repeat(decode(scale), 16, axis=-1)  # [rows, K]
+    return stock(value, None, *args, is_rhs=is_rhs, **kwargs) * (wide.swapaxes(-1, -2) if is_rhs else wide)
+
+
 def install():
     """Corrects the interpreter of this process; calling it again changes nothing."""
     builder = interpreter.InterpreterBuilder
@@ -98,6 +109,8 @@ def install():
 
     for method in (binary_op, unary_op, cast_impl, create_fp_to_fp, create_dot):
         setattr(builder, method.__name__, method)
+    stock_operand = interpreter._prepare_dot_scaled_operand
+    interpreter._prepare_dot_scaled_operand = partial(scaled_operand, stock=stock_operand)
     interpreter.TensorDescHandle.materialize_pointers = materialize_pointers
     builder.get_bf16 = lambda self, value: encode(np.array([value], np.float32), tl.bfloat16)
     # The aliases were bound to the stock cast when the class was made.
