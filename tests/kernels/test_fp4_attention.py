@@ -72,7 +72,7 @@ def test_smoothing_matters():
 
 def test_two_levels_of_p_matter():
     """Scales of P itself, at most 1/6, leave e4m3's normal range for all but a row's largest; 2688 P uses all of it."""
-    p = 0.01 * torch.rand(64, 4096)
+    p = 0.006 * torch.rand(64, 4096)
     p[:, 0] = 1.0  # an attention sink
 
     def lost(factor):
