@@ -178,6 +178,7 @@ class SVG2Config(MethodConfig):
         budget: upper bound on density in (0, 1], or None.
         selection: what the block map selects: "clusters" (the paper's), or "tiles", equal stretches of the tokens in
             cluster order, which attention computes without padding.
+        refresh: calls of a layer that share one clustering and block map, >= 1; 1 clusters anew at every step.
         compensate: let every block that is not computed take part as one key, its mean, weighed by its size.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
@@ -199,6 +200,7 @@ class SVG2Config(MethodConfig):
     iterations: int = 2
     budget: float | None = None
     selection: str = "clusters"
+    refresh: int = 1
     compensate: bool = False
     precision: str = "native"
     head_top_p: tuple[tuple[float, ...], ...] | None = None
@@ -215,7 +217,7 @@ class SVG2Config(MethodConfig):
             raise TypeError(f"compensate must be true or false, got {self.compensate!r}")
         if self.compensate and self.precision != "native":
             raise ValueError(f'compensate needs precision "native", got {self.precision!r}; change one of the two')
-        for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations"):
+        for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations", "refresh"):
             _integer(self, name, least=1)
         if self.budget is not None:
             _share(self, "budget", zero=False)

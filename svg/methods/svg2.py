@@ -60,20 +60,8 @@ def plan(
 
     Source: arXiv 2505.18875, sections 4.2 (clustering) and 4.3 (selection from centroids).
     """
-    batch, heads, _, dim = q.shape
-    sides = ((q, config.num_q_clusters, Q_TILE, "q_centroids"), (k, config.num_k_clusters, K_TILE, "k_centroids"))
-    q_blocks, k_blocks = (
-        _blocks(x[:, :, layout.video_slice], clusters, tile, name, config, state) for x, clusters, tile, name in sides
-    )
-    video_map = top_p_block_map(
-        q_blocks.means,
-        k_blocks.means,
-        k_blocks.sizes,
-        state.head_budgets(config, q.device),
-        config.min_k_ratio,
-        dim**-0.5,
-        budget=_video_budget(config.budget, layout),
-    )
+    batch, heads = q.shape[:2]
+    q_blocks, k_blocks, video_map = _chosen(q, k, config, state, layout)
     q_permutation, q_sizes = _with_text_tokens(q_blocks, layout, text_mask)
     k_permutation, k_sizes = _with_text_tokens(k_blocks, layout, text_mask)
     block_map = _with_text(video_map, layout)
@@ -88,6 +76,42 @@ def plan(
         visible_keys=visible.repeat_interleave(heads),
         tail=_tail(block_map, k_blocks, k, v, layout) if config.compensate else None,
     )
+
+
+def _chosen(
+    q: Tensor, k: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout
+) -> tuple[Blocks, Blocks, Tensor]:
+    """Blocks of queries and keys and the map between them: new ones, or those of a call less than `refresh` calls ago."""
+    kept, calls = state.cache.get("kept", (None, 0))
+    if kept is None or calls >= config.refresh:
+        kept, calls = _choose(q, k, config, state, layout), 0
+    elif config.compensate:
+        q_blocks, k_blocks, video_map = kept
+        nothing = torch.zeros_like(k_blocks.means)
+        means = cluster_means(k[:, :, layout.video_slice], k_blocks.permutation, k_blocks.sizes, nothing)
+        kept = q_blocks, k_blocks._replace(means=means), video_map
+    if config.refresh > 1:
+        state.cache["kept"] = kept, calls + 1
+    return kept
+
+
+def _choose(
+    q: Tensor, k: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout
+) -> tuple[Blocks, Blocks, Tensor]:
+    sides = ((q, config.num_q_clusters, Q_TILE, "q_centroids"), (k, config.num_k_clusters, K_TILE, "k_centroids"))
+    q_blocks, k_blocks = (
+        _blocks(x[:, :, layout.video_slice], clusters, tile, name, config, state) for x, clusters, tile, name in sides
+    )
+    video_map = top_p_block_map(
+        q_blocks.means,
+        k_blocks.means,
+        k_blocks.sizes,
+        state.head_budgets(config, q.device),
+        config.min_k_ratio,
+        q.shape[-1] ** -0.5,
+        budget=_video_budget(config.budget, layout),
+    )
+    return q_blocks, k_blocks, video_map
 
 
 def _tail(block_map: Tensor, blocks: Blocks, k: Tensor, v: Tensor, layout: TokenLayout) -> Tail:

@@ -287,3 +287,24 @@ def test_compensation_at_full_density_is_dense(layout, make_qkv, make_mask):
 def test_compensation_in_8_bits_is_refused():
     with pytest.raises(ValueError, match="compensate needs precision"):
         SVG2Config(compensate=True, precision="int8-fp8")
+
+
+def test_refresh_keeps_map_and_order_and_renews_the_means(layout, make_qkv, make_mask, make_state):
+    mask = make_mask(layout)
+    config = SVG2Config(**SMALL, top_p=0.3, min_k_ratio=0.0, refresh=3, compensate=True)
+    memory = LayerState(0, "cond", 7)
+    steps = [[x.transpose(1, 2) for x in make_qkv(layout, seed=step)] for step in range(5)]
+    plans = [svg2.plan(q, k, v, config, memory, layout, mask) for q, k, v in steps]
+    for i in (1, 2, 4):
+        first = plans[i - i % 3]
+        assert torch.equal(plans[i].block_map, first.block_map)
+        assert torch.equal(plans[i].k_permutation, first.k_permutation)
+        assert torch.equal(plans[i].tail.bias, first.tail.bias)
+        keys = plans[i].k_permutation[0, 0].long()[: plans[i].k_sizes[0, 0]]
+        if len(keys):
+            torch.testing.assert_close(plans[i].tail.k[0, 0, 0], steps[i][1][0, 0, keys].mean(0))
+    assert not torch.equal(plans[3].k_permutation, plans[0].k_permutation)
+    state = make_state(config, layout)
+    state.layer(0).cache["kept"] = "of an earlier run"
+    state.begin_run()
+    assert "kept" not in state.layer(0).cache
