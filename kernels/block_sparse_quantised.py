@@ -5,9 +5,9 @@ tile of queries is quantised by the program that attends with it. Every query an
 that runs of keys may start anywhere. V is stored transposed, and its tiles begin at multiples of 16 tokens: the tensor
 memory accelerator takes no others, and wide loads through pointers want the same.
 
-SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all far below the running maximum of all rows of
-the query tile still counts in the row sums and maxima, but its P V is skipped. Which tiles those are depends on the order
-of the keys and on the tile sizes of the launch.
+SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all far below the running maximum of all
+rows of the query tile still counts in the row sums and maxima, but its P V is skipped. Which tiles those are depends on
+the order of the keys and on the tile sizes of the launch.
 
 Precisions, dtypes, head dims and archs as in `quantised_attention`, but no INT4: its smoothing of Q needs fixed blocks.
 """
@@ -77,8 +77,8 @@ def block_sparse_attention_quantised(
         precision: "int8-fp8", "int8-fp8-acc16" (FP8 products summed in fp16) or "int8-fp16" (P V in 16 bits).
         smooth_k: take K's mean over all tokens off.
         smooth_v: take V's channel means off and add them to the output (FP8 only).
-        pv_threshold: fp32 [H], >= 0: skip P V of a tile of keys where in no row of the query tile the tile's largest score
-            comes within this many powers of two of the running maximum; None: never.
+        pv_threshold: fp32 [H], >= 0: skip P V of a tile of keys where in no row of the query tile the tile's largest
+            score comes within this many powers of two of the running maximum; None: never.
         failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
         return_lse: also return the log-sum-exp.
 
@@ -250,8 +250,8 @@ def _launch(
         k_tiles, k_counts = cut(block_map, k_sizes, Sk, row.block_n)
         _sparse_quantised_kernel[(q_tiles.shape[1], B * H)](
             q, key_source(keys.values, row), keys.scale, value_source(values, row),
-            channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation, pv_threshold,
-            map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
+            channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation,
+            pv_threshold, map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
             sm_scale * LOG2_E, H, S, Sk, block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
             *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if q_permutation is None else q_permutation.stride()),

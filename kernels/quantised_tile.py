@@ -76,8 +76,8 @@ def attend_tile(
     """One tile of keys [first, first + BLOCK_N), columns [skip, keys) of which count: running output, sum and maximum.
 
     k, k_scale, v and bias point at the head, mask [BM] at each row's mask (or is None); k_row, v_row and v_column
-    are where the head begins in the descriptors. P V is left out where no row's maximum of this tile is at least pv_floor [BM] above
-    its running one.
+    are where the head begins in the descriptors. P V is left out where no row's maximum of this tile is at least its
+    running one plus pv_floor [BM] (or is None).
     """
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

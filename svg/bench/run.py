@@ -25,7 +25,7 @@ from ..methods.dense import dense_attention
 from ..methods.plan import Plan
 from ..state import LayerState, RunState
 from ..versions import versions
-from . import quantised
+from . import quantised, sparge
 from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
 from .layers import bench_layers
@@ -327,6 +327,8 @@ def bench_svg2(bench: Bench) -> None:
 
 
 def _call_key(config: MethodConfig, tokens: int) -> str:
+    if config.method == "sparge":
+        return sparge.call_key(config, tokens)
     precision = "bf16" if config.precision == "native" else config.precision.replace("-", "_")
     clusters = "/clusters" if getattr(config, "selection", "") == "clusters" else ""
     return f"{config.method}/{precision}/S{tokens}/density0.25{clusters}"
@@ -360,6 +362,11 @@ def bench_quantised(bench: Bench) -> None:
     _whole_call(bench, forced(0.25, precision="int8-fp8"), inputs)
 
 
+def bench_sparge(bench: Bench) -> None:
+    """The whole SpargeAttn call, its parts and its filter of P V."""
+    sparge.bench_calls(bench, bench.inputs(WAN_720P, HEADS), _whole_call, recall)
+
+
 def bench_step(bench: Bench) -> None:
     """One full-width layer of Wan 14B and of HunyuanVideo at 720p."""
     bench_elementwise(bench, WAN_720P.total_tokens, DEVICE)
@@ -377,6 +384,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "svg1": bench_svg1,
     "svg2": bench_svg2,
     "quantised": bench_quantised,
+    "sparge": bench_sparge,
     "step": bench_step,
 }
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from svg.bench import elementwise, inputs, layers, report, run, sweep
+from svg.bench import elementwise, inputs, layers, report, run, sparge, sweep
 from svg.cli import main
 from svg.layout import TokenLayout
 
@@ -26,7 +26,7 @@ def small(monkeypatch):
         op()
         return 1.0
 
-    for module in (run, layers, sweep, elementwise):
+    for module in (run, layers, sweep, elementwise, sparge):
         monkeypatch.setattr(module, "median_ms", once)
     monkeypatch.setattr(run, "_require_gpu", lambda: None)
     for name, value in {
@@ -43,7 +43,7 @@ def small(monkeypatch):
 def test_every_section_runs_and_every_goal_is_measured(small, video):
     shown, said = [], []
     bench = run.Bench(command="svg bench all", show=lambda key, entry: shown.append(key), say=said.append)
-    for section in ("attention", "kmeans", "permute", "svg1", "svg2", "step"):
+    for section in ("attention", "kmeans", "permute", "svg1", "svg2", "sparge", "step"):
         run.run(section, bench)
     sizes = {"75600": WAN.total_tokens, "119056": HUNYUAN.total_tokens}
     for goal in (goal for goal in report.GOALS if "int8" not in goal):
@@ -51,9 +51,13 @@ def test_every_section_runs_and_every_goal_is_measured(small, video):
             goal = goal.replace(f"S{full}", f"S{tiny}")
         assert goal in bench.results
     assert list(bench.results) == list(dict.fromkeys(shown))
-    assert {"block_sparse/bf16/S144/density0.25/clusters/recall", "layer/wan14b_720p/bf16/speedup_fused_only"} <= set(
-        shown
-    )
+    assert {
+        "block_sparse/bf16/S144/density0.25/clusters/recall",
+        "layer/wan14b_720p/bf16/speedup_fused_only",
+        "sparge/int8_fp8/S144/topk0.25/speedup_vs_cudnn",
+        "sparge/bf16/S144/topk0.25/rowmajor/recall",
+        "sparge/int8_fp8/S144/topk0.25/pv20/ms",
+    } <= set(shown)
     for entry in bench.results.values():
         assert tuple(entry) == report.FIELDS and entry["value"] >= 0
     assert "synthetic" not in " ".join(said)
