@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from svg.state import RunState, Timer
 
+from .fused_blocks import fuse, unfuse
 from .processor import VideoAttnProcessor
 from .spec import ModelSpec
 
@@ -48,12 +49,15 @@ class RunHook(ModelHook):
         self._calls_in_step = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._made_registry = False
+        self._fused: list[nn.Module] = []
 
     def attach(self, transformer: nn.Module) -> None:
         """Replace the processors and start listening to the transformer's forward."""
         self.processors = [self.spec.processor(old, self.state, i) for i, old in enumerate(self.originals)]
         for attn, processor in zip(self.modules, self.processors):
             attn.set_processor(processor)
+        if self.state.config.fused:
+            self._fused = fuse(transformer.modules())
         self._made_registry = not hasattr(transformer, "_diffusers_hook")
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         # `register_hook` would wrap `forward`, and Accelerate's offloading unwraps it again after every run. The
@@ -72,6 +76,7 @@ class RunHook(ModelHook):
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             if attn.processor is processor:
                 attn.set_processor(original)
+        unfuse(self._fused)
         for handle in self._handles:
             handle.remove()
         registry = transformer._diffusers_hook

@@ -22,7 +22,8 @@ class MethodConfig:
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
         dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
         check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
-        fused: QK-norm and RoPE in one kernel, in dense and sparse calls alike.
+        fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, and in Wan's and
+            HunyuanVideo's single-stream blocks norm with modulation and gate with residual.
 
     Raises:
         ValueError: a value is outside its range.

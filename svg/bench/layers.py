@@ -29,6 +29,7 @@ def bench_layers(bench, config: MethodConfig, layouts: dict[str, TokenLayout]) -
         config: the sparse method.
         layouts: "wan14b_720p" and "hunyuan_720p" -> layout.
     """
+    from svg.pipelines.fused_blocks import fuse, unfuse
     from svg.pipelines.hunyuan_video import SPEC as HUNYUAN
     from svg.pipelines.wan import SPEC as WAN
 
@@ -42,7 +43,9 @@ def bench_layers(bench, config: MethodConfig, layouts: dict[str, TokenLayout]) -
             for suffix, variant in _variants(config).items():
                 state = begun(variant, layout)
                 attention.set_processor(spec.processor(original, state, 0))
+                changed = fuse([layer]) if variant.fused else []
                 ms = median_ms(call, 3, 2)
+                unfuse(changed)
                 density = state.records[-1].density.mean().item()
                 about = {"density": density, "inputs": INPUTS, "baseline": baseline}
                 bench.note(f"layer/{name}/bf16/speedup{suffix}", stock / ms, "x", shape, **about)
@@ -51,9 +54,10 @@ def bench_layers(bench, config: MethodConfig, layouts: dict[str, TokenLayout]) -
 
 
 def _variants(config: MethodConfig) -> dict[str, MethodConfig]:
-    """Key suffix -> config: both together, and each gain alone."""
+    """Key suffix -> config: both together, with the map of an earlier step, and each gain alone."""
     return {
         "": replace(config, fused=True),
+        "_map_reused": replace(config, fused=True, refresh=1000),
         "_sparse_only": replace(config, fused=False),
         "_fused_only": DenseConfig(fused=True),
     }
