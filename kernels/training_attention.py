@@ -94,9 +94,7 @@ def training_attention(
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check_inputs(q, k, v, sm_scale, cu_seqlens_q, cu_seqlens_k)
     op = _launch if target.use_triton(q) else training_attention_reference
-    return op(
-        q, k, v, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
+    return op(q, k, v, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
 
 def training_attention_reference(
@@ -181,7 +179,10 @@ def check_inputs(
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together, got one: pass it twice for both")
     if cu_seqlens_q is None:
         return
-    for name, starts, tokens in (("cu_seqlens_q", cu_seqlens_q, q.shape[2]), ("cu_seqlens_k", cu_seqlens_k, k.shape[2])):
+    for name, starts, tokens in (
+        ("cu_seqlens_q", cu_seqlens_q, q.shape[2]),
+        ("cu_seqlens_k", cu_seqlens_k, k.shape[2]),
+    ):
         if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape != cu_seqlens_q.shape or len(starts) < 2:
             raise ValueError(
                 f"{name} must be int32 [N + 1], the same N for both, got {starts.dtype} {tuple(starts.shape)}: convert it"
@@ -200,6 +201,7 @@ class Launch:
     Args:
         block_m, block_n: queries and keys of a tile.
         num_warps, num_stages: as Triton has them.
+        tma: read tiles through tensor descriptors (sm90 and newer), not pointers.
         registers: at most so many a thread, so that more programs share a multiprocessor; None: as many as it takes.
     """
 
@@ -207,34 +209,43 @@ class Launch:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
     registers: int | None = None
 
     def name(self) -> str:
-        """Such as 128x64_w8_s3."""
-        limit = "" if self.registers is None else f"_r{self.registers}"
-        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{limit}"
+        """Such as 128x64_w8_s3_tma."""
+        flags = ("_tma" if self.tma else "") + ("" if self.registers is None else f"_r{self.registers}")
+        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
+
+    def source(self, x: torch.Tensor, rows: int, columns: int):
+        """Packed tokens or a turned copy as the kernels read them: a tensor, or a descriptor of its tiles."""
+        return target.tiles_of(x.flatten(0, 1), [rows, columns]) if self.tma else x
 
     def options(self) -> dict[str, int | None]:
-        """What Triton takes at a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers}
+        """What a launch takes besides the arguments."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TMA": self.tma,
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers,
+        }  # fmt: skip
 
 
 def candidates() -> Iterator[Launch]:
     """Rows of the forward worth timing; what doesn't fit a GPU is refused at its launch."""
-    for m, n, warps in ((128, 128, 8), (128, 64, 8), (64, 128, 4), (64, 64, 4), (128, 128, 4)):
-        for stages in (2, 3, 4):
-            yield Launch(m, n, warps, stages)
-    for stages in (2, 3):
-        yield Launch(128, 64, 8, stages, registers=128)
+    for tma in (True, False):
+        for m, n, warps in ((128, 128, 8), (128, 64, 8), (64, 128, 4), (64, 64, 4)):
+            for stages in (2, 3):
+                yield Launch(m, n, warps, stages, tma)
+    yield Launch(128, 128, 8, 4, True)
+    yield Launch(128, 64, 8, 3, True, registers=128)
 
 
 # arch -> padded head dim -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
 LAUNCH = {
-    80: {64: Launch(128, 64, 4, 3), 128: Launch(128, 64, 8, 3)},
-    89: {64: Launch(128, 64, 4, 3), 128: Launch(128, 64, 8, 3)},
-    90: {64: Launch(128, 128, 8, 3), 128: Launch(128, 128, 8, 3)},
-    100: {64: Launch(128, 64, 4, 3), 128: Launch(128, 64, 8, 3)},
-    120: {64: Launch(128, 64, 4, 3), 128: Launch(128, 64, 8, 3)},
+    80: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
+    89: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
+    90: {64: Launch(128, 128, 8, 3, tma=True), 128: Launch(128, 128, 8, 3, tma=True)},
+    100: {64: Launch(128, 64, 4, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
+    120: {64: Launch(128, 64, 8, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
 }
 
 
@@ -277,14 +288,23 @@ def attend_packed(
     out, lse = torch.empty_like(q), torch.empty_like(q_scale)
     with target.on_device(q):
         _training_forward_kernel[(T // row.block_m, H)](
-            target.tiles_of(queries.flatten(0, 1), [row.block_m, block_d]),
-            target.tiles_of(packed.keys.flatten(0, 1), [row.block_n, block_d]),
-            target.tiles_of(packed.values8.flatten(0, 1), [block_d, row.block_n]),
+            row.source(queries, row.block_m, block_d), row.source(packed.keys, row.block_n, block_d),
+            row.source(packed.values8, block_d, row.block_n),
             q_scale, packed.scale, v_scale, v_mean, rows.owner, rows.table, columns.table, out, lse,
             H // packed.keys.shape[0], packed.keys.shape[0], T, columns.tokens, *out.stride()[:3],
-            D=q.shape[3], BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal, **row.options(),
+            D=q.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, **row.options(),
         )  # fmt: skip
     return out, lse
+
+
+@triton.jit
+def tile(x, row, column, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """A tile of a matrix with rows of `width`: packed tokens, or a turned copy; all of it exists."""
+    if TMA:
+        return x.load([row, column])
+    else:
+        x += tl.cast(row, tl.int64) * width + column
+        return tl.load(x + tl.arange(0, ROWS)[:, None] * width + tl.arange(0, COLUMNS)[None, :])
 
 
 @triton.jit
@@ -304,15 +324,16 @@ def operand(x):
 
 @triton.jit
 def _attend_tile(
-    q, row_scale, k, k_scale, v, k_row, v_row, first, start, keys, position, acc, l_i, m_i,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    q, row_scale, k, k_scale, v, k_row, v_row, Tk, first, start, keys, position, acc, l_i, m_i,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, the sequence's [first, first + BLOCK_N): running output, sum and maximum of each row.
 
-    The sequence begins at packed row `start`; k_row and v_row are the head's first rows in the descriptors.
+    The sequence begins at packed row `start`; k_row and v_row are the head's first rows.
     """
+    k_tile = tile(k, k_row + start + first, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA)
     offs_n = first + tl.arange(0, BLOCK_N)
-    x = tl.dot(q, tl.trans(k.load([k_row + start + first, 0])), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
+    x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
     x = x * tl.load(k_scale + start + offs_n)[None, :]
     if MASKED:
         seen = (offs_n < keys)[None, :]
@@ -325,7 +346,8 @@ def _attend_tile(
     alpha = tl.exp2(m_i - m_new)
     beta = tl.exp2(peak - m_new)
     l_i = l_i * alpha + tl.sum(p, 1) * beta
-    product = tl.dot(operand(whole(p)), tl.trans(v.load([v_row, start + first])), out_dtype=tl.int32)
+    v_tile = tile(v, v_row, start + first, Tk, BLOCK_D, BLOCK_N, TMA)
+    product = tl.dot(operand(whole(p)), tl.trans(v_tile), out_dtype=tl.int32)
     acc = acc * alpha[:, None] + product.to(tl.float32) * beta[:, None]
     return acc, l_i, m_new
 
@@ -335,6 +357,7 @@ def _training_forward_kernel(
     q, k, v, q_scale, k_scale, v_scale, v_mean, owner, rows, columns, out, lse, HEADS_PER_KEY, KV_HEADS, T, Tk,
     stride_b, stride_h, stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     kv = h // HEADS_PER_KEY
@@ -348,7 +371,7 @@ def _training_forward_kernel(
     inside = position < tl.load(rows + n * 4 + 2)
     keys, start = tl.load(columns + n * 4 + 2), tl.load(columns + n * 4 + 3)
     offs_m, offs_d = h * T + row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q_tile = q.load([(h * T).to(tl.int32) + row, 0])
+    q_tile = tile(q, (h * T).to(tl.int32) + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     row_scale = tl.load(q_scale + offs_m)  # [BM]
     k_scale += kv * Tk
     k_row, v_row = (kv * Tk).to(tl.int32), (kv * BLOCK_D).to(tl.int32)
@@ -359,13 +382,13 @@ def _training_forward_kernel(
     stop = tl.minimum(place + BLOCK_M, keys) if CAUSAL else keys
     for i in range(full):
         acc, l_i, m_i = _attend_tile(
-            q_tile, row_scale, k, k_scale, v, k_row, v_row, i * BLOCK_N, start, keys, position, acc, l_i, m_i,
-            BLOCK_N, False, CAUSAL,
+            q_tile, row_scale, k, k_scale, v, k_row, v_row, Tk, i * BLOCK_N, start, keys, position, acc, l_i, m_i,
+            BLOCK_D, BLOCK_N, False, CAUSAL, TMA,
         )  # fmt: skip
     for i in range(full, tl.cdiv(stop, BLOCK_N)):
         acc, l_i, m_i = _attend_tile(
-            q_tile, row_scale, k, k_scale, v, k_row, v_row, i * BLOCK_N, start, keys, position, acc, l_i, m_i,
-            BLOCK_N, True, CAUSAL,
+            q_tile, row_scale, k, k_scale, v, k_row, v_row, Tk, i * BLOCK_N, start, keys, position, acc, l_i, m_i,
+            BLOCK_D, BLOCK_N, True, CAUSAL, TMA,
         )  # fmt: skip
     empty = l_i == 0
     batch = tl.load(rows + n * 4).to(tl.int64)

@@ -23,7 +23,7 @@ import torch
 
 from . import target
 from .target import tl, triton
-from .training_attention import Kept, Launch, larger, layouts, operand, pairs, rounded, scores_of
+from .training_attention import Kept, Launch, larger, layouts, operand, pairs, rounded, scores_of, tile
 from .training_inputs import (
     LN_2,
     PackedGradients,
@@ -103,7 +103,9 @@ def training_attention_backward_reference(
     return unpack(sum_q, rows, dq), unpack(sum_k, columns, dk), unpack(sum_v, columns, dv)
 
 
-def empty_gradients(out: torch.Tensor, kv_heads: int, key_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def empty_gradients(
+    out: torch.Tensor, kv_heads: int, key_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Memory for dq, dk and dv; where tokens come before heads in `out`, they do so in all."""
     B, _, _, D = out.shape
     if out.stride(1) < out.stride(2):
@@ -124,35 +126,50 @@ class BackwardLaunch:
 
 def query_candidates() -> Iterator[Launch]:
     """Rows of dQ worth timing."""
-    for m, n, warps in ((128, 64, 8), (128, 32, 8), (64, 64, 4), (128, 128, 8)):
-        for stages in (2, 3):
-            yield Launch(m, n, warps, stages)
+    for tma, stages in itertools.product((True, False), (2, 3)):
+        for m, n, warps in ((128, 64, 8), (64, 64, 4), (128, 128, 8)):
+            yield Launch(m, n, warps, stages, tma)
+    yield Launch(128, 32, 8, 3, True)
 
 
 def key_candidates() -> Iterator[tuple[Launch, Launch | None]]:
     """Rows of dK and dV worth timing: both in one, then apart."""
     for stages in (2, 3):
-        yield Launch(64, 128, 8, stages), None
-        yield Launch(64, 64, 4, stages), None
-    apart = (Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 4, 2))
-    values = (Launch(64, 128, 8, 2), Launch(64, 128, 8, 3), Launch(64, 128, 8, 3, 128), Launch(128, 128, 8, 2))
-    yield from itertools.product(apart[:1], values)
-    yield from itertools.product(apart[1:], values[:1])
+        yield Launch(64, 128, 8, stages, True), None
+        yield Launch(64, 64, 4, stages, True), None
+    value = Launch(64, 128, 8, 2, True)
+    for m, n, warps, stages in ((64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 1), (64, 64, 4, 2)):
+        yield Launch(m, n, warps, stages, True), value
+    key = Launch(64, 128, 8, 2, True)
+    for m, n, warps, stages in ((64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3)):
+        yield key, Launch(m, n, warps, stages, True)
+    yield key, Launch(64, 128, 8, 3, True, registers=128)
 
 
 # arch -> padded head dim -> launches. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
+_NARROW = BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None)
+_NARROW_TMA = BackwardLaunch(Launch(64, 64, 4, 2, tma=True), Launch(64, 64, 4, 2, tma=True), None)
+_WIDE = BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2))
 LAUNCH = {
-    80: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
-         128: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))},
-    89: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
-         128: BackwardLaunch(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 64, 4, 2))},
-    90: {64: BackwardLaunch(Launch(128, 64, 8, 3), Launch(64, 128, 8, 2), None),
-         128: BackwardLaunch(Launch(128, 64, 8, 3), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2))},
-    100: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
-          128: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))},
-    120: {64: BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), None),
-          128: BackwardLaunch(Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(64, 64, 4, 2))},
-}  # fmt: skip
+    80: {64: _NARROW, 128: _WIDE},
+    89: {64: _NARROW, 128: _WIDE},
+    90: {
+        64: BackwardLaunch(Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), None),
+        128: BackwardLaunch(
+            Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
+        ),
+    },
+    100: {
+        64: _NARROW_TMA,
+        128: BackwardLaunch(
+            Launch(128, 64, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
+        ),
+    },
+    120: {
+        64: _NARROW_TMA,
+        128: BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2, tma=True)),
+    },
+}
 
 
 def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
@@ -188,14 +205,12 @@ def query_gradient(
     H, T, block_d = kept.queries.shape
     with target.on_device(dq):
         _query_gradient_kernel[(T // row.block_m, H)](
-            target.tiles_of(kept.queries.flatten(0, 1), [row.block_m, block_d]),
-            target.tiles_of(packed.values.flatten(0, 1), [row.block_m, block_d]),
-            target.tiles_of(kept.keys.flatten(0, 1), [row.block_n, block_d]),
-            target.tiles_of(kept.values.flatten(0, 1), [row.block_n, block_d]),
-            target.tiles_of(turn(kept.keys).flatten(0, 1), [block_d, row.block_n]),
+            row.source(kept.queries, row.block_m, block_d), row.source(packed.values, row.block_m, block_d),
+            row.source(kept.keys, row.block_n, block_d), row.source(kept.values, row.block_n, block_d),
+            row.source(turn(kept.keys), block_d, row.block_n),
             kept.q_scale, packed.scale, kept.lse, packed.delta, kept.k_scale, rows.owner, rows.table, columns.table, dq,
             sm_scale, H // kept.keys.shape[0], T, columns.tokens, *dq.stride()[:3],
-            D=dq.shape[3], BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal, **row.options(),
+            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, **row.options(),
         )  # fmt: skip
 
 
@@ -212,41 +227,43 @@ def key_gradients(
     """Writes dk and dv; arguments as in `query_gradient`."""
     H, T, block_d = kept.queries.shape
     turned = turn(kept.queries)
+    # A maximum skips NaN, so single tokens that are not finite are told apart.
+    broken = packed.delta.isnan().any(1).to(torch.float32)
     for row, with_k, with_v in ((launch.key, True, launch.value is None), (launch.value, False, True)):
         if row is None:
             continue
         with target.on_device(dk):
             _key_gradient_kernel[(columns.tokens // row.block_n, kept.keys.shape[0])](
-                target.tiles_of(kept.queries.flatten(0, 1), [row.block_m, block_d]),
-                target.tiles_of(packed.values.flatten(0, 1), [row.block_m, block_d]),
-                target.tiles_of(turned.flatten(0, 1), [block_d, row.block_m]),
-                target.tiles_of(packed.turned.flatten(0, 1), [block_d, row.block_m]),
-                target.tiles_of(kept.keys.flatten(0, 1), [row.block_n, block_d]),
-                target.tiles_of(kept.values.flatten(0, 1), [row.block_n, block_d]),
-                kept.q_scale, packed.lse, packed.delta, kept.k_scale, columns.owner, columns.table, rows.table, dk, dv,
+                row.source(kept.queries, row.block_m, block_d), row.source(packed.values, row.block_m, block_d),
+                row.source(turned, block_d, row.block_m), row.source(packed.turned, block_d, row.block_m),
+                row.source(kept.keys, row.block_n, block_d), row.source(kept.values, row.block_n, block_d),
+                kept.q_scale, packed.lse, packed.delta, kept.k_scale, broken, columns.owner, columns.table, rows.table,
+                dk, dv,
                 H // kept.keys.shape[0], T, columns.tokens, *dk.stride()[:3],
-                D=dk.shape[3], BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
-                WITH_K=with_k, WITH_V=with_v, **row.options(),
+                D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, WITH_K=with_k, WITH_V=with_v, **row.options(),
             )  # fmt: skip
 
 
 @triton.jit
 def _in_8_bits(x):
     """A tile of INT8 for a product, one scale a row, and those scales."""
-    scale = larger(tl.reduce(tl.abs(x), 1, larger), 1e-36) / 127.0
+    scale = larger(tl.max(tl.abs(x), 1), 1e-36) / 127.0
     return operand(whole(x * (1.0 / scale)[:, None])), scale
 
 
 @triton.jit
 def _query_tile(
-    q, grad, row_scale, lse, delta, k, v, turned, k_scale, k_row, d_row, first, start, keys, position, acc,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    q, grad, row_scale, lse, delta, k, v, turned, k_scale, k_row, d_row, Tk, first, start, keys, position, acc,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ after one tile of keys, the sequence's [first, first + BLOCK_N), which begins at packed row `start`."""
     offs_n = first + tl.arange(0, BLOCK_N)
     scale = tl.load(k_scale + start + offs_n)[None, :]
-    x = tl.dot(q, tl.trans(k.load([k_row + start + first, 0])), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
-    dp = tl.dot(grad, tl.trans(v.load([k_row + start + first, 0])))
+    row = k_row + start + first
+    k_tile, v_tile = tile(k, row, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA), tile(v, row, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+    turned_tile = tile(turned, d_row, start + first, Tk, BLOCK_D, BLOCK_N, TMA)
+    x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
+    dp = tl.dot(grad, tl.trans(v_tile))
     x = (x * scale) * row_scale[:, None] - lse[:, None]
     if MASKED:
         seen = (offs_n < keys)[None, :]
@@ -254,7 +271,7 @@ def _query_tile(
             seen = seen & (offs_n[None, :] <= position[:, None])
         x = tl.where(seen, x, float("-inf"))
     ds, size = _in_8_bits(tl.exp2(x) * (dp - delta[:, None] * scale))
-    product = tl.dot(ds, tl.trans(turned.load([d_row, start + first])), out_dtype=tl.int32)
+    product = tl.dot(ds, tl.trans(turned_tile), out_dtype=tl.int32)
     return acc + product.to(tl.float32) * size[:, None]
 
 
@@ -263,6 +280,7 @@ def _query_gradient_kernel(
     q, grad, k, v, turned, q_scale, g_scale, lse, delta, k_scale, owner, rows, columns, dq,
     sm_scale, HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     kv = h // HEADS_PER_KEY
@@ -275,7 +293,8 @@ def _query_gradient_kernel(
     position = place + tl.arange(0, BLOCK_M)
     keys, start = tl.load(columns + n * 4 + 2), tl.load(columns + n * 4 + 3)
     offs_m, offs_d = h * T + row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q_tile, grad_tile = q.load([(h * T).to(tl.int32) + row, 0]), grad.load([(h * T).to(tl.int32) + row, 0])
+    q_tile = tile(q, (h * T).to(tl.int32) + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    grad_tile = tile(grad, (h * T).to(tl.int32) + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)
     row_scale, l_i, delta_i = tl.load(q_scale + offs_m), tl.load(lse + offs_m), tl.load(delta + offs_m)  # [BM]
     k_scale += kv * Tk
     k_row, d_row = (kv * Tk).to(tl.int32), (kv * BLOCK_D).to(tl.int32)
@@ -284,13 +303,13 @@ def _query_gradient_kernel(
     stop = tl.minimum(place + BLOCK_M, keys) if CAUSAL else keys
     for i in range(full):
         acc = _query_tile(
-            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, i * BLOCK_N, start, keys,
-            position, acc, BLOCK_N, False, CAUSAL,
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
+            keys, position, acc, BLOCK_D, BLOCK_N, False, CAUSAL, TMA,
         )  # fmt: skip
     for i in range(full, tl.cdiv(stop, BLOCK_N)):
         acc = _query_tile(
-            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, i * BLOCK_N, start, keys,
-            position, acc, BLOCK_N, True, CAUSAL,
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
+            keys, position, acc, BLOCK_D, BLOCK_N, True, CAUSAL, TMA,
         )  # fmt: skip
     acc = acc * (sm_scale * tl.load(g_scale + offs_m) / row_scale)[:, None]
     batch, first = tl.load(rows + n * 4).to(tl.int64), tl.load(rows + n * 4 + 1).to(tl.int64)
@@ -301,35 +320,40 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_tile(
-    k, v, k_scale, q, grad, q_turned, g_turned, q_scale, lse, delta, q_row, d_row, first, start, position, acc_k, acc_v,
-    BLOCK_M: tl.constexpr, MASKED: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+    k, v, k_scale, q, grad, q_turned, g_turned, q_scale, lse, delta, q_row, d_row, T, first, start, position,
+    acc_k, acc_v,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
 ):  # fmt: skip
     """dK and dV after one tile of queries, the sequence's [first, first + BLOCK_M), which begins at packed row `start`."""
     offs_m = first + tl.arange(0, BLOCK_M)
     row = start + first
-    x = tl.dot(k, tl.trans(q.load([q_row + row, 0])), out_dtype=tl.int32).to(tl.float32)  # [BN, BM]
+    q_tile = tile(q, q_row + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    x = tl.dot(k, tl.trans(q_tile), out_dtype=tl.int32).to(tl.float32)  # [BN, BM]
     x = (x * k_scale[:, None]) * tl.load(q_scale + start + offs_m)[None, :] - tl.load(lse + start + offs_m)[None, :]
     if MASKED:
         x = tl.where(position[:, None] <= offs_m[None, :], x, float("-inf"))
     p = tl.exp2(x)  # zero in padding, whose lse is infinity
     if WITH_V:
         p8, size = _in_8_bits(p)
-        product = tl.dot(p8, tl.trans(g_turned.load([d_row, row])), out_dtype=tl.int32)
+        turned = tile(g_turned, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
+        product = tl.dot(p8, tl.trans(turned), out_dtype=tl.int32)
         acc_v += product.to(tl.float32) * size[:, None]
     if WITH_K:
-        dp = tl.dot(v, tl.trans(grad.load([q_row + row, 0])))
+        dp = tl.dot(v, tl.trans(tile(grad, q_row + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)))
         ds, size = _in_8_bits(p * (dp - k_scale[:, None] * tl.load(delta + start + offs_m)[None, :]))
-        product = tl.dot(ds, tl.trans(q_turned.load([d_row, row])), out_dtype=tl.int32)
+        turned = tile(q_turned, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
+        product = tl.dot(ds, tl.trans(turned), out_dtype=tl.int32)
         acc_k += product.to(tl.float32) * size[:, None]
     return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=["T", "Tk"])
 def _key_gradient_kernel(
-    q, grad, q_turned, g_turned, k, v, q_scale, lse, delta, k_scale, owner, columns, rows, dk, dv,
+    q, grad, q_turned, g_turned, k, v, q_scale, lse, delta, k_scale, broken, owner, columns, rows, dk, dv,
     HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+    TMA: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
     kv = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_N
@@ -340,10 +364,12 @@ def _key_gradient_kernel(
     position = place + tl.arange(0, BLOCK_N)
     queries, start = tl.load(rows + n * 4 + 2), tl.load(rows + n * 4 + 3)
     offs_n, offs_d = kv * Tk + column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    k_tile, scale = k.load([(kv * Tk).to(tl.int32) + column, 0]), tl.load(k_scale + offs_n)  # [BN, BD], [BN]
-    v_tile = v.load([(kv * Tk).to(tl.int32) + column, 0])
+    scale = tl.load(k_scale + offs_n)  # [BN]
+    k_tile = tile(k, (kv * Tk).to(tl.int32) + column, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA)
+    v_tile = tile(v, (kv * Tk).to(tl.int32) + column, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    shown = 0.0  # NaN where a query's gradient is not finite
     tiles = tl.cdiv(queries, BLOCK_M)
     # Causal: earlier queries see none of these keys, later ones all.
     begin = place // BLOCK_M if CAUSAL else 0
@@ -351,21 +377,23 @@ def _key_gradient_kernel(
     for g in range(HEADS_PER_KEY):
         h = kv * HEADS_PER_KEY + g
         q_row, d_row, offset = (h * T).to(tl.int32), (h * BLOCK_D).to(tl.int32), h * T
+        shown += tl.where(tl.load(broken + h) > 0, float("nan"), 0.0)
         if CAUSAL:
             for i in range(begin, full):
                 acc_k, acc_v = _key_tile(
                     k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
-                    q_row, d_row, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_M, True, WITH_K, WITH_V,
+                    q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, True, TMA, WITH_K, WITH_V,
                 )  # fmt: skip
         for i in range(full, tiles):
             acc_k, acc_v = _key_tile(
                 k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
-                q_row, d_row, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_M, False, WITH_K, WITH_V,
+                q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, False, TMA, WITH_K, WITH_V,
             )  # fmt: skip
     batch, first = tl.load(columns + n * 4).to(tl.int64), tl.load(columns + n * 4 + 1).to(tl.int64)
     goal = batch * stride_b + kv * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]
     mask = (position < tl.load(columns + n * 4 + 2))[:, None] & (offs_d < D)[None, :]
     if WITH_K:
-        tl.store(dk + goal, (acc_k * (0.6931471805599453 / scale)[:, None]).to(dk.dtype.element_ty), mask=mask)  # ln 2
+        acc_k = acc_k * (0.6931471805599453 / scale)[:, None] + shown  # ln 2
+        tl.store(dk + goal, acc_k.to(dk.dtype.element_ty), mask=mask)
     if WITH_V:
-        tl.store(dv + goal, acc_v.to(dv.dtype.element_ty), mask=mask)
+        tl.store(dv + goal, (acc_v + shown).to(dv.dtype.element_ty), mask=mask)

@@ -274,48 +274,49 @@ def _quantized_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 # arch -> warps of a program. Not measured: chosen by ahead-of-time compile (no spills).
 LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
+ROWS = 64  # that a program quantises
 
 
 def _pack_queries(q, layout, sm_scale):
-    B, H, S, D = q.shape
+    H, D = q.shape[1], q.shape[3]
     block_d = padded_head_dim(D)
     values = torch.empty(H, layout.tokens, block_d, dtype=torch.int8, device=q.device)
     scale = torch.empty(H, layout.tokens, dtype=torch.float32, device=q.device)
     with target.on_device(q):
-        _pack_queries_kernel[(len(layout.owner), H)](
+        _pack_queries_kernel[(layout.tokens // ROWS, H)](
             q, layout.owner, layout.table, values, scale, sm_scale * LOG2_E, layout.tokens, *q.stride()[:3],
-            D=D, BLOCK_D=block_d, BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, q.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, q.device),
         )  # fmt: skip
     return values, scale
 
 
 def _pack_keys(k, v, stats, layout):
-    B, H, S, D = k.shape
+    H, D = k.shape[1], k.shape[3]
     block_d, T = padded_head_dim(D), layout.tokens
     values8 = torch.empty(H, block_d, T, dtype=torch.int8, device=k.device)
     keys = torch.empty(H, T, block_d, dtype=torch.int8, device=k.device)
     scale = torch.empty(H, T, dtype=torch.float32, device=k.device)
     values = torch.empty(H, T, block_d, dtype=torch.bfloat16, device=k.device)
     with target.on_device(k):
-        _pack_keys_kernel[(len(layout.owner), H)](
+        _pack_keys_kernel[(T // ROWS, H)](
             k, v, stats.k_mean, stats.v_mean, channel_scale(stats), layout.owner, layout.table,
             values8, keys, scale, values, H, T, *k.stride()[:3], *v.stride()[:3],
-            D=D, BLOCK_D=block_d, BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, k.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, k.device),
         )  # fmt: skip
     return PackedKeys(values8, keys, scale, values)
 
 
 def _pack_gradients(grad, out, v_mean, q_scale, lse, layout):
-    B, H, S, D = out.shape
+    H, D = out.shape[1], out.shape[3]
     block_d, T = padded_head_dim(D), layout.tokens
     turned = torch.empty(H, block_d, T, dtype=torch.int8, device=out.device)
     values = torch.empty(H, T, block_d, dtype=torch.bfloat16, device=out.device)
     scale, delta, shifted = (torch.empty_like(lse) for _ in range(3))
     with target.on_device(out):
-        _pack_gradients_kernel[(len(layout.owner), H)](
+        _pack_gradients_kernel[(T // ROWS, H)](
             grad, out, v_mean, q_scale, lse, layout.owner, layout.table, turned, values, scale, delta, shifted,
             v_mean.shape[1], H // v_mean.shape[1], T, *grad.stride()[:3], *out.stride()[:3],
-            D=D, BLOCK_D=block_d, BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, out.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, out.device),
         )  # fmt: skip
     return PackedGradients(turned, values, scale, delta, shifted)
 
@@ -324,8 +325,8 @@ def _turn(x):
     H, T, block_d = x.shape
     turned = torch.empty(H, block_d, T, dtype=torch.int8, device=x.device)
     with target.on_device(x):
-        _turn_kernel[(T // BLOCK, H)](
-            x, turned, T, BLOCK_D=block_d, BLOCK=BLOCK, num_warps=target.launch_row(LAUNCH, x.device)
+        _turn_kernel[(T // ROWS, H)](
+            x, turned, T, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, x.device)
         )
     return turned
 
@@ -345,7 +346,7 @@ def whole(x):
 
 @triton.jit
 def _rows(x, row, inside, stride, offs_d, D: tl.constexpr):
-    """Rows of x in fp32, zeros outside: [BLOCK, BD]."""
+    """Rows of x in fp32, zeros outside: [ROWS, BD]."""
     mask = inside[:, None] & (offs_d < D)[None, :]
     return tl.load(x + row[:, None] * stride + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -363,24 +364,25 @@ def _quantized(rows):
 
 @triton.jit
 def _sequence(owner, table, offs):
-    """The sequence of a block: batch, and of each of its rows the token and whether it exists."""
-    n = tl.load(owner + tl.program_id(0))
+    """The sequence of this program's rows: batch, and of each row the token and whether it exists."""
+    ROWS: tl.constexpr = offs.shape[0]
+    n = tl.load(owner + tl.program_id(0) * ROWS // 128)
     batch, first = tl.load(table + n * 4, mask=n >= 0, other=0), tl.load(table + n * 4 + 1, mask=n >= 0, other=0)
     length, start = tl.load(table + n * 4 + 2, mask=n >= 0, other=0), tl.load(table + n * 4 + 3, mask=n >= 0, other=0)
-    position = tl.program_id(0) * offs.shape[0] - start + offs
+    position = tl.program_id(0) * ROWS - start + offs
     return batch.to(tl.int64), (first + position).to(tl.int64), (position < length) & (n >= 0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _pack_queries_kernel(
     x, owner, table, values, scale, factor, T, stride_b, stride_h, stride_s,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
-    offs, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    offs, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     batch, token, inside = _sequence(owner, table, offs)
     rows, size = _quantized(_rows(x + batch * stride_b + h * stride_h, token, inside, stride_s, offs_d, D))
-    goal = h * T + tl.program_id(0) * BLOCK + offs
+    goal = h * T + tl.program_id(0) * ROWS + offs
     tl.store(values + goal[:, None] * BLOCK_D + offs_d[None, :], rows)
     tl.store(scale + goal, size * factor)
 
@@ -389,10 +391,10 @@ def _pack_queries_kernel(
 def _pack_keys_kernel(
     k, v, k_mean, v_mean, v_scale, owner, table, values8, keys, scale, values, H, T,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
-    place, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    place, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     offs = in_operand_order(place)
     batch, token, inside = _sequence(owner, table, offs)
     channel = (batch * H + h) * D + offs_d
@@ -400,7 +402,7 @@ def _pack_keys_kernel(
     rows = _rows(k + batch * stride_kb + h * stride_kh, token, inside, stride_ks, offs_d, D)
     rows = tl.where(inside[:, None], rows - tl.load(k_mean + channel, mask=real, other=0.0)[None, :], 0.0)
     keys8, size = _quantized(rows)
-    goal = h * T + tl.program_id(0) * BLOCK + offs
+    goal = h * T + tl.program_id(0) * ROWS + offs
     tl.store(keys + goal[:, None] * BLOCK_D + offs_d[None, :], keys8)
     tl.store(scale + goal, size)
     rows = _rows(v + batch * stride_vb + h * stride_vh, token, inside, stride_vs, offs_d, D)
@@ -409,7 +411,7 @@ def _pack_keys_kernel(
     step = tl.broadcast_to(tl.load(v_scale + channel, mask=real, other=1.0)[None, :], rows.shape)
     steps = tl.div_rn(rows, step)
     steps = whole(tl.where(tl.abs(steps) < 128, steps, 0.0))
-    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * BLOCK + place)[None, :]
+    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
     tl.store(values8 + goal, tl.trans(steps))
 
 
@@ -417,17 +419,17 @@ def _pack_keys_kernel(
 def _pack_gradients_kernel(
     grad, out, v_mean, q_scale, lse, owner, table, turned, values, scale, delta, shifted, KV_HEADS, HEADS_PER_KEY, T,
     stride_gb, stride_gh, stride_gs, stride_ob, stride_oh, stride_os,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
-    place, offs_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    place, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     offs = in_operand_order(place)
     batch, token, inside = _sequence(owner, table, offs)
     rows = _rows(grad + batch * stride_gb + h * stride_gh, token, inside, stride_gs, offs_d, D)
     steps, size = _quantized(rows)
-    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * BLOCK + place)[None, :]
+    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
     tl.store(turned + goal, tl.trans(steps))
-    goal = h * T + tl.program_id(0) * BLOCK + offs
+    goal = h * T + tl.program_id(0) * ROWS + offs
     rows = (rows * (tl.load(q_scale + goal) / size)[:, None]).to(tl.bfloat16)
     tl.store(values + goal[:, None] * BLOCK_D + offs_d[None, :], rows)
     channel = (batch * KV_HEADS + h // HEADS_PER_KEY) * D + offs_d
@@ -439,8 +441,8 @@ def _pack_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _turn_kernel(x, turned, T, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+def _turn_kernel(x, turned, T, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
     h = tl.program_id(1).to(tl.int64)
-    place, offs_d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    place, offs_d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     rows = tl.load(x + (h * T + in_operand_order(place))[:, None] * BLOCK_D + offs_d[None, :])
     tl.store(turned + (h * BLOCK_D + offs_d)[:, None] * T + place[None, :], tl.trans(rows))

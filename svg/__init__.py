@@ -19,6 +19,7 @@ _HOME = {
     "config_from_dict": "svg.config",
     "TokenLayout": "svg.layout",
     "attention": "svg.drop_in",
+    "training_attention": "svg.training",
     "dense_attention": "svg.methods.dense",
     "load_preset": "svg.configs",
 }

@@ -45,6 +45,7 @@ SUITES = (
     "test_nvfp4.py",
     "test_fp4_attention.py",
     "test_block_sparse_quantised.py",
+    "test_training_attention.py",
     "test_interpreter.py",
 )
 

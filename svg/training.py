@@ -1,0 +1,162 @@
+"""`svg.training_attention`: 8-bit attention with gradients, in the place of PyTorch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from svg.kernels import target, training_attention_backward
+from svg.kernels import training_attention as kernel
+from svg.kernels.quantize import padded_head_dim
+from svg.kernels.training_attention import Kept
+from svg.kernels.training_backward import empty_gradients
+from svg.kernels.training_inputs import packed_tokens
+
+LAYOUTS = ("HND", "NHD")
+
+
+def training_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    tensor_layout: str = "HND",
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """INT8 attention, forward and backward (SageBwd), with the arguments of PyTorch's scaled_dot_product_attention first.
+
+    Only dP = grad V^T runs in 16 bits. The same inputs give the same bits, gradients included. On a CPU the reference
+    runs, in plain PyTorch, and warns that it does. `torch.compile` keeps whole graphs; under autocast inputs are
+    converted as PyTorch's attention converts them. The backward of the backward is not there.
+
+    Args:
+        q: fp16, bf16 or fp32 [B, H, S, D] ([B, S, H, D] where tensor_layout is "NHD"), D at most 128.
+        k, v: [B, Hkv, Sk, D] ([B, Sk, Hkv, D]), q's dtype.
+        attn_mask: must be None: masks other than is_causal are not supported.
+        dropout_p: must be 0.
+        is_causal: query i sees keys 0 .. i, also where S != Sk, as in PyTorch.
+        scale: softmax scale; default D ** -0.5.
+        enable_gqa: allow fewer key heads than query heads; Hkv must divide H.
+        tensor_layout: "HND" or "NHD": whether heads or tokens come first.
+        cu_seqlens_q, cu_seqlens_k: int32 [N + 1], for B = 1: sequences of different lengths lie one after the other along
+            the tokens, and sequence n is tokens cu_seqlens[n] ... cu_seqlens[n + 1] - 1. The first is 0, the last S (Sk).
+
+    Returns:
+        out, q's shape, dtype and layout; zeros where a sequence has no key.
+
+    Raises:
+        ValueError: shapes disagree, or a value is unknown.
+        TypeError: dtypes are mixed or not supported.
+        NotImplementedError: a mask, dropout, nested tensors or a head dim above 128 is asked for.
+
+    Source: arXiv 2505.11594, section 4; arXiv 2603.02170.
+    """
+    if tensor_layout not in LAYOUTS:
+        raise ValueError(f"tensor_layout must be one of {', '.join(LAYOUTS)}, got {tensor_layout!r}")
+    if attn_mask is not None:
+        raise NotImplementedError(
+            "attn_mask is not supported by 8-bit training attention: use is_causal or cu_seqlens_q and cu_seqlens_k, or "
+            "call torch.nn.functional.scaled_dot_product_attention"
+        )
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: 8-bit training attention has no dropout")
+    if q.is_nested or k.is_nested or v.is_nested:
+        raise NotImplementedError("nested tensors are not supported: pass their values with cu_seqlens_q, cu_seqlens_k")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if tensor_layout == "NHD":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not enable_gqa and q.shape[1] != k.shape[1]:
+        raise ValueError(f"k must have q's {q.shape[1]} heads, got {k.shape[1]}: pass enable_gqa=True to share them")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)[0]
+    return out.transpose(1, 2) if tensor_layout == "NHD" else out
+
+
+@torch.library.custom_op("svg::training_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not target.use_triton(q):
+        warnings.warn(
+            f"svg.training_attention computes its plain PyTorch reference on {q.device}: the same quantisation, but "
+            "not faster",
+            stacklevel=2,
+        )
+    out, kept = kernel(q, k, v, is_causal=is_causal, sm_scale=scale, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    return out, kept.queries, kept.q_scale, kept.keys, kept.k_scale, kept.values, kept.v_mean, kept.lse
+
+
+@_forward.register_fake
+def _(q, k, v, starts_q, starts_k, is_causal, scale):
+    block_d = padded_head_dim(q.shape[3])
+    sizes = [
+        (x.shape[1], packed_tokens(x.shape[0], x.shape[2], None if starts is None else starts.shape[0] - 1))
+        for x, starts in ((q, starts_q), (k, starts_k))
+    ]
+    (H, T), (Hkv, Tk) = sizes
+    return (
+        torch.empty_like(q),
+        q.new_empty(H, T, block_d, dtype=torch.int8),
+        q.new_empty(H, T, dtype=torch.float32),
+        q.new_empty(Hkv, Tk, block_d, dtype=torch.int8),
+        q.new_empty(Hkv, Tk, dtype=torch.float32),
+        q.new_empty(Hkv, Tk, block_d, dtype=torch.bfloat16),
+        q.new_empty(k.shape[0], Hkv, k.shape[3], dtype=torch.float32),
+        q.new_empty(H, T, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("svg::training_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    out: Tensor,
+    queries: Tensor,
+    q_scale: Tensor,
+    keys: Tensor,
+    k_scale: Tensor,
+    values: Tensor,
+    v_mean: Tensor,
+    lse: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    key_tokens: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = Kept(queries, q_scale, keys, k_scale, values, v_mean, lse)
+    return training_attention_backward(
+        grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=scale, cu_seqlens_q=starts_q,
+        cu_seqlens_k=starts_k,
+    )  # fmt: skip
+
+
+@_backward.register_fake
+def _(
+    grad, out, queries, q_scale, keys, k_scale, values, v_mean, lse, starts_q, starts_k, key_tokens, is_causal, scale
+):
+    return empty_gradients(out, keys.shape[0], key_tokens)
+
+
+def _keep(ctx, inputs, output):
+    _, k, _, starts_q, starts_k, is_causal, scale = inputs
+    ctx.save_for_backward(*output, starts_q, starts_k)
+    ctx.options = k.shape[2], is_causal, scale
+    ctx.set_materialize_grads(False)  # only the first output has a gradient, the others are kept for the backward
+
+
+def _differentiate(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
