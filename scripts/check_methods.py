@@ -1,6 +1,6 @@
 """Checks the methods as pipelines call them, on this machine's GPU: whole attention calls through `svg.attend`.
 
-Each layout (text apart, first, last with padded prompts of two lengths) runs three steps of SVG1 and SVG2: no host sync is allowed
+Each layout (text apart, first, last with padded prompts of two lengths) runs three steps of SVG1, SVG2 and SpargeAttn: no host sync is allowed
 after the first call, two runs must agree bit for bit, density 1 must equal dense attention, and every sparse output is compared with
 masked dense attention in fp64 built from the very plan that was executed.
 
@@ -16,21 +16,23 @@ from pathlib import Path
 
 import torch
 from svg.attend import attend, dense_attention
-from svg.config import SVG1Config, SVG2Config
+from svg.config import SpargeConfig, SVG1Config, SVG2Config
 from svg.layout import TokenLayout
-from svg.methods import svg1, svg2
+from svg.methods import sparge, svg1, svg2
 from svg.methods.dense import key_mask
 from svg.methods.plan import Plan, execute
 from svg.state import RunState
 
-PLAN = {"svg1": svg1.plan, "svg2": svg2.plan}
+PLAN = {"svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
 CONFIGS = (
     SVG1Config(density=0.4, block_size=64, warmup_steps=0, warmup_layers=0),
     SVG2Config(top_p=0.6, num_q_clusters=20, num_k_clusters=50, warmup_steps=0, warmup_layers=0),
+    SpargeConfig(topk=0.4, simthresh=0.05, attention_sink=True, warmup_steps=0, warmup_layers=0),
 )
 FULL = (
     SVG1Config(density=1.0, warmup_steps=0, warmup_layers=0),
     SVG2Config(top_p=1.0, num_q_clusters=20, num_k_clusters=50, warmup_steps=0, warmup_layers=0),
+    SpargeConfig(topk=1.0, warmup_steps=0, warmup_layers=0),
 )
 LAYOUTS = {
     "apart": TokenLayout(frames=5, height=15, width=21),
