@@ -48,9 +48,16 @@ def tune_json():
 def recorded_json():
     rows = [
         {
-            **{"label": label, "method": {"method": label.split()[0]}, "transformer": "transformer"},
-            **{"step": step, "layer": layer, "branch": branch, "head": head},
-            **{"density": density, "recall": recall, "error": round(0.01 * (1 + step + layer + head), 4)},
+            "label": label,
+            "method": {"method": label.split()[0]},
+            "transformer": "transformer",
+            "step": step,
+            "layer": layer,
+            "branch": branch,
+            "head": head,
+            "density": density,
+            "recall": recall,
+            "error": round(0.01 * (1 + step + layer + head), 4),
         }
         for label, density, recall in (("svg2 top_p=0.5", 0.3, 0.8), ("svg2 top_p=0.9", 0.6, 0.95), ("sparge", 0.5, None))
         for step in (2, 5)

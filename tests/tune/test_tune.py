@@ -1,5 +1,6 @@
 """`svg tune` from end to end on a tiny model: results, preset, resumption, bad input."""
 
+import importlib
 import json
 import random
 import signal
@@ -169,3 +170,25 @@ def test_a_sweep_in_the_same_folder_is_refused(arguments, here, capsys):
     Path("out/curves/journal/format.json").write_text('{"format": "svg-sweep-journal", "version": 99}')
     assert main(["tune", "--min-psnr", "30", *arguments, "--out", "out"]) == 2
     assert "must have version 1, got 99" in capsys.readouterr().err
+
+
+def test_seconds_as_cost(arguments, here, monkeypatch):
+    """As on a GPU: attention time is what is spent, though here it is a CPU's."""
+    run = importlib.import_module("svg.tune.run")
+    original = run.Tuner.__init__
+
+    def on_gpu(self, *args, **options):
+        original(self, *args, **options)
+        self._on_gpu = True
+
+    monkeypatch.setattr(run.Tuner, "__init__", on_gpu)
+    short = [*arguments, "--rounds", "1", "--probe", "layers", "--no-control"]
+    assert main(["tune", "--min-psnr", "30", *short, "--out", "out"]) in (0, 1)  # times decide: either is right
+    found = summary("out")
+    if found["cost"]["unit"] == "seconds":
+        assert found["cost"]["per_density"] > 0 and "a sparse call takes" in found["notes"][0]
+    else:
+        assert "too short to fit" in found["notes"][0]
+    if found["saved"] is not None:
+        spent = [found[name]["attention_seconds"] for name in ("tuned", "uniform")]
+        assert found["saved"] == pytest.approx(1 - spent[0] / spent[1])
