@@ -44,8 +44,8 @@ class Sampling:
         rows: rows of each block whose output is compared, spread evenly, even, in [2, 128].
     """
 
-    blocks: int = 16
-    rows: int = 16
+    blocks: int = 32
+    rows: int = 8
 
     def __post_init__(self):
         if self.blocks < 1:
