@@ -17,7 +17,7 @@ function header() {
           state.group,
           (name) => update({ group: name, selected: firstChoice(name) }),
         )
-      : el("span", {}, groups[0]);
+      : groups.length > 0 && el("span", {}, groups[0]);
   return [
     el(
       "p",

@@ -24,6 +24,7 @@ function recordedSection() {
     "On recorded inputs",
     "Every method on the same queries, keys and values of a dense run: means over steps, layers, branches and heads. What a head's error does to a video, these numbers do not say.",
     plots,
+    recordedLegend(methods),
     measureTable(methods),
   );
 }
@@ -76,6 +77,22 @@ function measurePlot(methods, measure, width) {
     dots,
   );
   return el("figure", { "data-measure": measure }, el("figcaption", { class: "offscreen" }, title), drawing);
+}
+
+function recordedLegend(methods) {
+  const items = [...new Set(methods.map(({ method }) => method))].map((name) =>
+    el(
+      "li",
+      {},
+      svg(
+        "svg",
+        { width: 18, height: 16, "aria-hidden": "true" },
+        marker(name, 9, 8, 5, { fill: recordedColour(name) }),
+      ),
+      name,
+    ),
+  );
+  return el("ul", { class: "legend" }, items);
 }
 
 function recordedColour(name) {

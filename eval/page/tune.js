@@ -121,7 +121,7 @@ function curvePlot(loss, density, budgets, levels, width) {
       role: "img",
       "aria-label": `Weighted error against density of ${lines.length} heads; a dot is where a head was put`,
     },
-    svg("text", { class: "title", x: 0, y: 14 }, "Weighted error of every head, measured; a dot is its budget"),
+    svg("text", { class: "title", x: 0, y: 14 }, "Weighted error; a dot is a head's budget"),
     axisX(mapX, ticks(0, 1, width < 420 ? 4 : 6), { ...box, label: "Density" }),
     axisY(
       mapY,
