@@ -114,7 +114,7 @@ class Recorder:
         name = str(len(self._calls))
         for key, tensor in (("q", call.q), ("k", call.k), ("v", call.v), ("text_mask", call.text_mask)):
             if tensor is not None:
-                self._tensors[f"{name}.{key}"] = tensor.detach().cpu().contiguous()
+                self._tensors[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
         self._calls.append(
             RecordedCall(
                 name=name,
