@@ -25,7 +25,7 @@ from ..methods.dense import dense_attention
 from ..methods.plan import Plan
 from ..state import LayerState, RunState
 from ..versions import versions
-from . import quantised, sparge
+from . import quantised, sparge, training
 from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
 from .layers import bench_layers
@@ -36,6 +36,7 @@ from .timing import median_ms
 WAN_720P = TokenLayout(21, 45, 80)
 HUNYUAN_720P = TokenLayout(33, 45, 80, 256, "last")
 HEADS, DIM = 8, 128
+TRAINING_TOKENS = 32_768
 MATMUL, COPY = 8192, 1 << 30  # side of the matrix product, bf16 elements of the copy
 DEVICE = "cuda"
 
@@ -377,6 +378,14 @@ def bench_step(bench: Bench) -> None:
     bench_layers(bench, forced(0.25), {"wan14b_720p": WAN_720P, "hunyuan_720p": HUNYUAN_720P})
 
 
+def bench_training(bench: Bench) -> None:
+    """8-bit attention with gradients: forward and backward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        training.bench_shape(bench, TRAINING_TOKENS, HEADS, DIM, f"S{TRAINING_TOKENS}")
+        training.bench_shape(bench, TRAINING_TOKENS, HEADS, 64, f"d64/S{TRAINING_TOKENS}")
+        training.bench_shape(bench, TRAINING_TOKENS, HEADS, DIM, f"causal/S{TRAINING_TOKENS}", is_causal=True)
+
+
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "attention": bench_attention,
     "kmeans": bench_kmeans,
@@ -385,6 +394,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "svg2": bench_svg2,
     "quantised": bench_quantised,
     "sparge": bench_sparge,
+    "training": bench_training,
     "step": bench_step,
 }
 

@@ -20,7 +20,8 @@ KERNELS = {
     "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel", "_probe_kernel",
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
-    "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
+    "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
+    "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {"_hopper_attention_kernel"}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
@@ -81,3 +82,15 @@ def test_nvfp4_runs_natively_on_blackwell(arch):
     for row in rows:
         assert row["instructions"] == [FP4.get(arch, TENSOR_CORE[arch])], row
         assert row["scaled"] == (arch in FP4), row
+
+
+@archs
+def test_training_runs_in_8_bits_but_for_one_product(arch):
+    found = {}
+    for row in compiled(arch):
+        if row["kernel"] in ("_training_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"):
+            found.setdefault(row["kernel"], set()).add(frozenset(row["instructions"]))
+    both = frozenset({INT8[arch], TENSOR_CORE[arch]})
+    assert found["_training_forward_kernel"] == {frozenset({INT8[arch]})}
+    assert found["_query_gradient_kernel"] == {both}
+    assert found["_key_gradient_kernel"] == {both, frozenset({INT8[arch]})}  # dK, with dV or beside it

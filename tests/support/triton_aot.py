@@ -32,9 +32,12 @@ from svg.kernels import (
     sparge_block_map,
     target,
     top_p_block_map,
+    training_attention,
+    training_attention_backward,
 )
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.fp4_attention import fp4_attention
+from svg.kernels.heads import move_heads
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -94,12 +97,16 @@ def run_operations(arch):
     yield "fp4 D=64", lambda: fp4(64)
     yield "fp4 D=96 causal", lambda: fp4(96, is_causal=True)
     yield "fp4 D=128 mask", lambda: fp4(128, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool))
+    for D in (64, 128):
+        yield f"training D={D}", lambda D=D: training(D, False)
+        yield f"training D={D} causal", lambda D=D: training(D, True)
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
     yield "elementwise", elementwise
     yield "sparge 1182 blocks", lambda: sparge(75_600)
     yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
+    yield "heads", heads
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
     yield "top_p budget", lambda: top_p(1000, 0.3)
@@ -128,6 +135,12 @@ def quantised(precision, D, **options):
 def fp4(D, **options):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     fp4_attention(q, q, q, return_lse=True, **options)
+
+
+def training(D, is_causal):
+    q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
+    out, kept = training_attention(q, q, q, is_causal=is_causal)
+    training_attention_backward(out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1)
 
 
 def attention_launched(row):
