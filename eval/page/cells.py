@@ -97,7 +97,7 @@ def method_label(method):
     """A method with its main setting, such as "svg2 top_p=0.9"."""
     if _is_tuned(method):
         return _method_name(method)
-    names = {"svg1": ("density",), "svg2": ("top_p", "budget")}.get(method["method"], ())
+    names = {"svg1": ("density",), "svg2": ("top_p", "budget"), "sparge": ("topk", "cdf")}.get(method["method"], ())
     settings = [f"{name}={method[name]:g}" for name in names if method.get(name) is not None]
     return " ".join([method["method"], *settings])
 
@@ -108,7 +108,7 @@ def _method_name(method):
 
 
 def _is_tuned(method):
-    return any(key.startswith("head_") and value is not None for key, value in method.items())
+    return any((key.startswith("head_") or key == "thresholds") and value is not None for key, value in method.items())
 
 
 def _value(part, key):

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from svg.attend import attend, dense_attention
-from svg.config import DenseConfig, SVG1Config, SVG2Config
+from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
 from svg.kernels import target
 from svg.layout import TokenLayout
+from svg.methods import sparge
 from svg.state import RunState
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
@@ -13,7 +14,18 @@ SPARSE = {
     "svg2": SVG2Config(
         top_p=0.6, num_q_clusters=5, num_k_clusters=9, first_iterations=4, warmup_steps=0, warmup_layers=0
     ),
+    "sparge": SpargeConfig(cdf=0.6, simthresh=0.1, warmup_steps=0, warmup_layers=0),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """SpargeAttn's blocks as small as these videos."""
+    monkeypatch.setattr(sparge, "Q_BLOCK", 8)
+    monkeypatch.setattr(sparge, "K_BLOCK", 4)
+    sparge.video_blocks.cache_clear()
+    yield
+    sparge.video_blocks.cache_clear()
 
 
 @pytest.fixture(params=SPARSE.values(), ids=SPARSE.keys())

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import svg
-from svg.config import DenseConfig, SVG1Config, SVG2Config
+from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
+from svg.methods import sparge
 from svg.pipelines.attach import attached
 
 FULL = {
@@ -12,15 +13,27 @@ FULL = {
     "svg2": SVG2Config(
         top_p=1.0, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.0, warmup_layers=0.0
     ),
+    "sparge": SpargeConfig(topk=1.0, warmup_steps=0.0, warmup_layers=0.0),
 }
 SPARSE = {
     "svg1": SVG1Config(density=0.6, block_size=4, sample_rows=8, warmup_steps=0.2, warmup_layers=0.0),
     "svg2": SVG2Config(
         top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.2, warmup_layers=0.0
     ),
+    "sparge": SpargeConfig(topk=0.5, warmup_steps=0.2, warmup_layers=0.0),
 }
 PROMPTS = ["a red ball moves right", "a blue cat and a green dog moves slowly left over the water"]
 NAMES = ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """SpargeAttn's blocks as small as these videos."""
+    monkeypatch.setattr(sparge, "Q_BLOCK", 6)
+    monkeypatch.setattr(sparge, "K_BLOCK", 3)
+    sparge.video_blocks.cache_clear()
+    yield
+    sparge.video_blocks.cache_clear()
 
 
 @pytest.mark.parametrize("method", FULL)
