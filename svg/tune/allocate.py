@@ -180,7 +180,9 @@ def fit_cost(rows: list[dict[str, Any]], dense_seconds: list[float], on_gpu: boo
     if slope <= 0:
         return by_density, ["cost is density: the time of a call did not grow with it, so it is too short to fit"]
     cost = Cost(max(0.0, float(start)), float(slope), float(np.median(dense_seconds)), "seconds")
-    note = f"a sparse call takes {1e3 * cost.plan:.3g} ms and {1e3 * cost.per_density * heads:.3g} ms more at density 1, "
+    note = (
+        f"a sparse call takes {1e3 * cost.plan:.3g} ms and {1e3 * cost.per_density * heads:.3g} ms more at density 1, "
+    )
     return cost, [f"{note}a dense one {1e3 * cost.dense:.3g} ms"]
 
 

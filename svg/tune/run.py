@@ -194,8 +194,9 @@ class Tuner:
         def uniform(cost: float) -> MethodConfig:
             return dataclasses.replace(config, **{config.budget_field: round(uniform_value(problem, cost), 4)})
 
-        cheapest = uniform_cost(problem, self._levels[0])
-        return _Family("tuned", tuned, (within(problem, 0.0).cost, 1.0)), _Family("uniform", uniform, (cheapest, 1.0))
+        # Where planning is dear, all heads at the lowest level may cost more than dense attention.
+        ends = tuple(uniform_cost(problem, value) for value in (self._levels[0], 1.0))
+        return _Family("tuned", tuned, (within(problem, 0.0).cost, 1.0)), _Family("uniform", uniform, ends)
 
     def _verified(self, family: _Family, start: float) -> dict[str, Any]:
         """The best setting of a family that reaches the target on held-out videos; "met" tells whether one does."""
@@ -252,7 +253,7 @@ class Tuner:
             ratio = self._cost(tuned) / self._cost(there)
             if abs(ratio - 1) < 0.02:
                 break
-            wanted = min(wanted * ratio, 1.0)  # curves are of other videos, and of dense ones
+            wanted = min(wanted * ratio, uniform.bounds[1])  # curves are of other videos, and of dense ones
         return there
 
     def _cost(self, trial: dict[str, Any]) -> float:

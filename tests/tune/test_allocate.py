@@ -135,7 +135,9 @@ def test_weights_are_effect_for_each_unit_of_error():
     error[:, :, 1] = [[0.1, 0.4], [0.2, 0.0]]
     curves = Curves((0.3, 0.6, 1.0), error, np.ones((2, 2, 3)), np.ones(2, bool))
     assert (weights_of(curves, [], None) == 1).all()
-    effects = [{"layer": 0, "heads": [0, 1], "effect": e} for e in (0.5, 1.5)] + [{"layer": 1, "heads": [0, 1], "effect": 3.0}]
+    effects = [{"layer": 0, "heads": [0, 1], "effect": e} for e in (0.5, 1.5)] + [
+        {"layer": 1, "heads": [0, 1], "effect": 3.0}
+    ]
     assert weights_of(curves, effects, 0.6) == pytest.approx(np.array([[2.0, 2.0], [15.0, 15.0]]))
     alone = [{"layer": layer, "heads": [head], "effect": 0.1} for layer in (0, 1) for head in (0, 1)]
     # The head without an error of its own gets the others' mean.

@@ -18,7 +18,7 @@ from svg.tune.calibrate import calibrate
 from svg.tune.curves import curves_of, measure_call
 
 LAYOUT = TokenLayout(4, 6, 8)
-SVG1 = SVG1Config(block_size=8, sample_rows=192)  # every row: kinds are the same in every call
+SVG1 = SVG1Config(block_size=4, sample_rows=192)  # every row: kinds are the same in every call
 SVG2 = SVG2Config(num_q_clusters=6, num_k_clusters=16, first_iterations=4, min_k_ratio=0.0)
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97, 1.0)
 
@@ -39,7 +39,9 @@ def call(layer, num_layers=3, layout=LAYOUT):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [SVG1, SVG2], ids=["svg1", "svg2"])
+@pytest.mark.parametrize(
+    "config", [SVG1, SVG2, dataclasses.replace(SVG2, refresh=3, compensate=True)], ids=["svg1", "svg2", "shared"]
+)
 def test_a_call_against_its_definition(config):
     """Text with padding; a level is measured from clusters that one call has made."""
     layout = TokenLayout(3, 4, 6, 4, "last")
@@ -54,6 +56,7 @@ def test_a_call_against_its_definition(config):
         inputs = [x.transpose(1, 2) for x in (q, k, v)]
         attend(*inputs, state, 0, mask)
         state.config = dataclasses.replace(state.config, **{config.budget_field: level})
+        state.layer(0).cache.pop("kept", None)
         out = attend(*inputs, state, 0, mask).transpose(1, 2)
         lost = (out - exact).square().sum((0, 2, 3)) / exact.square().sum()
         assert row["error"][index] == pytest.approx(lost.tolist(), rel=1e-3, abs=1e-9)
@@ -88,9 +91,9 @@ def test_tuned_budgets_beat_one_for_all(config):
         uniform, spent = losses(dataclasses.replace(config, **{config.budget_field: value}), layers)
         found = within(problem, uniform_cost(problem, value))
         tuned, density = losses(dataclasses.replace(config, **{config.head_field: found.table()}), layers)
-        assert density <= spent + 0.01 and tuned < uniform
+        assert density <= spent + 0.01 and tuned <= uniform + 1e-9
         gained.append(1 - tuned / uniform)
-    assert max(gained) > 0.2
+    assert max(gained) > 0.15
 
 
 REQUEST = GenerationRequest(prompt="a red ball", height=32, width=48, num_frames=9, steps=3)

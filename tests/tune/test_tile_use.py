@@ -61,8 +61,20 @@ def test_orders_hold_every_cluster_once(script, name):
 def test_table_of_a_recording(script, model, tmp_path, monkeypatch, capsys):
     request = GenerationRequest(prompt="a red ball", height=32, width=48, num_frames=9, steps=3)
     record(load_pipeline(model, device="cpu"), request, tmp_path / "a.safetensors", steps=[1], branches=["cond"])
-    arguments = ["tile_use.py", str(tmp_path / "a.safetensors"), "--q-clusters", "3", "--k-clusters", "6", "--layers", "0", "2"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--density", "0.5", "--device", "cpu", "--out", str(tmp_path / "a.json")])
+    arguments = [
+        "tile_use.py",
+        str(tmp_path / "a.safetensors"),
+        "--q-clusters",
+        "3",
+        "--k-clusters",
+        "6",
+        "--layers",
+        "0",
+        "2",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", [*arguments, "--density", "0.5", "--device", "cpu", "--out", str(tmp_path / "a.json")]
+    )
     script.main()
     lines = capsys.readouterr().out.splitlines()
     assert "18 tokens, 2 calls, 3 / 6 clusters" in lines[0] and "layers 0 / 2" in lines[2]

@@ -1,5 +1,6 @@
 """`svg tune` from end to end on a tiny model: results, preset, resumption, bad input."""
 
+import dataclasses
 import importlib
 import json
 import random
@@ -130,7 +131,9 @@ def test_a_speed_up_and_svg1(arguments, here, capsys):
     options = ["--method", "svg1", "--set", "block_size=4", "--no-control", "--probe", "none", "--seeds", "0,1"]
     assert main(["tune", "--target-speedup", "1.1", *keep, *options, "--out", "out"]) == 0
     found = summary("out")
-    assert found["tuned"]["value"] >= 1.1 and found["tuned"]["value"] == pytest.approx(1 / found["tuned"]["density"], rel=0.02)
+    assert found["tuned"]["value"] >= 1.1 and found["tuned"]["value"] == pytest.approx(
+        1 / found["tuned"]["density"], rel=0.02
+    )
     assert (found["weight"][0][0], found["method"]["method"]) == (1.0, "svg1")
     assert load_preset("out/tuned.yaml").config("svg1").tuned_for is not None
     assert "2 held-out" not in capsys.readouterr().out
@@ -172,7 +175,8 @@ def test_a_sweep_in_the_same_folder_is_refused(arguments, here, capsys):
     assert "must have version 1, got 99" in capsys.readouterr().err
 
 
-def test_seconds_as_cost(arguments, here, monkeypatch):
+@pytest.mark.parametrize("dear", [False, True])
+def test_seconds_as_cost(arguments, here, monkeypatch, dear):
     """As on a GPU: attention time is what is spent, though here it is a CPU's."""
     run = importlib.import_module("svg.tune.run")
     original = run.Tuner.__init__
@@ -182,10 +186,18 @@ def test_seconds_as_cost(arguments, here, monkeypatch):
         self._on_gpu = True
 
     monkeypatch.setattr(run.Tuner, "__init__", on_gpu)
+    if dear:  # planning alone takes longer than dense attention: so does every sparse setting
+        cost = run.fit_cost
+        monkeypatch.setattr(
+            run, "fit_cost", lambda *a: (dataclasses.replace(cost(*a)[0], plan=1e3, unit="seconds"), [])
+        )
     short = [*arguments, "--rounds", "1", "--probe", "layers", "--no-control"]
     assert main(["tune", "--min-psnr", "30", *short, "--out", "out"]) in (0, 1)  # times decide: either is right
     found = summary("out")
-    if found["cost"]["unit"] == "seconds":
+    if dear:
+        assert found["tuned"]["config"]["head_top_p"] == [[1.0, 1.0]] * 3 and found["tuned"]["met"]
+        assert found["uniform"]["spent"] > 1
+    elif found["cost"]["unit"] == "seconds":
         assert found["cost"]["per_density"] > 0 and "a sparse call takes" in found["notes"][0]
     else:
         assert "too short to fit" in found["notes"][0]
