@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from svg.config import METHODS, DenseConfig, MethodConfig, config_from_dict
+from svg.config import METHODS, MethodConfig, config_from_dict
 
 _FOLDER = Path(__file__).parent
 _SPARSE = tuple(method for method in METHODS if method != "dense")
+_FOR_ANY_MODEL = ("dense", "sage2", "sage2++", "sage3")  # nothing in them depends on the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Preset:
         model: hub id, directory or name of a bundled model.
         source: where the settings come from.
         generation: generation defaults.
-        methods: config by method name; "dense" is always there.
+        methods: config by method name; dense and the quantised dense ones are always there.
     """
 
     name: str
@@ -124,10 +125,11 @@ def _preset(name: str, content: Any) -> Preset:
     for key in ("model", "source"):
         if not isinstance(content[key], str):
             raise TypeError(f"{key} must be text, got {content[key]!r}")
-    methods: dict[str, MethodConfig] = {"dense": DenseConfig()}
+    methods: dict[str, MethodConfig] = {method: METHODS[method]() for method in _FOR_ANY_MODEL}
     for method in _SPARSE:
         if method in content:
             methods[method] = _method(method, content[method])
+    methods = {method: methods[method] for method in METHODS if method in methods}
     return Preset(
         name=name,
         model=content["model"],

@@ -23,15 +23,15 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
 
     Args:
         pipe: a Diffusers pipeline with a supported `transformer` (and `transformer_2`, if it has one).
-        config: a MethodConfig, its dict, or a preset's name, which means the preset's svg2 settings;
-            "name:svg1" means its svg1 settings.
+        config: a MethodConfig, its dict, a method's name such as "sage2", which means its default settings, or a
+            preset's name, which means the preset's svg2 settings; "name:svg1" means its svg1 settings.
 
     Returns:
         The same pipe. Accelerating it again replaces the method.
 
     Raises:
         ValueError: no transformer or an unsupported one, a bad config, or a Diffusers attention backend is chosen.
-        TypeError: config is none of the three.
+        TypeError: config is none of the four.
         NotImplementedError: context parallelism is on.
     """
     config = _resolve(config)
@@ -158,9 +158,11 @@ def _resolve(config: MethodConfig | dict | str) -> MethodConfig:
         return config
     if isinstance(config, dict):
         return config_from_dict(config)
+    if isinstance(config, str) and config in METHODS:
+        return METHODS[config]()
     if isinstance(config, str):
         from svg.configs import load_preset
 
         name, _, method = config.rpartition(":") if config.endswith(_METHOD_SUFFIXES) else (config, ":", "svg2")
         return load_preset(name).config(method)
-    raise TypeError(f"config must be a MethodConfig, a dict or a preset's name, got {type(config).__name__}")
+    raise TypeError(f"config must be a MethodConfig, a dict, a method's or a preset's name, got {type(config).__name__}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from svg.kernels import target
 
+from .config import Sage2Config
+from .guard import Guarded, guarded
 from .layout import TokenLayout
-from .methods import sparge, svg1, svg2
+from .methods import sage, sparge, svg1, svg2
 from .methods.dense import dense_attention, key_mask
-from .methods.plan import execute
+from .methods.plan import Plan, execute
 from .state import CallRecord, ObservedCall, RunState, Timer
 
 __all__ = ["attend", "dense_attention"]
@@ -35,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         ValueError: shapes do not agree with each other or with the layout, there is no such layer, or per-head budgets
             are for another model, token grid or device.
         RuntimeError: no forward was begun.
-        NotImplementedError: gradients are wanted through a sparse call on a GPU.
+        NotImplementedError: gradients are wanted through a sparse call on a GPU, or through one in fewer bits.
         FloatingPointError: q, k or v hold NaN or infinity (raised at the next forward on a GPU).
     """
     config, layout = state.config, state.layout
@@ -51,15 +55,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
     dense = config.is_dense(layer) or state.is_warmup(layer)
+    visible = key_mask(layout, text_mask)
+    kind, density, plan, precision, seen = None, torch.ones(q.shape[:2]), None, None, None
+    if not dense and isinstance(config, Sage2Config):
+        precision = sage.precision_of(config, state, layer, q.device)
+        dense = precision == "native"
     if dense:
-        kind, density, plan = None, torch.ones(q.shape[:2]), None
-        out = dense_attention(q, k, v, key_mask(layout, text_mask), config.dense_backend)
+        out = dense_attention(q, k, v, visible, config.dense_backend)
+    elif precision is not None:
+        out, seen = _quantised(q, k, v, state, layer, precision, visible)
     else:
-        out, plan = _sparse(q, k, v, state, layer, text_mask)
+        out, plan, seen = _sparse(q, k, v, state, layer, text_mask)
         density, kind = plan.density(), plan.kind
+        precision = config.precision if config.precision != "native" else None
     if timer is not None:
         timer.stop()
-    state.records.append(CallRecord(state.step, layer, state.branch, density, kind, dense, timer))
+    emulated = precision is not None and sage.is_emulated(precision, q.device)
+    state.records.append(
+        CallRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, seen)
+    )
     if state.observer is not None:
         state.observer(ObservedCall(layer, q, k, v, text_mask, out, plan))
     return out.transpose(1, 2)
@@ -73,7 +87,35 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
-    return execute(plan, q, k, v, config.precision), plan
+    if config.precision == "native":
+        return execute(plan, q, k, v), plan, None
+
+    def run(failed: Tensor | None) -> Tensor:
+        return execute(plan, q, k, v, config.precision, failed)
+
+    out, seen = _guard(run, plan, q, k, v, state, layer)
+    return out, plan, seen
+
+
+def _quantised(
+    q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, visible: Tensor | None
+) -> tuple[Tensor, Guarded | None]:
+    run = sage.quantised(precision, state.config, q, k, v, visible)
+    return _guard(run, sage.dense_plan(q, visible), q, k, v, state, layer)
+
+
+def _guard(
+    run: Callable[[Tensor | None], Tensor], plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int
+) -> tuple[Tensor, Guarded | None]:
+    config = state.config
+    target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
+    if not config.guard:
+        return run(None), None
+    with torch.no_grad():
+        out, seen = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
+    if getattr(config, "min_cosine", None) is not None and seen.cosine is not None:
+        state.note_cosine(layer, seen.cosine)
+    return out, seen
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

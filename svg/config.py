@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 
 SELECTIONS = ("clusters", "tiles")
 ORDERS = ("hilbert", "rowmajor")
-PRECISIONS = ("native", "int8-fp8", "int8-fp16")
+PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")
+DENSE_PRECISIONS = {
+    "sage2": ("auto", "int8-fp8", "int8-fp16", "int4-fp8", "int4-fp16"),
+    "sage2++": ("int8-fp8-acc16", "int4-fp8-acc16"),
+    "sage3": ("nvfp4",),
+}
+LAYER_PRECISIONS = ("native", *(name for names in DENSE_PRECISIONS.values() for name in names if name != "auto"))
+GROUPS = ("token", "thread", "warp", "block")
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 
 
@@ -130,7 +137,32 @@ class TunedFor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVG1Config(MethodConfig):
+class GuardedConfig(MethodConfig):
+    """What every method that may compute in fewer bits has.
+
+    Args:
+        guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
+            range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.
+        probe_every: steps from one probe of a layer to the next, >= 1; 0: never probe.
+        tolerance: relative L2 error of a head's probed rows, > 0, above which it is computed again.
+    """
+
+    guard: bool = True
+    probe_every: int = 10
+    tolerance: float = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.guard, bool):
+            raise TypeError(f"guard must be true or false, got {self.guard!r}")
+        _integer(self, "probe_every", least=0)
+        _number(self, "tolerance")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG1Config(GuardedConfig):
     """Sparse VideoGen: every head is spatial or temporal, decided online from sampled query rows.
 
     Args:
@@ -138,7 +170,7 @@ class SVG1Config(MethodConfig):
         sample_rows: video query rows profiled per call, >= 1.
         block_size: keys in a block of the map, >= 1; a block holds twice as many queries.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_density: each head's own density, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
@@ -166,7 +198,7 @@ class SVG1Config(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVG2Config(MethodConfig):
+class SVG2Config(GuardedConfig):
     """Sparse VideoGen2: queries and keys are clustered; a query cluster keeps the key clusters holding top_p of its mass.
 
     Args:
@@ -182,7 +214,7 @@ class SVG2Config(MethodConfig):
         refresh: calls of a layer that share one clustering and block map, >= 1; 1 clusters anew at every step.
         compensate: let every block that is not computed take part as one key, its mean, weighed by its size.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
@@ -226,7 +258,7 @@ class SVG2Config(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpargeConfig(MethodConfig):
+class SpargeConfig(GuardedConfig):
     """SpargeAttn: blocks of neighbouring tokens, and for each block of queries the key blocks that their means predict.
 
     Exactly one of topk, cdf and thresholds decides how much is kept; without any, topk is 0.5.
@@ -241,7 +273,7 @@ class SpargeConfig(MethodConfig):
         attention_sink: always keep the first key block.
         order: in which the video's tokens are cut into blocks: "hilbert" (along a curve in space and time), "rowmajor".
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.
     """
@@ -299,8 +331,105 @@ class SpargeConfig(MethodConfig):
                 raise ValueError(f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sage2Config(GuardedConfig):
+    """SageAttention2: dense attention with Q K^T in INT8 (or INT4) and P V in FP8 (or 16 bits).
+
+    Args:
+        precision: "int8-fp8", "int8-fp16" (P V in 16 bits: the safe mode), "int4-fp8", "int4-fp16" (INT4 is an exact
+            emulation for accuracy work, not faster), or "auto": int8-fp8 where the GPU has FP8, else int8-fp16.
+        smooth_q: take the mean of every 128 queries off; None: with INT4 only.
+        smooth_k: take K's mean over all tokens off.
+        smooth_v: take V's channel means off (FP8 only).
+        q_groups, k_groups: which tokens share a scale: "token", "thread", "warp" or "block".
+        min_cosine: least cosine similarity of a layer's probed rows in (0, 1]; a layer below it takes the next safer
+            precision (int8-fp16, then native) from the next step on. None: no such choice.
+        layers: file of `svg adapt` with a precision for every layer, or None.
+
+    Source: SageAttention2 (arXiv 2411.10958); choice by cosine similarity: SageAttention (arXiv 2410.02367).
+    """
+
+    method: ClassVar[str] = "sage2"
+
+    warmup_steps: float = 0.0
+    warmup_layers: float = 0.0
+    precision: str = "auto"
+    smooth_q: bool | None = None
+    smooth_k: bool = True
+    smooth_v: bool = False
+    q_groups: str = "token"
+    k_groups: str = "block"
+    min_cosine: float | None = None
+    layers: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice(self, "precision", DENSE_PRECISIONS[self.method])
+        _choice(self, "q_groups", GROUPS)
+        _choice(self, "k_groups", GROUPS)
+        for name in ("smooth_q", "smooth_k", "smooth_v"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "smooth_q" and value is None):
+                raise TypeError(f"{name} must be true or false, got {value!r}")
+        if self.smooth_v and self.precision.endswith("fp16"):
+            raise ValueError(f"smooth_v needs FP8 values, got precision {self.precision!r}: leave one of them out")
+        if self.min_cosine is not None:
+            _share(self, "min_cosine", zero=False)
+            if not (self.guard and self.probe_every):
+                raise ValueError("min_cosine needs guard on and probe_every >= 1, which measure it")
+        if self.layers is not None and not isinstance(self.layers, str):
+            raise TypeError(f"layers must be a file's path as text, got {self.layers!r}")
+        if self.layers is not None and self.min_cosine is not None:
+            raise ValueError("one of layers and min_cosine must be given, got both: drop one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sage2PlusConfig(Sage2Config):
+    """SageAttention2++: as SageAttention2, FP8 products summed in fp16 over 64 keys, with V's range narrowed to 2.25.
+
+    Twice the rate of sums in fp32 on compute capabilities 8.9 and 12; no faster on Hopper, which has the instruction.
+
+    Args:
+        precision: "int8-fp8-acc16", or "int4-fp8-acc16" (INT4 is an exact emulation for accuracy work, not faster).
+
+    Source: SageAttention2++ (arXiv 2505.21136).
+    """
+
+    method: ClassVar[str] = "sage2++"
+
+    precision: str = "int8-fp8-acc16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sage3Config(Sage2Config):
+    """SageAttention3: Q K^T and P V in NVFP4, and in 8 bits in the first and last steps.
+
+    Native on compute capabilities 10 and 12; elsewhere an exact emulation for accuracy work, slower than 8 bits.
+
+    Args:
+        precision: "nvfp4".
+        smooth_q, smooth_k: as in SageAttention2; None: on. smooth_v and the groups have no meaning in NVFP4.
+        edge_steps: steps at each end of the run that take sage2's "auto" precision instead, >= 0.
+
+    Source: SageAttention3 (arXiv 2505.11594).
+    """
+
+    method: ClassVar[str] = "sage3"
+
+    precision: str = "nvfp4"
+    edge_steps: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _integer(self, "edge_steps", least=0)
+        for name in ("smooth_v", "q_groups", "k_groups"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} has no meaning in NVFP4, got {getattr(self, name)!r}: leave it out")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
-    config.method: config for config in (DenseConfig, SVG1Config, SVG2Config, SpargeConfig)
+    config.method: config
+    for config in (DenseConfig, SVG1Config, SVG2Config, SpargeConfig, Sage2Config, Sage2PlusConfig, Sage3Config)
 }
 
 

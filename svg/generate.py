@@ -267,6 +267,7 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
         notes.append("the model is the bundled tiny-wan: small, trained on simple moving shapes")
     if device.type == "cpu" and job.config.method != "dense":
         notes.append("on a CPU sparse attention runs the plain-torch reference: no speed-up is expected")
+    notes += _quantised_notes(report["runs"].get("accelerated"))
     density = report["density"]
     if density and density["sparse_calls"] is None:
         notes.append("no attention call was sparse: warm-up covers every step or layer; lower --warmup-steps")
@@ -277,6 +278,19 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     psnr = {name: part["psnr"]["mean"] for name, part in quality.items()}
     if psnr.keys() == {"accelerated", "control"} and psnr["accelerated"] >= psnr["control"]:
         notes.append("the accelerated video is as close to dense as dense is on another backend")
+    return notes
+
+
+def _quantised_notes(run: dict[str, Any] | None) -> list[str]:
+    """What a reader must know of attention in fewer bits: emulation, and heads that were computed again."""
+    parts = [part["quantised"] for part in (run or {"transformers": {}})["transformers"].values()]
+    parts = [part for part in parts if part is not None]
+    emulated = sorted({name for part in parts for name, one in part["precisions"].items() if one["emulated"]})
+    notes = [f"{name} is an exact emulation on this device: its times mean nothing" for name in emulated]
+    guards = [part["guard"] for part in parts if part["guard"] is not None]
+    again, heads = (sum(guard[key] for guard in guards) for key in ("recomputed", "head_calls"))
+    if again:
+        notes.append(f"the guard computed {again} of {heads} head calls again without quantisation")
     return notes
 
 

@@ -6,13 +6,16 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .config import MethodConfig
 from .layout import TokenLayout
+
+if TYPE_CHECKING:
+    from .guard import Guarded
 
 CHECKED = ("q", "k", "v")
 
@@ -55,6 +58,9 @@ class CallRecord:
         kind: int [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         dense: whether the call ran dense attention.
         timer: the call's timer, or None when timing is off.
+        precision: what attention was quantised to, or None where it was not.
+        emulated: whether that precision's numbers were computed by wider units.
+        guarded: what the guard saw, or None where it was off or nothing was quantised.
     """
 
     step: int
@@ -64,6 +70,9 @@ class CallRecord:
     kind: Tensor | None
     dense: bool
     timer: Timer | None
+    precision: str | None = None
+    emulated: bool = False
+    guarded: Guarded | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -155,6 +164,7 @@ class RunState:
         timing: whether calls are timed.
         observer: called with an ObservedCall after every attention call, or None; it outlives runs.
         records: one CallRecord per attention call of the run.
+        safer: how many times a layer took the next safer precision, by layer.
     """
 
     def __init__(self, config: MethodConfig, num_layers: int, name: str = "transformer"):
@@ -175,7 +185,10 @@ class RunState:
         self.layout: TokenLayout | None = None
         self.records: list[CallRecord] = []
         self._layers: dict[tuple[int, str], LayerState] = {}
+        self.safer: dict[int, int] = {}
         self._flags: list[tuple[int, Tensor]] = []
+        self._cosines: list[tuple[int, Tensor]] = []
+        self._probed: dict[tuple[int, str], int] = {}
 
     def begin_run(self) -> None:
         """Start a run: nothing of an earlier one, finished or interrupted, is left."""
@@ -197,6 +210,7 @@ class RunState:
         if not 0 <= step < num_steps:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
         self._read_flags()
+        self._read_cosines()
         self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
 
     def end_run(self) -> None:
@@ -264,6 +278,32 @@ class RunState:
         self._flags.append((layer, torch.stack([x.detach().sum(dtype=torch.float32) for x in (q, k, v)])))
         if q.device.type == "cpu":
             self._read_flags()
+
+    def probe_generator(self, layer: int) -> torch.Generator | None:
+        """Private CPU generator that chooses the rows a call probes, or None where no probe is due."""
+        every, last = self.config.probe_every, self._probed.get((layer, self.branch))
+        if every == 0 or (last is not None and self.step - last < every):
+            return None
+        self._probed[layer, self.branch] = self.step
+        return torch.Generator().manual_seed(_seed(self.config.seed, layer, f"{self.branch} probe {self.step}"))
+
+    def note_cosine(self, layer: int, cosine: Tensor) -> None:
+        """Note how close a layer's probed rows were; read before the next forward.
+
+        Args:
+            layer: index of the layer.
+            cosine: fp32 [].
+        """
+        self._cosines.append((layer, cosine))
+
+    def _read_cosines(self) -> None:
+        cosines, self._cosines = self._cosines, []
+        if not cosines:
+            return
+        values = torch.stack([cosine for _, cosine in cosines]).tolist()
+        for layer, value in zip((layer for layer, _ in cosines), values):
+            if not value >= self.config.min_cosine:
+                self.safer[layer] = self.safer.get(layer, 0) + 1
 
     def _read_flags(self) -> None:
         flags, self._flags = self._flags, []

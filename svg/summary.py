@@ -26,7 +26,10 @@ def summarise(state: RunState) -> dict[str, Any]:
         over the branches and the batch, 4 digits; None for a layer that was not called};
         head_kinds {layer: {spatial, temporal}} shares over the calls, or None for methods without kinds;
         head_kinds_map as density.map, with the temporal share of the sparse calls (None for a layer that ran dense);
-        attention_seconds {total, dense, sparse}, or None when calls were not timed.
+        attention_seconds {total, dense, sparse}, or None when calls were not timed;
+        quantised, or None where no call was: precisions {name: {calls, emulated}}, safer {layer: steps towards a safer
+        precision that it took}, guard (None where it was off) {head_calls, recomputed, probed_calls, least_cosine (of
+        probed rows, before heads were computed again), per_layer {layer: recomputed}}.
 
     Raises:
         FloatingPointError: q, k or v of the last forward held NaN or infinity.
@@ -53,6 +56,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         "head_kinds": _head_kinds(sparse),
         "head_kinds_map": _kinds_map(records),
         "attention_seconds": _seconds(records),
+        "quantised": _quantised(records, state.safer),
     }
 
 
@@ -149,3 +153,36 @@ def _seconds(records: list[CallRecord]) -> dict[str, float] | None:
     dense = sum(seconds for is_dense, seconds in timed if is_dense)
     sparse = sum(seconds for is_dense, seconds in timed if not is_dense)
     return {"total": dense + sparse, "dense": dense, "sparse": sparse}
+
+
+def _quantised(records: list[CallRecord], safer: dict[int, int]) -> dict[str, Any] | None:
+    quantised = [record for record in records if record.precision is not None and not record.dense]
+    if not quantised:
+        return None
+    groups = _group(quantised, quantised, lambda record: record.precision)
+    return {
+        "precisions": {
+            name: {"calls": len(rows), "emulated": any(record.emulated for record, _ in rows)}
+            for name, rows in groups.items()
+        },
+        "safer": {str(layer): count for layer, count in sorted(safer.items())},
+        "guard": _guard([record for record in quantised if record.guarded is not None]),
+    }
+
+
+def _guard(records: list[CallRecord]) -> dict[str, Any] | None:
+    if not records:
+        return None
+    failed = [values != 0 for values in _read([record.guarded.failed for record in records])]
+    cosines = _read([record.guarded.cosine for record in records if record.guarded.cosine is not None])
+    per_layer = {
+        str(layer): sum(int(values.sum()) for _, values in rows)
+        for layer, rows in sorted(_group(records, failed, lambda record: record.layer).items())
+    }
+    return {
+        "head_calls": sum(values.numel() for values in failed),
+        "recomputed": sum(per_layer.values()),
+        "probed_calls": len(cosines),
+        "least_cosine": min((cosine.item() for cosine in cosines), default=None),
+        "per_layer": {layer: count for layer, count in per_layer.items() if count},
+    }

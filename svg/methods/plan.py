@@ -54,13 +54,16 @@ class Plan:
         return share.float()[self.map_index.long()]
 
 
-def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native") -> Tensor:
+def execute(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
+) -> Tensor:
     """Block-sparse attention as planned.
 
     Args:
         plan: the plan of this call.
         q, k, v: float [B, H, S, D] in original order.
-        precision: "native", "int8-fp8" or "int8-fp16".
+        precision: "native", "int8-fp8", "int8-fp8-acc16" or "int8-fp16".
+        failed: int32 [B, H], set where a quantised head's sums are not to be trusted, or None.
 
     Returns:
         [B, H, S, D] in original order and q's dtype.
@@ -78,6 +81,7 @@ def execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "nativ
             k_permutation=plan.k_permutation,
             precision=precision,
             pv_threshold=plan.pv_threshold,
+            failed=failed,
         )
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)

@@ -32,6 +32,7 @@ if target.INTERPRETED:
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="runs inside the interpreter's own process")
 SUITES = (
     "test_permute.py",
+    "test_heads.py",
     "test_block_sparse.py",
     "test_kmeans.py",
     "test_probe.py",

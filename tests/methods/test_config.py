@@ -20,7 +20,7 @@ BAD = [
     (SVG2Config, {"num_q_clusters": 0}, ValueError, "num_q_clusters"),
     (SVG2Config, {"iterations": 0}, ValueError, "iterations"),
     (SVG2Config, {"budget": 2}, ValueError, "budget"),
-    (SVG2Config, {"precision": "fp8"}, ValueError, "precision must be one of native, int8-fp8, int8-fp16, got 'fp8'"),
+    (SVG2Config, {"precision": "fp8"}, ValueError, "precision must be one of native, int8-fp8, int8-fp8-acc16, int8-fp16, got 'fp8'"),
     (SVG1Config, {"precision": None}, ValueError, "precision"),
     (SpargeConfig, {"topk": 0}, ValueError, r"topk must be in \(0, 1\], got 0"),
     (SpargeConfig, {"cdf": 1.2}, ValueError, r"cdf must be in \(0, 1\], got 1.2"),
@@ -52,7 +52,7 @@ def test_dict_round_trip():
 
 
 def test_dict_names_the_choices():
-    with pytest.raises(ValueError, match="method must be one of dense, svg1, svg2, sparge, got 'svg3'"):
+    with pytest.raises(ValueError, match="method must be one of dense, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"):
         config_from_dict({"method": "svg3"})
     with pytest.raises(ValueError, match="unknown key 'top_k' for method svg2; choose from .*top_p"):
         config_from_dict({"method": "svg2", "top_k": 3})
@@ -149,7 +149,7 @@ def test_bad_preset_files_name_file_and_key(tmp_path, old, new, message):
     path = tmp_path / "mine.yaml"
     path.write_text(TEXT)
     assert load_preset(path).config("svg1").density == 0.5
-    with pytest.raises(ValueError, match="method must be one of dense, svg1, got 'svg2'"):
+    with pytest.raises(ValueError, match="method must be one of dense, svg1, sage2, sage2\\+\\+, sage3, got 'svg2'"):
         load_preset(path).config("svg2")
     path.write_text(TEXT.replace(old, new))
     with pytest.raises(ValueError, match=message):

@@ -159,6 +159,12 @@ def sparse_quantised(precision, D, **options):
     )  # fmt: skip
 
 
+def heads():
+    x, chosen = torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, dtype=torch.int32)
+    move_heads(x, torch.zeros_like(x), chosen)
+    move_heads(x, torch.zeros_like(x), chosen, torch.zeros(1, 2, 64).int())
+
+
 def probe(dtype, D, mask_index=None):
     q, k = (torch.zeros(1, n, 2, D, dtype=dtype).transpose(1, 2) for n in (64, 256))
     masks, visible = torch.ones(1, 2, 64, 256, dtype=torch.bool), torch.ones(1, 256, dtype=torch.bool)
