@@ -117,10 +117,11 @@ def video_blocks(layout: TokenLayout, order: str, device: torch.device) -> Video
     """
     with torch.inference_mode(False):
         curve = None if order == "rowmajor" else video_order(layout, order).to(device, torch.int32)
-        return VideoBlocks(curve, *(_sizes(layout.video_tokens, size).to(device) for size in (Q_BLOCK, K_BLOCK)))
+        return VideoBlocks(curve, *(block_sizes(layout.video_tokens, size).to(device) for size in (Q_BLOCK, K_BLOCK)))
 
 
-def _sizes(tokens: int, block: int) -> Tensor:
+def block_sizes(tokens: int, block: int) -> Tensor:
+    """Tokens in each block of a sequence, int32 [N] on the CPU."""
     return (tokens - torch.arange(0, tokens, block, dtype=torch.int32)).clamp_max(block)
 
 
