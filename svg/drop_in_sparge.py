@@ -1,4 +1,4 @@
-"""`svg.sparge_attention`: SpargeAttn in the place of `torch.nn.functional.scaled_dot_product_attention`, for any model."""
+"""`svg.sparge_attention`: SpargeAttn in the place of PyTorch's scaled_dot_product_attention, for any model."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def sparge_attention(
         enable_gqa: allow fewer key heads than query heads; Hkv must divide H.
         topk, cdf, simthresh, pv_threshold, attention_sink, precision: see `SpargeConfig`.
         tensor_layout: "HND" or "NHD": whether heads or tokens come first.
-        grid: frames, height and width of a video whose tokens q, k and v are, to cut blocks along a Hilbert curve; None:
-            blocks are stretches of the sequence.
+        grid: frames, height and width of a video whose tokens q, k and v are, to cut blocks along a Hilbert curve;
+            None: blocks are stretches of the sequence.
 
     Returns:
         out, q's shape, dtype and layout.
@@ -66,8 +66,8 @@ def sparge_attention(
         raise ValueError(f"tensor_layout must be one of {', '.join(LAYOUTS)}, got {tensor_layout!r}")
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
-            "attn_mask and is_causal are not supported by sparge_attention, whose blocks see everything or nothing: use "
-            "svg.attention for causal models, or drop padding tokens"
+            "attn_mask and is_causal are not supported by sparge_attention, whose blocks see everything or nothing: "
+            "use svg.attention for causal models, or drop padding tokens"
         )
     if dropout_p:
         raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: sparse attention is for inference")
