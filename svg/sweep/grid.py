@@ -177,7 +177,8 @@ def _labels(configs: list[MethodConfig]) -> list[str]:
     for config in configs:
         same = [other for other in configs if other.method == config.method]
         varying = [f.name for f in fields(config) if len({getattr(other, f.name) for other in same}) > 1]
-        labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in varying)]))
+        given = [name for name in varying if getattr(config, name) is not None]
+        labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in given)]))
     return labels
 
 
