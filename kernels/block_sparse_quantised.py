@@ -104,6 +104,7 @@ def block_sparse_attention_quantised(
         raise ValueError(
             f"k_permutation must be [B, H, Sk] = {tuple(k.shape[:3])}, got {tuple(k_permutation.shape)}: expand it"
         )
+    target.refuse_gradients("block_sparse_attention_quantised", q, k, v)
     op = _launch if target.use_triton(q) else block_sparse_attention_quantised_reference
     return op(
         q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
@@ -224,7 +225,6 @@ def _launch(
     *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, failed,
     return_lse,
 ):  # fmt: skip
-    target.refuse_gradients("block_sparse_attention_quantised", q, k, v)
     kind = PRECISIONS[precision]
     fp8 = kind.fp8
     if fp8:

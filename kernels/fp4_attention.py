@@ -77,6 +77,7 @@ def fp4_attention(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check_inputs(q, k, v, sm_scale, mask)
+    target.refuse_gradients("fp4_attention", q, k, v)
     op = _launch if target.use_triton(q) else fp4_attention_reference
     return op(
         q, k, v, is_causal=is_causal, mask=mask, sm_scale=sm_scale, smooth_q=smooth_q, smooth_k=smooth_k,
@@ -147,7 +148,6 @@ LAUNCH = {
 
 
 def _launch(q, k, v, *, is_causal, mask, sm_scale, smooth_q, smooth_k, failed, return_lse):
-    target.refuse_gradients("fp4_attention", q, k, v)
     native = target.has_fp4(q.device)
     mean = statistics(k, v).k_mean if smooth_k else None
     rows = quantize_nvfp4(q, packed=native, own_mean=smooth_q)

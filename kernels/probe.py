@@ -116,6 +116,7 @@ LAUNCH = {80: (32, 32, 8, 2), 89: (32, 32, 8, 2), 90: (64, 32, 4, 2), 100: (32, 
 
 
 def _launch(q, k, v, masks, visible, sm_scale, mask_index):
+    target.refuse_gradients("probe_attention", q, k, v)
     if q.shape[-1] > MAX_HEAD_DIM:
         raise NotImplementedError(f"head dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}: use dense attention")
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:

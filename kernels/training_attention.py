@@ -86,13 +86,13 @@ def training_attention(
     Raises:
         ValueError: shapes disagree, sm_scale is not positive, or cu_seqlens do not fit.
         TypeError: dtypes are mixed or not supported.
-        NotImplementedError: head dim above 128, or on the Triton path autograd is recording (use
-            `svg.training_attention`).
+        NotImplementedError: head dim above 128, or autograd expects a gradient (`svg.training_attention` gives one).
 
     Source: arXiv 2505.11594, section 4 (8-bit attention for training), algorithm 2; arXiv 2603.02170.
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check_inputs(q, k, v, sm_scale, cu_seqlens_q, cu_seqlens_k)
+    target.refuse_gradients("svg.kernels.training_attention", q, k, v)
     op = _launch if target.use_triton(q) else training_attention_reference
     return op(q, k, v, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
@@ -251,7 +251,6 @@ LAUNCH = {
 
 
 def _launch(q, k, v, *, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
-    target.refuse_gradients("svg.kernels.training_attention", q, k, v)
     rows, columns = layouts(q, k, cu_seqlens_q, cu_seqlens_k)
     stats = statistics(k, v)
     packed = pack_keys(k, v, stats, columns)

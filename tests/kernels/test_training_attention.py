@@ -2,7 +2,19 @@ import sys
 
 import pytest
 import torch
-from svg.kernels import target, training_attention, training_attention_backward, training_attention_reference
+from svg.kernels import (
+    block_sparse_attention,
+    block_sparse_attention_quantised,
+    gather_tokens,
+    probe_attention,
+    quantised_attention,
+    scatter_tokens,
+    target,
+    training_attention,
+    training_attention_backward,
+    training_attention_reference,
+)
+from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.training_attention import LAUNCH, Launch
 from svg.kernels.training_backward import BackwardLaunch
 
@@ -219,8 +231,28 @@ def test_packed_sequences_need_one_row():
         training_attention(*normal(63, B=2)[:3], cu_seqlens_q=starts, cu_seqlens_k=starts)
 
 
-@in_interpreter
-def test_the_kernel_alone_refuses_to_record():
+def test_operations_without_a_backward_refuse_to_record():
+    """What rounds would cut a gradient silently, in plain PyTorch too; what doesn't has one there."""
     q, k, v, _ = normal(63)
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        training_attention(q.requires_grad_(), k, v)
+    q.requires_grad_()
+    whole = {"map_index": torch.zeros(1, 2, dtype=torch.int32), "precision": "int8-fp16"}
+    one_block, sizes = torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([[63]], dtype=torch.int32)
+    operations = [
+        lambda: training_attention(q, k, v),
+        lambda: quantised_attention(q, k, v, precision="int8-fp16"),
+        lambda: fp4_attention(q, k, v),
+        lambda: block_sparse_attention_quantised(q, k, v, one_block, sizes, sizes, **whole),
+    ]
+    if target.INTERPRETED:
+        del whole["precision"]
+        operations += [
+            lambda: block_sparse_attention(q, k, v, one_block, sizes, sizes, **whole),
+            lambda: gather_tokens(q, torch.arange(63).expand(1, 2, 63)),
+            lambda: scatter_tokens(q, torch.arange(63).expand(1, 2, 63)),
+            lambda: probe_attention(
+                q, k, v, torch.ones(1, 2, 63, 63, dtype=torch.bool), torch.ones(1, 63, dtype=torch.bool)
+            ),
+        ]
+    for operation in operations:
+        with pytest.raises(NotImplementedError, match="no backward pass"):
+            operation()
