@@ -255,6 +255,11 @@ def check_probe():
         yield f"probe_attention {name} D={D}", (out - exact).abs().max().nan_to_num(torch.inf), 1e-4
         again = probe_attention(q, k, v, masks, visible)
         yield f"probe_attention {name} D={D}: bits that differ in a second run", differences(out, again), 0
+        index = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.int32, device=DEVICE)
+        probe_attention(q, k, v, masks, visible, mask_index=index)
+        out = quietly(probe_attention, q, k, v, masks, visible, mask_index=index)
+        exact = probe_attention_reference(*(x.double() for x in (q, k, v)), masks, visible, mask_index=index)
+        yield f"probe_attention {name} D={D} by head", (out - exact).abs().max().nan_to_num(torch.inf), 1e-4
 
 
 def check_elementwise():
@@ -349,8 +354,9 @@ def check_top_p():
         (0.5, 0, 0.3, None),
         (1.0, 0, 0.3, None),
         (0.9, 0.1, 0.088, 0.2),
+        (torch.tensor([0.9, 0.3, 0.6], device=DEVICE), 0.1, 0.088, None),
     ):
-        name = f"top_p={top_p} min_k_ratio={least} budget={budget}"
+        name = f"top_p={top_p if isinstance(top_p, float) else 'by head'} min_k_ratio={least} budget={budget}"
         top_p_block_map(q, k, sizes, top_p, least, scale, budget)
         poison_memory()
         got = quietly(top_p_block_map, q, k, sizes, top_p, least, scale, budget)
@@ -359,7 +365,7 @@ def check_top_p():
         # The mass before the crossing cluster may round to the other side of top_p, one cluster a row at most.
         yield f"{name}: most clusters that differ in a row", wrong.max(), 1
         yield f"{name}: share of rows that differ", (wrong > 0).float().mean(), 0.01
-        if top_p == 1.0:
+        if isinstance(top_p, float) and top_p == 1.0:
             yield f"{name}: non-empty clusters missing", (got != (sizes > 0).unsqueeze(2)).sum(), 0
         again = top_p_block_map(q, k, sizes, top_p, least, scale, budget)
         yield f"{name}: bits that differ in a second run", differences(got, again), 0

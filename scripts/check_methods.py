@@ -28,6 +28,8 @@ CONFIGS = (
     SVG1Config(density=0.4, block_size=64, warmup_steps=0, warmup_layers=0),
     SVG2Config(top_p=0.6, num_q_clusters=20, num_k_clusters=50, warmup_steps=0, warmup_layers=0),
     SpargeConfig(topk=0.4, simthresh=0.05, attention_sink=True, warmup_steps=0, warmup_layers=0),
+    SVG1Config(head_density=[[0.3, 0.6, 0.4]], block_size=64, warmup_steps=0, warmup_layers=0),
+    SVG2Config(head_top_p=[[0.3, 0.8, 0.6]], num_q_clusters=20, num_k_clusters=50, warmup_steps=0, warmup_layers=0),
 )
 FULL = (
     SVG1Config(density=1.0, warmup_steps=0, warmup_layers=0),
@@ -120,15 +122,16 @@ def check(name, layout, dtype, device, seed) -> list[dict]:
         rows.append({"check": label, "measured": measured, "allowed": limit, "ok": measured <= limit})
 
     for config in CONFIGS:
+        name_of = f"{config.method}{' by head' if config.head_budgets(0) else ''}"
         first, second = run(config, layout, inputs, text_mask), run(config, layout, inputs, text_mask)
-        note(f"{config.method} repeats", float(sum(int((a != b).sum()) for a, b in zip(first, second))), 0.0)
+        note(f"{name_of} repeats", float(sum(int((a != b).sum()) for a, b in zip(first, second))), 0.0)
         state = RunState(config, 1)
         state.begin_run()
         state.begin_forward(0, 1, "cond", layout)
         plan = PLAN[config.method](q, k, v, config, state.layer(0), layout, text_mask)
-        note(f"{config.method} against its plan", relative(execute(plan, q, k, v), masked_dense(plan, q, k, v)), allowed)
+        note(f"{name_of} against its plan", relative(execute(plan, q, k, v), masked_dense(plan, q, k, v)), allowed)
         density = plan.density()
-        note(f"{config.method} density", density.max().item(), 0.95)
+        note(f"{name_of} density", density.max().item(), 0.95)
     for config in FULL:
         output = run(config, layout, inputs, text_mask, steps=1)[0].transpose(1, 2)
         note(f"{config.method} at full density against dense", relative(output, dense64), allowed)
