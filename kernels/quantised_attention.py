@@ -24,10 +24,17 @@ from dataclasses import dataclass
 
 import torch
 
-from . import target
+from . import quantised_hopper, target
 from .precision import PRECISIONS, find_precision, pv_dtype
 from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
-from .quantize import GROUPS, QuantizedTokens, dequantize_tokens, quantize_tokens, quantize_tokens_reference
+from .quantize import (
+    GROUPS,
+    QuantizedTokens,
+    dequantize_tokens,
+    padded_head_dim,
+    quantize_tokens,
+    quantize_tokens_reference,
+)
 from .quantize_values import (
     QuantizedChannels,
     fp8_values,
@@ -102,6 +109,7 @@ def quantised_attention(
         if groups not in GROUPS[side]:
             raise ValueError(f"{name} must be one of {', '.join(GROUPS[side])}, got {groups!r}")
     check_inputs(q, k, v, sm_scale, mask)
+    target.refuse_gradients("quantised_attention", q, k, v)
     op = _launch if target.use_triton(q) else quantised_attention_reference
     return op(
         q, k, v, precision=precision, is_causal=is_causal, mask=mask, sm_scale=sm_scale,
@@ -182,10 +190,25 @@ def launch_for(kind, block_d: int, device: torch.device) -> Launch:
 
 
 def _launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options):
-    target.refuse_gradients("quantised_attention", q, k, v)
-    inputs = quantize_inputs(q, k, v, sm_scale=sm_scale, **options)
+    interleave = runs_specialised(
+        q, options["precision"], options["k_groups"], plain=not (is_causal or mask is not None or options["smooth_q"])
+    )
+    inputs = quantize_inputs(q, k, v, sm_scale=sm_scale, interleave=interleave, **options)
     out, lse = attend_quantized(inputs, torch.empty_like(q), is_causal, sm_scale, return_lse, mask, failed)
     return (out, unsmoothed_lse(lse, q, inputs.k_mean, sm_scale)) if return_lse else out
+
+
+def runs_specialised(q: torch.Tensor, precision: str, k_groups: str, plain: bool) -> bool:
+    """Whether a call runs on quantised_hopper.py's kernel, which wants V interleaved.
+
+    Args:
+        q: [B, H, S, D].
+        precision, k_groups: as `quantised_attention` takes them.
+        plain: no mask of any kind, no smoothing of Q, no packed sequences.
+    """
+    kind = PRECISIONS[precision]
+    row = launch_for(kind, padded_head_dim(q.shape[-1]), q.device)
+    return row.specialised and plain and k_groups == "block" and quantised_hopper.takes(q.device, kind)
 
 
 @dataclass(frozen=True)
@@ -199,6 +222,7 @@ class QuantizedInputs:
     values: torch.Tensor
     k_mean: torch.Tensor | None
     bias: torch.Tensor | None
+    interleaved: bool
 
 
 def quantize_inputs(
@@ -213,15 +237,16 @@ def quantize_inputs(
     smooth_v: bool,
     q_groups: str,
     k_groups: str,
+    interleave: bool = False,
 ) -> QuantizedInputs:
-    """Everything that `quantised_attention` does before its attention; same arguments."""
+    """Everything that `quantised_attention` does before its attention; same arguments, and V's order in a head."""
     kind = PRECISIONS[precision]
     if kind.fp8:
         target.require_fp8(q.device)
     stats = statistics(k, v) if smooth_k or kind.fp8 else None
     mean = stats.k_mean if smooth_k else None
     rows = quantize_tokens(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
-    channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range) if kind.fp8 else None
+    channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, interleave=interleave) if kind.fp8 else None
     return QuantizedInputs(
         precision=precision,
         rows=rows,
@@ -230,6 +255,7 @@ def quantize_inputs(
         values=channels.values if kind.fp8 else v.to(pv_dtype(v)),
         k_mean=mean,
         bias=mean_scores(rows.mean, k, mean) * (sm_scale * LOG2_E) if smooth_q else None,
+        interleaved=interleave,
     )
 
 
@@ -241,7 +267,11 @@ class Sequences:
     q_length: torch.Tensor
     k_start: torch.Tensor
     k_length: torch.Tensor
-    longest_query: int
+
+    def tiles(self, tokens: int, block_m: int) -> tuple[torch.Tensor, int]:
+        """Where each sequence's query tiles end, int32 [n], and how many there are at most."""
+        ends = ((self.q_length + block_m - 1) // block_m).cumsum(0, dtype=torch.int32)
+        return ends, tokens // block_m + len(self.q_length)
 
 
 def attend_quantized(
@@ -271,47 +301,56 @@ def attend_quantized(
     kind = PRECISIONS[inputs.precision]
     row = launch_for(kind, block_d, out.device)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=out.device) if return_lse else None
+    if inputs.interleaved:
+        quantised_hopper.launch(rows, keys, channels, out, lse, failed, sm_scale * LOG2_E)
+        return out, lse
     if mask is not None:
         mask = mask.expand(B, H, S, Sk).view(torch.uint8)
     if sequences is None:
-        grid, packed = (triton.cdiv(S, row.block_m), B * H), (None,) * 4
+        grid, packed, most = (triton.cdiv(S, row.block_m), B * H), (None,) * 5, 0
     else:
-        grid = (triton.cdiv(sequences.longest_query, row.block_m), len(sequences.q_start) * H)
-        packed = (sequences.q_start, sequences.q_length, sequences.k_start, sequences.k_length)
+        ends, tiles = sequences.tiles(S, row.block_m)
+        grid, most = (tiles, H), triton.next_power_of_2(len(ends))
+        packed = (ends, sequences.q_start, sequences.q_length, sequences.k_start, sequences.k_length)
     with target.on_device(out):
         _quantised_attention_kernel[grid](
             rows.values, rows.scale, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if channels else None, channels.mean if channels else None, inputs.bias, mask, out, lse,
-            failed, *packed, sm_scale * LOG2_E, H, H // kv_heads, S, Sk,
+            failed, *packed, len(packed[0]) if most else 0, sm_scale * LOG2_E, H, H // kv_heads, S, Sk,
             *values.stride()[:3], *out.stride()[:3], *((0,) * 4 if mask is None else mask.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
             K_PER_TOKEN=keys.scale.shape[2] == Sk and Sk > 1, FP8=kind.fp8, ACC16=kind.acc16,
-            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
+            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma, SEQUENCES=most,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return out, lse
 
 
-@triton.jit(do_not_specialize=["S", "Sk"])
+@triton.jit(do_not_specialize=["S", "Sk", "n"])
 def _quantised_attention_kernel(
-    q, q_scale, k, k_scale, v, v_scale, v_mean, bias, mask, out, lse, failed, q_start, q_length, k_start, k_length,
+    q, q_scale, k, k_scale, v, v_scale, v_mean, bias, mask, out, lse, failed, tile_ends, q_start, q_length, k_start, k_length, n,
     scale_log2, H, HEADS_PER_KEY, S, Sk,
     stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_mq, stride_mk,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     # The longest rows first, so that the last programs are short.
     start = (tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)) * BLOCK_M
     rows, keys, first_row, first_key = S, Sk, b * 0, b * 0
-    if q_start is not None:
-        rows, keys = tl.load(q_length + b), tl.load(k_length + b)
-        first_row, first_key = tl.load(q_start + b).to(tl.int64), tl.multiple_of(tl.load(k_start + b).to(tl.int64), 128)
-        b, bh = b * 0, h
-        if start >= rows:
+    if SEQUENCES:
+        number = tl.arange(0, SEQUENCES)
+        ends = tl.load(tile_ends + number, mask=number < n, other=2147483647)
+        before = ends <= tl.program_id(0)
+        sequence = tl.sum(before.to(tl.int32))
+        if sequence >= n:
             return
+        start = (tl.program_id(0) - tl.max(tl.where(before, ends, 0))) * BLOCK_M
+        rows, keys = tl.load(q_length + sequence), tl.load(k_length + sequence)
+        first_row = tl.load(q_start + sequence).to(tl.int64)
+        first_key = tl.multiple_of(tl.load(k_start + sequence).to(tl.int64), 128)
     kv = bh // HEADS_PER_KEY
     row = start + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)

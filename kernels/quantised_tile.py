@@ -20,6 +20,7 @@ class Launch:
         two_level: add each tile's FP8 P V in fp32.
         magic: start the INT8 product at 1.5 * 2^23, whose bits make it a float without a conversion.
         tma: read K and V through tensor descriptors (sm90 and newer).
+        specialised: on sm90, dense calls that quantised_hopper.py takes run there; the other fields are for the rest.
     """
 
     block_m: int
@@ -29,10 +30,12 @@ class Launch:
     two_level: bool = True
     magic: bool = False
     tma: bool = False
+    specialised: bool = False
 
     def name(self) -> str:
         """Such as 128x64_w8_s3_tma."""
-        chosen = {"magic": self.magic, "tma": self.tma, "onelevel": not self.two_level}
+        chosen = {"magic": self.magic, "tma": self.tma, "onelevel": not self.two_level,
+                  "specialised": self.specialised}  # fmt: skip
         flags = "".join(f"_{flag}" for flag, on in chosen.items() if on)
         return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
 

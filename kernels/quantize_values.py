@@ -17,6 +17,7 @@ from .quantize import BLOCK, TINY, check, gather, padded_head_dim
 from .target import tl, triton
 
 FP8_MAX = 448.0
+INTERLEAVED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # what place i of every 16 tokens holds
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def quantize_channels(
     smooth: bool = False,
     limit: float = FP8_MAX,
     permutation: torch.Tensor | None = None,
+    interleave: bool = False,
 ) -> QuantizedChannels:
     """FP8 e4m3 values of V, transposed, with one scale a channel.
 
@@ -89,6 +91,7 @@ def quantize_channels(
         smooth: take the channel's mean off first; the attention adds it to its output.
         limit: largest quantised value, in (0, 448].
         permutation: int32 or int64 [B, H, S], sorted -> original index; None: identity.
+        interleave: reorder every 16 tokens as `INTERLEAVED`, which quantised_hopper.py reads.
 
     Returns:
         The quantised values, tokens in sorted order.
@@ -103,7 +106,7 @@ def quantize_channels(
     check("v", v, permutation)
     target.require_fp8(v.device)
     op = _quantize_channels if target.use_triton(v) else quantize_channels_reference
-    return op(v, stats, smooth=smooth, limit=limit, permutation=permutation)
+    return op(v, stats, smooth=smooth, limit=limit, permutation=permutation, interleave=interleave)
 
 
 def quantize_channels_reference(
@@ -113,6 +116,7 @@ def quantize_channels_reference(
     smooth: bool = False,
     limit: float = FP8_MAX,
     permutation: torch.Tensor | None = None,
+    interleave: bool = False,
 ) -> QuantizedChannels:
     """Specification of `quantize_channels` in plain torch; same arguments and result."""
     S, D = v.shape[2:]
@@ -121,6 +125,8 @@ def quantize_channels_reference(
     rows = (rows / scale[:, :, None, :D]).clamp(-limit, limit)
     values = rows.new_zeros(*scale.shape, -(-S // BLOCK) * BLOCK)
     values[:, :, :D, :S] = rows.transpose(2, 3)
+    if interleave:
+        values = values.unflatten(-1, (-1, 16))[..., list(INTERLEAVED)].flatten(-2)
     return QuantizedChannels(values.to(torch.float8_e4m3fn), scale, mean if smooth else None)
 
 
@@ -182,7 +188,7 @@ def _statistics(k, v):
     return Statistics(k_sum.sum(2) / S, v_sum.sum(2) / S, low.amin(2), high.amax(2))
 
 
-def _quantize_channels(v, stats, *, smooth, limit, permutation):
+def _quantize_channels(v, stats, *, smooth, limit, permutation, interleave):
     B, H, S, D = v.shape
     scale, mean = _channel_scales(stats, smooth, limit)
     padded = triton.cdiv(S, BLOCK) * BLOCK
@@ -191,7 +197,8 @@ def _quantize_channels(v, stats, *, smooth, limit, permutation):
         _quantize_channels_kernel[(padded // BLOCK, B * H)](
             v, permutation, scale, mean, values, H, S, padded,
             *v.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
-            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, LIMIT=limit, num_warps=target.launch_row(LAUNCH, v.device)[1],
+            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, LIMIT=limit, INTERLEAVE=interleave,
+            num_warps=target.launch_row(LAUNCH, v.device)[1],
         )  # fmt: skip
     return QuantizedChannels(values, scale, mean if smooth else None)
 
@@ -232,16 +239,18 @@ def _statistics_kernel(
 def _quantize_channels_kernel(
     v, permutation, scale, mean, values, H, S, padded,
     stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     offs_s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
-    inside = offs_s < S
     token = offs_s
+    if INTERLEAVE:
+        token = offs_s // 16 * 16 + offs_s % 4 // 2 * 8 + offs_s % 16 // 4 * 2 + offs_s % 2  # INTERLEAVED
+    inside = token < S
     if permutation is not None:
-        token = tl.load(permutation + b * stride_pb + h * stride_ph + offs_s * stride_ps, mask=inside, other=0)
+        token = tl.load(permutation + b * stride_pb + h * stride_ph + token * stride_ps, mask=inside, other=0)
         token = token.to(tl.int64)
     mask = inside[:, None] & (offs_d < D)[None, :]
     rows = tl.load(

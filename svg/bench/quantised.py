@@ -7,7 +7,7 @@ from torch import Tensor
 
 from svg.kernels import block_sparse_quantised as sparse_module
 from svg.kernels import quantised_attention, quantised_tile, target
-from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs
+from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
 
 from ..methods.dense import dense_attention
 from ..methods.plan import Plan, execute
@@ -53,8 +53,10 @@ def _alone(
     options = {"smooth_q": False, "smooth_k": True, "smooth_v": False, "q_groups": "token", "k_groups": "block"}
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
 
+    interleave = runs_specialised(q, precision, "block", plain=True)
+
     def prepare():
-        return quantize_inputs(q, k, v, precision=precision, sm_scale=scale, **options)
+        return quantize_inputs(q, k, v, precision=precision, sm_scale=scale, interleave=interleave, **options)
 
     ready = prepare()
     bench.note(f"{key}/quantisation_ms", median_ms(prepare), "ms", shape, **about)

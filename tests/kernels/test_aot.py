@@ -22,8 +22,9 @@ KERNELS = {
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
     "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
+    "_hopper_quantised_kernel",
 }  # fmt: skip
-HOPPER_ONLY = {"_hopper_attention_kernel"}
+HOPPER_ONLY = {"_hopper_attention_kernel", "_hopper_quantised_kernel"}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
 INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 FP4 = {100: "UTCOMMA", 120: "OMMA"}  # elsewhere fp16 products emulate it
@@ -52,15 +53,15 @@ def test_every_kernel_compiles_within_the_limits(arch):
     missing = (FP8_ONLY if arch not in FP8 else set()) | (HOPPER_ONLY if arch != 90 else set())
     assert {row["kernel"] for row in rows} == KERNELS - missing
     for row in rows:
-        # The specialised kernel keeps a few scalars of a query tile in local memory, outside its loops.
-        assert row["spills"] <= (32 if row["kernel"] in HOPPER_ONLY else 0), row
+        # The specialised kernels keep a few scalars of a query tile in local memory, outside their loops.
+        assert row["spills"] <= (96 if row["kernel"] in HOPPER_ONLY else 0), row
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert not row["stale"], row
 
 
 @archs
 def test_products_run_on_tensor_cores(arch):
-    rows = [row for row in compiled(arch) if row["kernel"] in ("_attention_kernel", "_assign_kernel", *HOPPER_ONLY)]
+    rows = [row for row in compiled(arch) if row["kernel"] in ("_attention_kernel", "_assign_kernel", "_hopper_attention_kernel")]
     for row in rows:
         # Three TF32 products may take the older instruction where the newer one has no layout for them.
         allowed = {TENSOR_CORE[arch], "HMMA"} if "fp32" in row["case"] else {TENSOR_CORE[arch]}
@@ -69,7 +70,7 @@ def test_products_run_on_tensor_cores(arch):
 
 @archs
 def test_quantised_products_run_in_8_bits(arch):
-    rows = [row for row in compiled(arch) if row["kernel"] in ("_quantised_attention_kernel", "_sparse_quantised_kernel")]
+    rows = [row for row in compiled(arch) if "quantised" in row["kernel"]]
     assert any("fp8" in row["case"] for row in rows) == (arch in FP8)
     for row in rows:
         assert set(row["instructions"]) == {INT8[arch], FP8[arch] if "fp8" in row["case"] else TENSOR_CORE[arch]}, row

@@ -172,3 +172,19 @@ def test_gpus_without_fp8_are_refused(monkeypatch):
     monkeypatch.setattr(target, "arch", lambda device: 80)
     with pytest.raises(NotImplementedError, match=r"FP8 needs compute capability 8.9 or newer, got 8.0.*int8-fp16"):
         quantize_channels(v, statistics_reference(v, v))
+
+
+@pytest.mark.parametrize("S", [16, 100, 131])
+def test_interleaved_channels(S):
+    """Columns (2t, 2t + 1) and (8 + 2t, 9 + 2t) of every 16 lie side by side; nothing is lost at the end."""
+    k, v = (torch.randn(2, 3, S, 64) for _ in range(2))
+    order = torch.rand(2, 3, S).argsort(-1).int()
+    stats = statistics(k, v)
+    plain = quantize_channels(v, stats, permutation=order)
+    mixed = quantize_channels(v, stats, permutation=order, interleave=True)
+    assert torch.equal(mixed.scale, plain.scale) and mixed.values.shape == plain.values.shape
+    for t in range(4):
+        for source, goal in ((2 * t, 4 * t), (8 + 2 * t, 4 * t + 2)):
+            for e in range(2):
+                got, expected = mixed.values[..., goal + e :: 16], plain.values[..., source + e :: 16]
+                assert torch.equal(got.float(), expected.float())

@@ -6,6 +6,7 @@ compiled is exactly what the operation would launch. Run as a program, in a proc
     python triton_aot.py ARCH
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -38,6 +39,7 @@ from svg.kernels import (
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
+from svg.kernels.quantised_attention import LAUNCH as quantised_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -74,6 +76,8 @@ def run_operations(arch):
             yield f"block_sparse specialised D={D} tail={tail}", lambda D=D, tail=tail: attention(
                 DTYPES["bf16"], D, tail, contiguous=True
             )
+        for D in (64, 128):
+            yield f"quantised specialised int8-fp8 D={D}", lambda D=D: quantised_specialised(D)
         # the other ways to launch that `svg bench attention --sweep` times
         for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
@@ -141,6 +145,13 @@ def training(D, is_causal):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     out, kept = training_attention(q, q, q, is_causal=is_causal)
     training_attention_backward(out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1)
+
+
+def quantised_specialised(D):
+    table = quantised_table[90]
+    kept, table[True, D] = table[True, D], dataclasses.replace(table[True, D], specialised=True)
+    quantised("int8-fp8", D)
+    table[True, D] = kept
 
 
 def attention_launched(row):
