@@ -9,6 +9,7 @@ import torch
 from svg.attend import attend
 from svg.cli import main
 from svg.config import DenseConfig, SpargeConfig
+from svg.job import resolve
 from svg.layout import TokenLayout
 from svg.methods.dense import dense_attention, key_mask
 from svg.methods.sparge_fit import MIN_SPARSITY, Sampling
@@ -129,6 +130,19 @@ def test_impossible_bounds_are_named():
         Bounds(l1=0)
     with pytest.raises(ValueError, match=r"l2 must be in \[l1, 1\)"):
         Bounds(l1=0.1, l2=0.05)
+
+
+def test_a_flag_drops_its_rivals_of_the_preset():
+    rest = {"out": Path("o"), "force": False, "device": "cpu", "dtype": None, "offload": "none", "vae_tiling": False}
+    rest |= {"dense": True, "control": False, "lpips": "none", "generation": {"prompt": "-"}, "model": None}
+
+    def config(**settings):
+        return resolve(preset="tiny-wan", method="sparge", settings=settings, **rest).config
+
+    assert config().topk == 0.5 and config(topk=0.3).topk == 0.3
+    assert config(cdf=0.9).topk is None and config(cdf=0.9).cdf == 0.9
+    with pytest.raises(ValueError, match="got topk and cdf"):
+        config(cdf=0.9, topk=0.2)
 
 
 def test_command_line(model, tmp_path, monkeypatch, capsys):
