@@ -116,7 +116,7 @@ def _attention(
     order = video_blocks(TokenLayout(*grid), "hilbert", q.device).order if grid else None
 
     def of_heads(value: float) -> Tensor:
-        return torch.full((heads,), value, device=q.device)
+        return torch.full((heads,), float(value), device=q.device)
 
     block_map = sparge_block_map(
         block_statistics(q, Q_BLOCK, order), block_statistics(k, K_BLOCK, order), cdf=of_heads(cdf or 1.0),

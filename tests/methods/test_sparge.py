@@ -134,6 +134,12 @@ def test_pv_threshold_skips_what_adds_little(make_qkv, make_state):
     assert change[1e30] < 1e-3 and change[20.0] < 2e-3 < change[0.0]
 
 
+def test_whole_numbers_are_numbers(make_qkv, make_state):
+    config = SpargeConfig(**ALWAYS, cdf=1, simthresh=0, pv_threshold=10, precision="int8-fp16")
+    state = make_state(config, TokenLayout(2, 3, 4))
+    assert attend(*make_qkv(TokenLayout(2, 3, 4)), state, 2).isfinite().all()
+
+
 def write(path, heads=3, layer=2, order="hilbert", sink=False, **values):
     filled = {"simthresh": -1.0, "cdf": 0.5, "pv_threshold": torch.inf} | values
     layers = {
