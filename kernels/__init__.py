@@ -60,6 +60,7 @@ from .sparge import (
 from .top_p import top_p_block_map, top_p_block_map_reference
 from .training_attention import training_attention, training_attention_reference
 from .training_backward import training_attention_backward, training_attention_backward_reference
+from .varlen_attention import varlen_attention, varlen_attention_reference
 
 __all__ = [
     "BlockStatistics",
@@ -114,4 +115,6 @@ __all__ = [
     "training_attention_backward",
     "training_attention_backward_reference",
     "training_attention_reference",
+    "varlen_attention",
+    "varlen_attention_reference",
 ]

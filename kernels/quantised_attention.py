@@ -207,8 +207,9 @@ def runs_specialised(q: torch.Tensor, precision: str, k_groups: str, plain: bool
         plain: no mask of any kind, no smoothing of Q, no packed sequences.
     """
     kind = PRECISIONS[precision]
-    row = launch_for(kind, padded_head_dim(q.shape[-1]), q.device)
-    return row.specialised and plain and k_groups == "block" and quantised_hopper.takes(q.device, kind)
+    if not (plain and k_groups == "block" and quantised_hopper.takes(q.device, kind)):
+        return False
+    return launch_for(kind, padded_head_dim(q.shape[-1]), q.device).specialised
 
 
 @dataclass(frozen=True)

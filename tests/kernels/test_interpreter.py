@@ -43,6 +43,7 @@ SUITES = (
     "test_aligned_tiles.py",
     "test_quantize.py",
     "test_quantised_attention.py",
+    "test_varlen_attention.py",
     "test_nvfp4.py",
     "test_fp4_attention.py",
     "test_block_sparse_quantised.py",

@@ -39,6 +39,7 @@ from svg.kernels import (
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
+from svg.kernels.varlen_attention import varlen_attention
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -96,6 +97,7 @@ def run_operations(arch):
         yield "quantised fp8 acc16 D=128", lambda: quantised("int8-fp8-acc16", 128)
         yield "sparse quantised fp8 acc16 D=128", lambda: sparse_quantised("int8-fp8-acc16", 128)
         yield "quantize fp8 D=96", lambda: quantised("int8-fp8", 96)
+    packed = "int8-fp8" if fp8 else "int8-fp16"
     precision = "int4-fp8" if fp8 else "int4-fp16"
     yield f"quantised {precision} D=128 causal", lambda: quantised(precision, 128, is_causal=True, k_groups="thread")
     yield "fp4 D=64", lambda: fp4(64)
@@ -111,6 +113,7 @@ def run_operations(arch):
     yield "sparge 1182 blocks", lambda: sparge(75_600)
     yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
     yield "heads", heads
+    yield f"quantised varlen {packed}", lambda: varlen(packed)
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
     yield "top_p budget", lambda: top_p(1000, 0.3)
@@ -168,6 +171,11 @@ def sparse_quantised(precision, D, **options):
         q, q, q, torch.ones(2, 4, 4, dtype=torch.bool), sizes, sizes, map_index=index, q_permutation=order,
         k_permutation=order, precision=precision, return_lse=True, **options,
     )  # fmt: skip
+
+
+def varlen(precision):
+    q, ends = torch.zeros(256, 2, 128).bfloat16().transpose(0, 1), torch.tensor([0, 100, 256], dtype=torch.int32)
+    varlen_attention(q, q, q, ends, ends, precision=precision, is_causal=True, return_lse=True)
 
 
 def heads():
