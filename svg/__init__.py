@@ -23,6 +23,7 @@ _HOME = {
     "config_from_dict": "svg.config",
     "TokenLayout": "svg.layout",
     "attention": "svg.drop_in",
+    "attention_varlen": "svg.drop_in",
     "sparge_attention": "svg.drop_in_sparge",
     "training_attention": "svg.training",
     "int8_training": "svg.pipelines.training",
