@@ -29,7 +29,8 @@ class Cell:
         label: short name, such as "svg2 top_p=0.7".
         model: {"name", "preset", "fingerprint"}.
         method: the method's settings, "method" among them; of a control: those of its reference.
-        generation: fields of GenerationRequest, with "image" as a path and "image_sha256".
+        generation: fields of GenerationRequest, with "image" as a path and "image_sha256"; "thresholds_sha256" where the
+            method reads such a file.
         run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}.
         reference: id of the dense cell it is compared with, or None for the dense cell.
         control: id of the control cell of its group, or None.
@@ -60,7 +61,7 @@ class Cell:
             ValueError, TypeError: a value breaks its rule.
             OSError: the image cannot be read.
         """
-        generation = {key: value for key, value in self.generation.items() if key != "image_sha256"}
+        generation = {key: value for key, value in self.generation.items() if not key.endswith("_sha256")}
         path = generation.pop("image")
         image = Image.open(path).convert("RGB") if path is not None else None
         return Job(
@@ -93,10 +94,13 @@ def cell_of(
         The cell.
 
     Raises:
-        OSError: the image cannot be read.
+        OSError: the image or the thresholds cannot be read.
     """
     request = asdict(replace(job.request, image=None))
     request |= {"image": job.image_path, "image_sha256": _sha256(job.image_path)}
+    thresholds = getattr(job.config, "thresholds", None)
+    if thresholds is not None:  # a file that is made again makes other cells
+        request["thresholds_sha256"] = _sha256(thresholds)
     return Cell(
         role=role,
         label=label,

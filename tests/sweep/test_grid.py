@@ -138,3 +138,12 @@ def test_error_names_the_file(tmp_path):
     (tmp_path / "my.yaml").write_text("seed: [1]\n")
     with pytest.raises(GridError, match=r"my.yaml: line 1: unknown key 'seed' in a grid: did you mean 'seeds'"):
         read_grid(tmp_path / "my.yaml", {})
+
+
+def test_other_thresholds_are_other_cells(write_grid, tmp_path):
+    grid, found = write_grid(methods=[{"method": "sparge", "thresholds": "t"}]), []
+    for content in (b"one", b"two", b"one"):
+        (tmp_path / "t").write_bytes(content)
+        found.append(cells(grid)[2])
+    assert found[0].id == found[2].id != found[1].id
+    assert found[0].job().config.thresholds == "t"
