@@ -31,7 +31,7 @@ LONG = (33, 256, 256)  # 9 x 32 x 32 = 9 216 video tokens
 SMALL = (17, 64, 80)  # 5 x 8 x 10 = 400 video tokens
 # Training clips of a size come from `seed` + SCENE_SEED[size], CACHE_BATCH[size] scenes at a time.
 SCENE_SEED = {SHORT: 1000, LONG: 1001, SMALL: 1002}
-CLIPS = {SHORT: 16384, LONG: 1024, SMALL: 32768}  # at most: check_tiny.py takes no caption of theirs
+CLIPS = {SHORT: 16384, LONG: 1024, SMALL: 65536}  # at most: check_tiny.py takes no caption of theirs
 CACHE_BATCH = {SHORT: 32, LONG: 4, SMALL: 128}
 CHAIN = ("start", "small", "dit", "long")  # a stage begins with the weights of the nearest one before it that there is
 STAGE_RATE = {"small": 1.0, "dit": 0.7, "long": 0.4}
