@@ -82,8 +82,8 @@ def sparge_block_map(
     q_blocks: BlockStatistics,
     k_blocks: BlockStatistics,
     *,
-    cdf: torch.Tensor,
     simthresh: torch.Tensor,
+    cdf: torch.Tensor | None = None,
     topk: float = 1.0,
     attention_sink: bool = False,
     sm_scale: float,
@@ -92,8 +92,8 @@ def sparge_block_map(
 
     Args:
         q_blocks, k_blocks: statistics of Nq and Nk blocks of the same heads.
-        cdf: fp32 [H], the most mass that a query block's selected blocks hold together, in (0, 1]; 1: no bound.
         simthresh: fp32 [H]; blocks whose similarity is not above it are computed whole; below 0: all are described.
+        cdf: fp32 [H], the most mass that a query block's selected blocks hold together, in (0, 1]; 1, or None: no bound.
         topk: the most key blocks selected, as a share of Nk, rounded down, in (0, 1]; 1: no bound.
         attention_sink: always keep key block 0.
         sm_scale: softmax scale.
@@ -107,24 +107,24 @@ def sparge_block_map(
 
     Source: arXiv 2502.18137, section 3.2 (selective token compression and prediction).
     """
-    _check_blocks(q_blocks, k_blocks, cdf, simthresh, topk)
-    op = _select if target.use_triton(cdf) else _select_reference
-    return op(_scores(q_blocks, k_blocks, sm_scale), q_blocks, k_blocks, cdf, simthresh, topk, attention_sink)
+    _check_blocks(q_blocks, k_blocks, simthresh, cdf, topk)
+    op = _select if target.use_triton(simthresh) else _select_reference
+    return op(_scores(q_blocks, k_blocks, sm_scale), q_blocks, k_blocks, simthresh, cdf, topk, attention_sink)
 
 
 def sparge_block_map_reference(
     q_blocks: BlockStatistics,
     k_blocks: BlockStatistics,
     *,
-    cdf: torch.Tensor,
     simthresh: torch.Tensor,
+    cdf: torch.Tensor | None = None,
     topk: float = 1.0,
     attention_sink: bool = False,
     sm_scale: float,
 ) -> torch.Tensor:
     """Specification of `sparge_block_map` in plain torch; same arguments and result."""
     scores = _scores(q_blocks, k_blocks, sm_scale)
-    return _select_reference(scores, q_blocks, k_blocks, cdf, simthresh, topk, attention_sink)
+    return _select_reference(scores, q_blocks, k_blocks, simthresh, cdf, topk, attention_sink)
 
 
 def block_masses(scores: torch.Tensor, similar: torch.Tensor) -> torch.Tensor:
@@ -148,14 +148,14 @@ def _at_most(topk, blocks):
     return max(1, math.floor(topk * blocks + 1e-9))
 
 
-def _select_reference(scores, q_blocks, k_blocks, cdf, simthresh, topk, attention_sink):
+def _select_reference(scores, q_blocks, k_blocks, simthresh, cdf, topk, attention_sink):
     similar = (k_blocks.similarity > simthresh[:, None])[:, :, None].expand_as(scores)
     index = scores.masked_fill(~similar, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    mass = block_masses(scores, similar).gather(-1, index).cumsum(-1)
-    limit = cdf[:, None, None]
     rank = torch.arange(scores.shape[-1], device=scores.device)
-    keep = (mass <= limit) | (limit >= 1)
-    keep &= rank < _at_most(topk, scores.shape[-1])
+    keep = (rank < _at_most(topk, scores.shape[-1])).expand(scores.shape).clone()
+    if cdf is not None:
+        mass, limit = block_masses(scores, similar).gather(-1, index).cumsum(-1), cdf[:, None, None]
+        keep &= (mass <= limit) | (limit >= 1)
     keep[..., 0] = True
     keep = torch.zeros_like(keep).scatter_(-1, index, keep) & similar
     keep |= ~similar | ~(q_blocks.similarity > simthresh[:, None])[..., None]
@@ -176,13 +176,15 @@ def _check_tokens(x, block_size, order):
         raise ValueError(f"x must be contiguous in its last dim, got strides {x.stride()}: call .contiguous() first")
 
 
-def _check_blocks(q_blocks, k_blocks, cdf, simthresh, topk):
+def _check_blocks(q_blocks, k_blocks, simthresh, cdf, topk):
     q, k = q_blocks.means, k_blocks.means
     if q.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(
             f"q_blocks and k_blocks must be of the same heads, got means {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    for name, limit in (("cdf", cdf), ("simthresh", simthresh)):
+    for name, limit in (("simthresh", simthresh), ("cdf", cdf)):
+        if limit is None:
+            continue
         if limit.shape != q.shape[1:2] or limit.dtype != torch.float32:
             raise ValueError(
                 f"{name} must be fp32 [H] = [{q.shape[1]}], got {limit.dtype} {tuple(limit.shape)}: one number a head"
@@ -215,7 +217,7 @@ def _statistics(x, block_size, order):
     return BlockStatistics(means, similarity)
 
 
-def _select(scores, q_blocks, k_blocks, cdf, simthresh, topk, attention_sink):
+def _select(scores, q_blocks, k_blocks, simthresh, cdf, topk, attention_sink):
     B, H, Nq, Nk = scores.shape
     if Nk > MAX_BLOCKS:
         raise NotImplementedError(f"there must be at most {MAX_BLOCKS} key blocks, got {Nk}: use larger blocks")
@@ -223,9 +225,10 @@ def _select(scores, q_blocks, k_blocks, cdf, simthresh, topk, attention_sink):
     num_warps = target.launch_row(LAUNCH, scores.device)[2] * (1 if Nk <= 2048 else 2)
     with target.on_device(scores):
         _select_blocks_kernel[(Nq, B * H)](
-            scores.contiguous(), q_blocks.similarity.contiguous(), k_blocks.similarity.contiguous(), cdf.contiguous(),
-            simthresh.contiguous(), block_map.view(torch.uint8), H, Nq, Nk, _at_most(topk, Nk),
-            SINK=attention_sink, BLOCK_N=max(16, triton.next_power_of_2(Nk)), num_warps=num_warps,
+            scores.contiguous(), q_blocks.similarity.contiguous(), k_blocks.similarity.contiguous(),
+            None if cdf is None else cdf.contiguous(), simthresh.contiguous(), block_map.view(torch.uint8),
+            H, Nq, Nk, _at_most(topk, Nk), BOUNDED=topk < 1, SINK=attention_sink,
+            BLOCK_N=max(16, triton.next_power_of_2(Nk)), num_warps=num_warps,
         )  # fmt: skip
     return block_map
 
@@ -263,22 +266,23 @@ def _block_statistics_kernel(
 @triton.jit(do_not_specialize=["Nq", "Nk", "at_most"])
 def _select_blocks_kernel(
     scores, q_similarity, k_similarity, cdf, simthresh, block_map, H, Nq, Nk, at_most,
-    SINK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOUNDED: tl.constexpr, SINK: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     row = bh * Nq + tl.program_id(0)
     offs = tl.arange(0, BLOCK_N)  # [BN]
     real = offs < Nk
     theta = tl.load(simthresh + bh % H)
-    limit = tl.load(cdf + bh % H)
-    limit = tl.where(limit >= 1, float("inf"), limit)
     similar = tl.load(k_similarity + bh * Nk + offs, mask=real, other=0.0) > theta
     open = real & similar  # to be chosen from
     score = tl.where(open, tl.load(scores + row * Nk + offs, mask=real, other=0.0), float("-inf"))
-    top = tl.max(score, 0)
-    p = tl.where(open, tl.exp(score - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    total = tl.sum(p, 0)
-    p = p / tl.where(total == 0, 1.0, total)
+    if cdf is not None:
+        limit = tl.load(cdf + bh % H)
+        limit = tl.where(limit >= 1, float("inf"), limit)
+        top = tl.max(score, 0)
+        p = tl.where(open, tl.exp(score - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+        total = tl.sum(p, 0)
+        p = p / tl.where(total == 0, 1.0, total)
     # Integers in the scores' order: flip the magnitude bits of negative floats. Adding 0 makes -0 equal to 0.
     bits = (score + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -287,18 +291,26 @@ def _select_blocks_kernel(
     while low < high:
         middle = low + (high - low) // 2
         above = open & (bits >= middle.to(tl.int32))
-        fits = (tl.sum(tl.where(above, p, 0.0), 0) <= limit) & (tl.sum(above.to(tl.int32), 0) <= at_most)
-        if fits:
-            high = middle
-        else:
-            low = middle + 1
+        fits = True
+        exact = False
+        if BOUNDED:
+            count = tl.sum(above.to(tl.int32), 0)
+            fits = count <= at_most
+            exact = count == at_most
+        if cdf is not None:
+            exact = False
+            fits = fits & (tl.sum(tl.where(above, p, 0.0), 0) <= limit)
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, tl.where(exact, middle, low), middle + 1)
     above = open & (bits >= high.to(tl.int32))
     # Of the equal scores that follow, as many as still fit, lowest index first.
     tied = open & (bits == tl.max(tl.where(open & ~above, bits, -0x7FFFFFFF), 0))
     rank = tl.cumsum(tied.to(tl.int32), 0)  # from 1
-    count = tl.sum(above.to(tl.int32), 0)
-    mass = tl.sum(tl.where(above, p, 0.0), 0) + rank.to(tl.float32) * p
-    keep = above | (tied & (mass <= limit) & (count + rank <= at_most)) | (tied & (count + rank == 1))
+    count = tl.sum(above.to(tl.int32), 0) + rank
+    more = tied & (count <= at_most)
+    if cdf is not None:
+        more = more & (tl.sum(tl.where(above, p, 0.0), 0) + rank.to(tl.float32) * p <= limit)
+    keep = above | more | (tied & (count == 1))
     keep = keep | ~similar
     if SINK:
         keep = keep | (offs == 0)

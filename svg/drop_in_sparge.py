@@ -119,8 +119,8 @@ def _attention(
         return torch.full((heads,), float(value), device=q.device)
 
     block_map = sparge_block_map(
-        block_statistics(q, Q_BLOCK, order), block_statistics(k, K_BLOCK, order), cdf=of_heads(cdf or 1.0),
-        simthresh=of_heads(simthresh), topk=topk or 1.0, attention_sink=attention_sink, sm_scale=scale,
+        block_statistics(q, Q_BLOCK, order), block_statistics(k, K_BLOCK, order), simthresh=of_heads(simthresh),
+        cdf=None if cdf is None else of_heads(cdf), topk=topk or 1.0, attention_sink=attention_sink, sm_scale=scale,
     )  # fmt: skip
     maps = batch * heads
     sizes = (block_sizes(n, block).to(q.device).expand(maps, -1) for n, block in ((S, Q_BLOCK), (k.shape[2], K_BLOCK)))

@@ -67,8 +67,8 @@ def plan(
     block_map = sparge_block_map(
         q_blocks,
         k_blocks,
-        cdf=limits.cdf,
         simthresh=limits.simthresh,
+        cdf=limits.cdf if config.topk is None else None,
         topk=1.0 if config.topk is None else config.topk,
         attention_sink=config.attention_sink,
         sm_scale=dim**-0.5,

@@ -79,11 +79,12 @@ def problem(Nq=5, Nk=21, D=32, heads=3):
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize(
     ("cdf", "topk", "simthresh"),
-    [([0.5, 0.9, 0.2], 1.0, [-1.0, 0.3, 0.6]), ([1.0] * 3, 0.29, [-0.1, -0.1, 0.5]), ([0.01] * 3, 0.5, [0.4] * 3)],
+    [([0.5, 0.9, 0.2], 1.0, [-1.0, 0.3, 0.6]), ([1.0] * 3, 0.29, [-0.1, -0.1, 0.5]), ([0.01] * 3, 0.5, [0.4] * 3), (None, 0.4, [0.2] * 3)],
 )
 def test_selection_matches_the_definition(cdf, topk, simthresh, sink):
     q, k = problem()
-    limits = {"cdf": torch.tensor(cdf), "simthresh": torch.tensor(simthresh), "topk": topk}
+    limits = {"cdf": None if cdf is None else torch.tensor(cdf), "simthresh": torch.tensor(simthresh), "topk": topk}
+    cdf = cdf or [1.0] * 3
     found = sparge_block_map(q, k, **limits, attention_sink=sink, sm_scale=0.3)
     scores = (q.means.double() @ k.means.double().transpose(2, 3) * 0.3).tolist()
     for b in range(2):
@@ -95,11 +96,12 @@ def test_selection_matches_the_definition(cdf, topk, simthresh, sink):
                 assert set(found[b, h, i].nonzero().squeeze(1).tolist()) == expected
 
 
-def one_row(scores, cdf=1.0, topk=1.0, similar=None, simthresh=-0.1):
+def one_row(scores, cdf=None, topk=1.0, similar=None, simthresh=-0.1):
     q = BlockStatistics(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1))
     similarity = torch.ones(len(scores)) if similar is None else torch.tensor(similar, dtype=torch.float32)
     k = BlockStatistics(torch.tensor(scores, dtype=torch.float32).view(1, 1, -1, 1), similarity.view(1, 1, -1))
-    limits = {"cdf": torch.tensor([cdf]), "simthresh": torch.tensor([simthresh]), "topk": topk}
+    limits = {"simthresh": torch.tensor([simthresh]), "topk": topk}
+    limits["cdf"] = None if cdf is None else torch.tensor([cdf])
     return sparge_block_map(q, k, **limits, sm_scale=1.0)[0, 0, 0].tolist()
 
 

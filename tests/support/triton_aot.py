@@ -194,7 +194,9 @@ def sparge(tokens):
     x = torch.zeros(1, 1, 2, 128, dtype=torch.bfloat16).expand(1, tokens, 2, 128).transpose(1, 2)
     order, heads = torch.zeros(1, dtype=torch.int32).expand(tokens), torch.zeros(2)
     q_blocks, k_blocks = (block_statistics(x, size, order) for size in (128, 64))
-    sparge_block_map(q_blocks, k_blocks, cdf=heads, simthresh=heads, sm_scale=1.0)
+    sparge_block_map(q_blocks, k_blocks, simthresh=heads, cdf=heads, sm_scale=1.0)
+    for topk in (0.5, 1.0):
+        sparge_block_map(q_blocks, k_blocks, simthresh=heads, topk=topk, sm_scale=1.0)
 
 
 def elementwise():
