@@ -9,6 +9,7 @@ its own, all at once, so that a crash of one hides nothing of the others. Exits 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,21 +25,29 @@ from pathlib import Path
 import torch
 from svg.kernels import (
     block_sparse_attention_quantised,
+    fp4_attention,
+    fp4_attention_reference,
     quantised_attention,
     quantised_attention_reference,
     quantize_channels,
     quantize_channels_reference,
+    quantize_nvfp4,
+    quantize_nvfp4_reference,
     quantize_tokens,
     quantize_tokens_reference,
     statistics,
     statistics_reference,
     target,
+    varlen_attention,
 )
 from svg.kernels.block_sparse_quantised import LAUNCH as SPARSE_LAUNCH
 
 import svg
+from svg.attend import attend
 from svg.bench.run import Bench, bench_ceilings, bench_quantised
 from svg.bench.sweep import replaced
+from svg.layout import TokenLayout
+from svg.state import RunState
 
 DEVICE = "cuda"
 Check = tuple[str, float, float]  # name, measured, largest allowed
@@ -270,6 +279,13 @@ def check_compile() -> Iterator[Check]:
     q, k, v = outliers(300, 300, 64)
     expected = svg.attention(q, k, v, is_causal=True)
     compiled = torch.compile(lambda q, k, v: svg.attention(q, k, v, is_causal=True), fullgraph=True)
+    seen = torch.rand(300, 300, device=DEVICE) < 0.7
+    masked = torch.compile(svg.attention, fullgraph=True)
+    yield (
+        "svg.attention with a mask under torch.compile, whole graph: bits that differ",
+        differences(masked(q, k, v, seen), svg.attention(q, k, v, seen)),
+        0,
+    )
     yield (
         "svg.attention under torch.compile, whole graph: bits that differ",
         differences(compiled(q, k, v), expected),
@@ -323,7 +339,94 @@ def check_failures() -> Iterator[Check]:
         yield f"failed heads {precision}", abs(failed - torch.tensor([[0, 1]], device=DEVICE)).sum(), 0
 
 
+def check_fp4() -> Iterator[Check]:
+    """NVFP4, native or emulated, dense, causal and masked."""
+    native = target.has_fp4(torch.device(DEVICE))
+    for (S, Sk, D), causal in itertools.product([(1, 1, 64), (129, 193, 96), (700, 1100, 128)], (False, True)):
+        arguments = outliers(S, Sk, D, B=2, H=4, kv_heads=2)
+        mask = None if causal else torch.rand(2, 1, 1, Sk, device=DEVICE) < 0.7
+        options = {"is_causal": causal, "mask": mask}
+        poison_memory()
+        out, lse = fp4_attention(*arguments, **options, return_lse=True)
+        right, right_lse = exact(*arguments, causal, mask)
+        spec = fp4_attention_reference(*arguments, **options)
+        name = f"nvfp4 {'native' if native else 'emulated'} S={S} Sk={Sk} D={D}{' causal' if causal else ' masked'}"
+        yield f"{name}: 1 - cosine", lost_cosine(out, right), 5e-3
+        yield f"{name}: error over the specification's", (out - right).norm() / ((spec - right).norm() + 1e-6), 1.2
+        seen = right_lse.isfinite()
+        yield f"{name}: lse", (lse - right_lse)[seen].abs().sum() / seen.sum().clamp_min(1), 0.1
+    x = outliers(300, 300, 96)[0]
+    for packed, transposed in itertools.product((False, native), (False, True)):
+        got, right = (
+            op(x, packed=packed, transposed=transposed) for op in (quantize_nvfp4, quantize_nvfp4_reference)
+        )
+        name = f"quantize_nvfp4 {'packed' if packed else 'fp16'}{' transposed' if transposed else ''}"
+        yield f"{name}: share that differs", differences(got.values, right.values) / right.values.numel(), 1e-3
+
+
+def check_varlen() -> Iterator[Check]:
+    """Packed sequences, against each by itself, without a look at the device."""
+    lengths = [700, 1, 129, 0, 2000, 64]
+    parts = [outliers(n, n, 128, H=4, kv_heads=2) for n in lengths if n]
+    q, k, v = (torch.cat([part[i][0].transpose(0, 1) for part in parts]).transpose(0, 1) for i in range(3))
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    for precision, causal in itertools.product((p for p in precisions() if "int8" in p), (False, True)):
+        call = {"precision": precision, "is_causal": causal}
+        varlen_attention(q, k, v, ends, ends, **call)
+        poison_memory()
+        with no_waiting():
+            out, lse = varlen_attention(q, k, v, ends, ends, **call, return_lse=True)
+        right, right_lse = (torch.cat(x, 2) for x in zip(*(exact(*part, causal) for part in parts)))
+        name = f"varlen {precision}{' causal' if causal else ''}"
+        yield f"{name}: 1 - cosine", lost_cosine(out, right[0]), 5e-4
+        yield f"{name}: lse", (lse - right_lse[0]).abs().mean(), 0.01
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Raises where the host would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_guard() -> Iterator[Check]:
+    """A head that INT8 cannot stand for, in real calls of the methods: computed again, and nothing waits."""
+    layout = TokenLayout(5, 16, 20, 40, "last")
+    text_mask = torch.arange(40, device=DEVICE)[None] < torch.tensor([[17], [40]], device=DEVICE)
+    configs = [svg.Sage2Config(precision=p, tolerance=0.05) for p in ("int8-fp16", "auto")]
+    always = {"precision": "int8-fp16", "tolerance": 0.05, "warmup_steps": 0, "warmup_layers": 0}
+    configs += [svg.SVG1Config(density=0.4, **always), svg.SVG2Config(num_q_clusters=9, num_k_clusters=20, **always)]
+    for config, masked in itertools.product(configs, (False, True)):
+        q, k, v = (x.transpose(1, 2).contiguous() for x in outliers(1640, 1640, 64, B=2, H=3, kv_heads=3))
+        k[1, :, 2, 0] = 3000 * torch.randn(1640, device=DEVICE).sign()
+        q[1, :, 2, 0] = 0
+        plain = {} if config.method == "sage2" else {"precision": "native"}
+        right_config = dataclasses.replace(config, **plain) if plain else svg.DenseConfig()
+        outs = []
+        for one in (config, right_config):
+            for again in (False, True):  # the first call compiles
+                state = RunState(one, 1)
+                state.begin_forward(3, 9, "cond", layout)
+                poison_memory()
+                with no_waiting() if again else contextlib.nullcontext():
+                    out = attend(q, k, v, state, 0, text_mask if masked else None)
+            outs.append(out)
+            if one is config:
+                failed = state.records[0].guarded.failed.cpu()
+        name = f"guard {config.method} {config.precision}{' masked' if masked else ''}"
+        expected = torch.tensor([[0, 0, 0], [0, 0, 1]])
+        yield f"{name}: heads flagged wrongly", int((failed != expected).sum()), 0
+        yield f"{name}: 1 - cosine of the head computed again", lost_cosine(outs[0][1, :, 2], outs[1][1, :, 2]), 1e-4
+        yield f"{name}: 1 - cosine of the others", lost_cosine(outs[0][0], outs[1][0]), 1e-3
+
+
 GROUPS = {
+    "fp4": check_fp4,
+    "varlen": check_varlen,
+    "guard": check_guard,
     "quantisation": check_quantisation,
     "dense": check_dense,
     "masks": check_masks,

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .adapt_command import adapt
 from .config import METHODS
 from .sparge_command import sparge_tune
 from .sweep.commands import record, sweep
@@ -148,6 +149,7 @@ cli.add_command(sweep)
 cli.add_command(tune)
 cli.add_command(record)
 cli.add_command(sparge_tune)
+cli.add_command(adapt)
 
 
 @cli.command()

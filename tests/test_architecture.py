@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
 # what a person starts: these may import everything
 FRONT = {"bench", "cli", "command", "job", "generate", "evaluate", "record", "sweep", "tables", "doctor", "versions", "sparge_tune", "sparge_command"}
-FRONT |= {"fingerprint", "tune"}
+FRONT |= {"fingerprint", "tune", "adapt", "adapt_command"}
 
 # package -> project packages it may import from (besides itself); the front is judged apart
 ALLOWED = {

@@ -101,19 +101,20 @@ def dense_plan(q: Tensor, visible: Tensor | None) -> Plan:
     """
     B, H, S, _ = q.shape
     if visible is None:
-        counts, order, index = torch.tensor([S], device=q.device), None, torch.zeros(B, H)
+        counts, order = torch.full((1,), S, device=q.device), None
+        index = torch.zeros(B, H, dtype=torch.int32, device=q.device)
     else:
         counts = visible.sum(1)  # [B]
         order = visible.logical_not().to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
         order = order[:, None].expand(B, H, S)
-        index = torch.arange(B)[:, None].expand(B, H)
+        index = torch.arange(B, dtype=torch.int32, device=q.device)[:, None].expand(B, H)
     M = counts.shape[0]
     return Plan(
         q_permutation=None,
         k_permutation=order,
         q_sizes=torch.full((M, 1), S, dtype=torch.int32, device=q.device),
         k_sizes=torch.stack([counts, S - counts], 1).to(torch.int32),
-        block_map=torch.tensor([True, False], device=q.device).expand(M, 1, 2),
-        map_index=index.to(q.device, torch.int32),
+        block_map=(torch.arange(2, device=q.device) == 0).expand(M, 1, 2),
+        map_index=index,
         visible_keys=counts,
     )

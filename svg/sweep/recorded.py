@@ -112,9 +112,8 @@ class Measure:
         (observed,) = seen
         density = state.records[-1].density.float().mean(0).tolist()  # [H]
         error = relative_error(observed.out, exact)
-        kept = recall(observed.plan, q, k, v, lse) if isinstance(observed.plan, Plan) else [None] * q.shape[1]
-        if self._config.method == "dense":
-            kept = [1.0] * q.shape[1]
+        # Without a plan nothing was skipped.
+        kept = recall(observed.plan, q, k, v, lse) if isinstance(observed.plan, Plan) else [1.0] * q.shape[1]
         common = {"label": self._label, "method": self._config.to_dict(), "transformer": call.transformer}
         common |= {"step": call.step, "layer": call.layer, "branch": call.branch}
         for head, values in enumerate(zip(density, kept, error)):
