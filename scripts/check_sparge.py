@@ -125,8 +125,8 @@ def check_selection() -> Iterator[Check]:
     q_blocks, k_blocks = block_statistics(q, 128), block_statistics(k, 64)
     middle = k_blocks.similarity.median().item()
     for cdf, topk, simthresh in ((0.9, 1.0, -0.1), (1.0, 0.25, -0.1), (0.5, 0.5, middle), (1.0, 1.0, 0.99)):
-        limits = {"cdf": torch.full((3,), cdf, device=DEVICE), "simthresh": torch.full((3,), simthresh, device=DEVICE)}
-        limits["cdf"] = limits["cdf"] if cdf < 1 else None
+        limits = {"simthresh": torch.full((3,), simthresh, device=DEVICE)}
+        limits["cdf"] = torch.full((3,), cdf, device=DEVICE) if cdf < 1 else None
         options = {"topk": topk, "attention_sink": True, "sm_scale": 128**-0.5}
         found = sparge_block_map(q_blocks, k_blocks, **limits, **options)
         exact = sparge_block_map_reference(q_blocks, k_blocks, **limits, **options)
