@@ -192,6 +192,10 @@ def test_thresholds_that_do_not_fit_are_named(tmp_path, make_qkv, make_state):
     for settings, words in cases:
         with pytest.raises(ValueError, match=words):
             attend(*make_qkv(layout), make_state(SpargeConfig(**ALWAYS, **settings), layout), 2)
+    second = RunState(SpargeConfig(**ALWAYS, thresholds=path), 4, "transformer_2")
+    second.begin_forward(0, 1, "cond", layout)
+    with pytest.raises(ValueError, match="must have layer 2 of transformer_2, got .* with transformer 2"):
+        attend(*make_qkv(layout), second, 2)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8])

@@ -147,3 +147,10 @@ def test_other_thresholds_are_other_cells(write_grid, tmp_path):
         found.append(cells(grid)[2])
     assert found[0].id == found[2].id != found[1].id
     assert found[0].job().config.thresholds == "t"
+
+
+def test_a_budget_is_sparges_topk_unless_it_has_another_measure(write_grid):
+    found = cells(write_grid(methods=["sparge", {"method": "sparge", "cdf": 0.9}], budgets=[0.2, 0.3]))
+    kept = [(cell.method["topk"], cell.method["cdf"]) for cell in found[2:5]]
+    assert kept == [(0.2, None), (0.3, None), (None, 0.9)]
+    assert [cell.label for cell in found[2:5]] == ["sparge topk=0.2", "sparge topk=0.3", "sparge cdf=0.9"]
