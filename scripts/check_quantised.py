@@ -396,13 +396,15 @@ def check_guard() -> Iterator[Check]:
     """A head that INT8 cannot stand for, in real calls of the methods: computed again, and nothing waits."""
     layout = TokenLayout(5, 16, 20, 40, "last")
     text_mask = torch.arange(40, device=DEVICE)[None] < torch.tensor([[17], [40]], device=DEVICE)
-    configs = [svg.Sage2Config(precision=p, tolerance=0.05) for p in ("int8-fp16", "auto")]
-    always = {"precision": "int8-fp16", "tolerance": 0.05, "warmup_steps": 0, "warmup_layers": 0}
+    configs = [svg.Sage2Config(precision=p, tolerance=0.2) for p in ("int8-fp16", "auto")]
+    always = {"precision": "int8-fp16", "tolerance": 0.2, "warmup_steps": 0, "warmup_layers": 0}
     configs += [svg.SVG1Config(density=0.4, **always), svg.SVG2Config(num_q_clusters=9, num_k_clusters=20, **always)]
     for config, masked in itertools.product(configs, (False, True)):
         q, k, v = (x.transpose(1, 2).contiguous() for x in outliers(1640, 1640, 64, B=2, H=3, kv_heads=3))
         k[1, :, 2, 0] = 3000 * torch.randn(1640, device=DEVICE).sign()
+        q[1, :, 2] = 3 * torch.randn(1640, 64, device=DEVICE)
         q[1, :, 2, 0] = 0
+        v[1, :, 2] = torch.randn(1640, 64, device=DEVICE)  # no mean in which the error could hide
         plain = {} if config.method == "sage2" else {"precision": "native"}
         right_config = dataclasses.replace(config, **plain) if plain else svg.DenseConfig()
         outs = []
