@@ -1,5 +1,8 @@
 """The backward of training_attention.py: all products in INT8 but dP = grad V^T, which stays in 16 bits.
 
+With products="bf16", dS K, dS^T Q and P^T grad are in bf16 too, and only Q K^T is in INT8: where a GPU spends more time on
+rounding P and dS than 8-bit products save, that is both faster and more accurate.
+
     P = 2^(S - lse)      dP = grad V^T      delta_i = grad_i . out_i      dS = P (dP - delta)
     dV = P^T grad        dQ = sm_scale dS K         dK = sm_scale dS^T Q
 
@@ -8,7 +11,8 @@ over enter P and dS beforehand, without a multiplication of their own where they
 
     grad16_i = grad_i q_scale_i / g_scale_i       v16_j = v_j k_scale_j       lse'_i = lse_i - log2 g_scale_i
 
-so that 2^(S - lse') = P g_scale, and P (grad16 v16^T - delta16 k_scale) = dS q_scale / g_scale k_scale.
+so that 2^(S - lse') = P g_scale, and P (grad16 v16^T - delta16 k_scale) = dS q_scale / g_scale k_scale. Products in bf16
+need no q_scale in grad16.
 
 Queries have a kernel, keys and values another, so that sums have one order: no atomics, the same bits in every run. Both
 compute S and dP again. The one for keys can also run twice, once for dK and once for dV, where both sums at once would
@@ -35,6 +39,7 @@ from .training_inputs import (
     whole,
 )
 
+PRODUCTS = ("int8", "bf16")
 GROUPS = {"q": 64, "k": 64, "v": 64}  # scores that share a scale in a row, by whose gradient they make
 
 
@@ -48,6 +53,7 @@ def training_attention_backward(
     sm_scale: float,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    products: str = "int8",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `training_attention` by q, k and v.
 
@@ -57,17 +63,20 @@ def training_attention_backward(
         kept: what the forward kept.
         key_tokens: Sk.
         is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k: the forward's.
+        products: "int8", or "bf16" for dS K, dS^T Q and P^T grad, which is more accurate.
 
     Returns:
         dq [B, H, S, D], dk and dv [B, Hkv, Sk, D], out's dtype; heads and tokens lie in memory as those of out do.
 
     Source: arXiv 2505.11594, algorithm 3; arXiv 2603.02170.
     """
+    if products not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
     op = _launch if target.use_triton(out) else training_attention_backward_reference
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     return op(
         grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        cu_seqlens_k=cu_seqlens_k, products=products,
     )  # fmt: skip
 
 
@@ -81,25 +90,35 @@ def training_attention_backward_reference(
     sm_scale: float,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
+    products: str = "int8",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Specification of `training_attention_backward` in plain torch; same arguments and result."""
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
-    packed = pack_gradients_reference(grad, out, kept.v_mean, kept.q_scale, kept.lse, rows)
+    packed = pack_gradients_reference(grad, out, kept.v_mean, folded(kept, products), kept.lse, rows)
     steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
     sum_q, sum_k, sum_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (kept.queries, kept.keys, kept.keys))
     for _, h, kv, m, n in pairs(kept, rows, columns):
-        keys, k_scale = kept.keys[kv, n].float(), kept.k_scale[kv, n]
+        keys, k_scale, q_scale = kept.keys[kv, n].float(), kept.k_scale[kv, n], kept.q_scale[h, m, None]
         scores = scores_of(kept, h, kv, m, n, is_causal)
         wide = packed.values[h, m].float() @ kept.values[kv, n].float().T - packed.delta[h, m, None] * k_scale
-        ds = torch.exp2(scores - kept.lse[h, m, None]) * wide
-        factor = sm_scale * packed.scale[h, m, None] / kept.q_scale[h, m, None]
-        sum_q[h, m] = rounded(ds, GROUPS["q"]) @ keys * factor
-        ds = (ds * packed.scale[h, m, None]).T
-        sum_k[kv, n] += rounded(ds, GROUPS["k"]) @ kept.queries[h, m].float() * (LN_2 / k_scale)[:, None]
-        p = torch.exp2(scores - packed.lse[h, m, None]).T
-        sum_v[kv, n] += rounded(p, GROUPS["v"]) @ steps[h, m].float()
+        p, ds = (torch.exp2(scores - lse[h, m, None]) * x for lse, x in ((packed.lse, 1), (kept.lse, wide)))
+        factor, back = sm_scale * packed.scale[h, m, None], (LN_2 / k_scale)[:, None]
+        if products == "int8":
+            sum_q[h, m] = rounded(ds, GROUPS["q"]) @ keys * (factor / q_scale)
+            sum_k[kv, n] += rounded((ds * packed.scale[h, m, None]).T, GROUPS["k"]) @ kept.queries[h, m].float() * back
+            sum_v[kv, n] += rounded(p.T, GROUPS["v"]) @ steps[h, m].float()
+        else:
+            sum_q[h, m] = ds.bfloat16().float() @ keys * factor
+            queries = (kept.queries[h, m] * q_scale).bfloat16().float()
+            sum_k[kv, n] += (ds * packed.scale[h, m, None]).bfloat16().float().T @ queries * back
+            sum_v[kv, n] += p.bfloat16().float().T @ packed.values[h, m].float()
     return unpack(sum_q, rows, dq), unpack(sum_k, columns, dk), unpack(sum_v, columns, dv)
+
+
+def folded(kept: Kept, products: str) -> torch.Tensor:
+    """Scales of queries that enter the gradient of the output, fp32 [H, T]: an INT8 product cannot keep its own."""
+    return kept.q_scale if products == "int8" else torch.ones_like(kept.q_scale)
 
 
 def empty_gradients(
@@ -123,59 +142,64 @@ class BackwardLaunch:
     value: Launch | None
 
 
-def query_candidates() -> Iterator[Launch]:
-    """Rows of dQ worth timing; more keys in a tile cost accuracy, because they share a scale."""
+def query_candidates(products: str) -> Iterator[Launch]:
+    """Rows of dQ worth timing; in INT8 more keys in a tile cost accuracy, because they share a scale."""
     for m, n, warps, stages in ((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2), (128, 128, 8, 2)):
         yield Launch(m, n, warps, stages, tma=True)
-    yield Launch(128, 64, 8, 3)
+    if products == "int8":
+        yield Launch(128, 64, 8, 3)
 
 
-def key_candidates() -> Iterator[tuple[Launch, Launch | None]]:
-    """Rows of dK and dV worth timing: both in one, then apart; more queries in a tile cost accuracy."""
+def key_candidates(products: str) -> Iterator[tuple[Launch, Launch | None]]:
+    """Rows of dK and dV worth timing, both in one or apart; in INT8 more queries in a tile cost accuracy."""
     yield Launch(64, 128, 8, 2, tma=True), None
+    yield Launch(64, 128, 8, 3, tma=True), None
     yield Launch(64, 64, 4, 2, tma=True), None
     value = Launch(64, 128, 8, 2, tma=True)
-    for m, n, warps, stages in ((64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 1), (64, 64, 4, 2)):
+    for m, n, warps, stages in ((64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2)):
         yield Launch(m, n, warps, stages, tma=True), value
     key = Launch(64, 128, 8, 2, tma=True)
-    for m, n, warps, stages in ((64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 2), (64, 64, 4, 3)):
-        yield key, Launch(m, n, warps, stages, tma=True)
-    yield key, Launch(64, 128, 8, 3, tma=True, registers=128)
+    yield key, Launch(128, 128, 8, 2, tma=True)
+    if products == "int8":
+        yield Launch(128, 128, 8, 1, tma=True), value
+        yield key, Launch(64, 128, 8, 3, tma=True)
+        yield key, Launch(64, 128, 8, 3, tma=True, registers=128)
 
 
-# arch -> padded head dim -> launches. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
+# arch -> products, padded head dim -> launches. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
 _NARROW = BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))
 _NARROW_TMA = BackwardLaunch(Launch(64, 64, 4, 2, tma=True), Launch(64, 64, 4, 2, tma=True), None)
 _WIDE = BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2))
+_HOPPER = BackwardLaunch(Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), None)
+_APART = BackwardLaunch(
+    Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
+)
 LAUNCH = {
-    80: {64: _NARROW, 128: _WIDE},
-    89: {64: _NARROW, 128: _WIDE},
-    90: {
-        64: BackwardLaunch(Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), None),
-        128: BackwardLaunch(
-            Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
-        ),
-    },
+    80: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
+    89: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
+    90: {("int8", 64): _HOPPER, ("int8", 128): _APART, ("bf16", 64): _HOPPER, ("bf16", 128): _HOPPER},
     100: {
-        64: _NARROW_TMA,
-        128: BackwardLaunch(
-            Launch(128, 64, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
-        ),
+        ("int8", 64): _NARROW_TMA,
+        ("int8", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.key, _APART.value),
+        ("bf16", 64): _NARROW_TMA,
+        ("bf16", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.key, _APART.value),
     },
     120: {
-        64: _NARROW_TMA,
-        128: BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2, tma=True)),
+        ("int8", 64): _NARROW_TMA,
+        ("int8", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2, tma=True)),
+        ("bf16", 64): _NARROW,
+        ("bf16", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     },
 }
 
 
-def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
+def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
-    packed = pack_gradients(grad, out, kept.v_mean, kept.q_scale, kept.lse, rows)
-    launch = target.launch_row(LAUNCH, out.device)[kept.queries.shape[2]]
-    query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale)
-    key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal)
+    packed = pack_gradients(grad, out, kept.v_mean, folded(kept, products), kept.lse, rows)
+    launch = target.launch_row(LAUNCH, out.device)[products, kept.queries.shape[2]]
+    query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale, products)
+    key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal, products)
     return dq, dk, dv
 
 
@@ -188,6 +212,7 @@ def query_gradient(
     columns: Sequences,
     is_causal: bool,
     sm_scale: float,
+    products: str,
 ) -> None:
     """Writes dq.
 
@@ -198,16 +223,18 @@ def query_gradient(
         packed: from `pack_gradients`.
         rows, columns: from `layouts`.
         is_causal, sm_scale: the forward's.
+        products: as in `training_attention_backward`.
     """
     H, T, block_d = kept.queries.shape
+    int8 = products == "int8"
     with target.on_device(dq):
         _query_gradient_kernel[(T // row.block_m, H)](
             row.source(kept.queries, row.block_m, block_d), row.source(packed.values, row.block_m, block_d),
             row.source(kept.keys, row.block_n, block_d), row.source(kept.values, row.block_n, block_d),
-            row.source(turn(kept.keys), block_d, row.block_n),
+            row.source(turn(kept.keys), block_d, row.block_n) if int8 else row.source(kept.keys.bfloat16(), row.block_n, block_d),
             kept.q_scale, packed.scale, kept.lse, packed.delta, kept.k_scale, rows.owner, rows.table, columns.table, dq,
             sm_scale, H // kept.keys.shape[0], T, columns.tokens, *dq.stride()[:3],
-            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, **row.options(),
+            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8, **row.options(),
         )  # fmt: skip
 
 
@@ -220,10 +247,12 @@ def key_gradients(
     rows: Sequences,
     columns: Sequences,
     is_causal: bool,
+    products: str,
 ) -> None:
     """Writes dk and dv; arguments as in `query_gradient`."""
     H, T, block_d = kept.queries.shape
-    turned = turn(kept.queries)
+    int8 = products == "int8"
+    other = turn(kept.queries) if int8 else (kept.queries * kept.q_scale[..., None]).bfloat16()
     # A maximum skips NaN, so single tokens that are not finite are told apart.
     broken = packed.delta.isnan().any(1).to(torch.float32)
     for row, with_k, with_v in ((launch.key, True, launch.value is None), (launch.value, False, True)):
@@ -232,12 +261,14 @@ def key_gradients(
         with target.on_device(dk):
             _key_gradient_kernel[(columns.tokens // row.block_n, kept.keys.shape[0])](
                 row.source(kept.queries, row.block_m, block_d), row.source(packed.values, row.block_m, block_d),
-                row.source(turned, block_d, row.block_m), row.source(packed.turned, block_d, row.block_m),
+                row.source(other, block_d, row.block_m) if int8 else row.source(other, row.block_m, block_d),
+                row.source(packed.turned, block_d, row.block_m),
                 row.source(kept.keys, row.block_n, block_d), row.source(kept.values, row.block_n, block_d),
                 kept.q_scale, packed.lse, packed.delta, kept.k_scale, broken, columns.owner, columns.table, rows.table,
                 dk, dv,
                 H // kept.keys.shape[0], T, columns.tokens, *dk.stride()[:3],
-                D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, WITH_K=with_k, WITH_V=with_v, **row.options(),
+                D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8,
+                WITH_K=with_k, WITH_V=with_v, **row.options(),
             )  # fmt: skip
 
 
@@ -250,15 +281,15 @@ def _in_8_bits(x):
 
 @triton.jit
 def _query_tile(
-    q, grad, row_scale, lse, delta, k, v, turned, k_scale, k_row, d_row, Tk, first, start, keys, position, acc,
+    q, grad, row_scale, lse, delta, k, v, other, k_scale, k_row, d_row, Tk, first, start, keys, position, acc,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+    INT8: tl.constexpr,
 ):  # fmt: skip
     """dQ after one tile of keys, the sequence's [first, first + BLOCK_N), which begins at packed row `start`."""
     offs_n = first + tl.arange(0, BLOCK_N)
     scale = tl.load(k_scale + start + offs_n)[None, :]
     row = k_row + start + first
     k_tile, v_tile = tile(k, row, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA), tile(v, row, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA)
-    turned_tile = tile(turned, d_row, start + first, Tk, BLOCK_D, BLOCK_N, TMA)
     x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
     dp = tl.dot(grad, tl.trans(v_tile))
     x = (x * scale) * row_scale[:, None] - lse[:, None]
@@ -267,17 +298,22 @@ def _query_tile(
         if CAUSAL:
             seen = seen & (offs_n[None, :] <= position[:, None])
         x = tl.where(seen, x, float("-inf"))
-    ds, size = _in_8_bits(tl.exp2(x) * (dp - delta[:, None] * scale))
-    product = tl.dot(ds, tl.trans(turned_tile), out_dtype=tl.int32)
-    return acc + product.to(tl.float32) * size[:, None]
+    ds = tl.exp2(x) * (dp - delta[:, None] * scale)
+    if INT8:
+        ds, size = _in_8_bits(ds)
+        factor = tile(other, d_row, start + first, Tk, BLOCK_D, BLOCK_N, TMA)
+        acc += tl.dot(ds, tl.trans(factor), out_dtype=tl.int32).to(tl.float32) * size[:, None]
+    else:
+        acc = tl.dot(ds.to(tl.bfloat16), tile(other, row, 0, BLOCK_D, BLOCK_N, BLOCK_D, TMA), acc)
+    return acc
 
 
 @triton.jit(do_not_specialize=["T", "Tk"])
 def _query_gradient_kernel(
-    q, grad, k, v, turned, q_scale, g_scale, lse, delta, k_scale, owner, rows, columns, dq,
+    q, grad, k, v, other, q_scale, g_scale, lse, delta, k_scale, owner, rows, columns, dq,
     sm_scale, HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     kv = h // HEADS_PER_KEY
@@ -300,15 +336,16 @@ def _query_gradient_kernel(
     stop = tl.minimum(place + BLOCK_M, keys) if CAUSAL else keys
     for i in range(full):
         acc = _query_tile(
-            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
-            keys, position, acc, BLOCK_D, BLOCK_N, False, CAUSAL, TMA,
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, other, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
+            keys, position, acc, BLOCK_D, BLOCK_N, False, CAUSAL, TMA, INT8,
         )  # fmt: skip
     for i in range(full, tl.cdiv(stop, BLOCK_N)):
         acc = _query_tile(
-            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, turned, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
-            keys, position, acc, BLOCK_D, BLOCK_N, True, CAUSAL, TMA,
+            q_tile, grad_tile, row_scale, l_i, delta_i, k, v, other, k_scale, k_row, d_row, Tk, i * BLOCK_N, start,
+            keys, position, acc, BLOCK_D, BLOCK_N, True, CAUSAL, TMA, INT8,
         )  # fmt: skip
-    acc = acc * (sm_scale * tl.load(g_scale + offs_m) / row_scale)[:, None]
+    factor = sm_scale * tl.load(g_scale + offs_m)
+    acc = acc * (factor / row_scale if INT8 else factor)[:, None]
     batch, first = tl.load(rows + n * 4).to(tl.int64), tl.load(rows + n * 4 + 1).to(tl.int64)
     goal = dq + batch * stride_b + h * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]
     mask = (position < tl.load(rows + n * 4 + 2))[:, None] & (offs_d < D)[None, :]
@@ -317,10 +354,10 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_tile(
-    k, v, k_scale, q, grad, q_turned, g_turned, q_scale, lse, delta, q_row, d_row, T, first, start, position,
+    k, v, k_scale, q, grad, q_other, g_other, q_scale, lse, delta, q_row, d_row, T, first, start, position,
     acc_k, acc_v,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WITH_K: tl.constexpr,
-    WITH_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, INT8: tl.constexpr,
+    WITH_K: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
     """dK and dV after one tile of queries, the sequence's [first, first + BLOCK_M), which begins at packed row `start`."""
     offs_m = first + tl.arange(0, BLOCK_M)
@@ -331,26 +368,32 @@ def _key_tile(
     if MASKED:
         x = tl.where(position[:, None] <= offs_m[None, :], x, float("-inf"))
     p = tl.exp2(x)  # zero in padding, whose lse is infinity
-    if WITH_V:
+    if WITH_V and INT8:
         p8, size = _in_8_bits(p)
-        turned = tile(g_turned, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
-        product = tl.dot(p8, tl.trans(turned), out_dtype=tl.int32)
-        acc_v += product.to(tl.float32) * size[:, None]
+        factor = tile(g_other, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
+        acc_v += tl.dot(p8, tl.trans(factor), out_dtype=tl.int32).to(tl.float32) * size[:, None]
+    if WITH_K or not INT8:
+        grad_tile = tile(grad, q_row + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)
+    if WITH_V and not INT8:
+        acc_v = tl.dot(p.to(tl.bfloat16), grad_tile, acc_v)
     if WITH_K:
-        dp = tl.dot(v, tl.trans(tile(grad, q_row + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA)))
-        ds, size = _in_8_bits(p * (dp - k_scale[:, None] * tl.load(delta + start + offs_m)[None, :]))
-        turned = tile(q_turned, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
-        product = tl.dot(ds, tl.trans(turned), out_dtype=tl.int32)
-        acc_k += product.to(tl.float32) * size[:, None]
+        dp = tl.dot(v, tl.trans(grad_tile))
+        ds = p * (dp - k_scale[:, None] * tl.load(delta + start + offs_m)[None, :])
+        if INT8:
+            ds, size = _in_8_bits(ds)
+            factor = tile(q_other, d_row, row, T, BLOCK_D, BLOCK_M, TMA)
+            acc_k += tl.dot(ds, tl.trans(factor), out_dtype=tl.int32).to(tl.float32) * size[:, None]
+        else:
+            acc_k = tl.dot(ds.to(tl.bfloat16), tile(q_other, q_row + row, 0, BLOCK_D, BLOCK_M, BLOCK_D, TMA), acc_k)
     return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=["T", "Tk"])
 def _key_gradient_kernel(
-    q, grad, q_turned, g_turned, k, v, q_scale, lse, delta, k_scale, broken, owner, columns, rows, dk, dv,
+    q, grad, q_other, g_other, k, v, q_scale, lse, delta, k_scale, broken, owner, columns, rows, dk, dv,
     HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    TMA: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
+    TMA: tl.constexpr, INT8: tl.constexpr, WITH_K: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
     kv = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK_N
@@ -378,13 +421,13 @@ def _key_gradient_kernel(
         if CAUSAL:
             for i in range(begin, full):
                 acc_k, acc_v = _key_tile(
-                    k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
-                    q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, True, TMA, WITH_K, WITH_V,
+                    k_tile, v_tile, scale, q, grad, q_other, g_other, q_scale + offset, lse + offset, delta + offset,
+                    q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, True, TMA, INT8, WITH_K, WITH_V,
                 )  # fmt: skip
         for i in range(full, tiles):
             acc_k, acc_v = _key_tile(
-                k_tile, v_tile, scale, q, grad, q_turned, g_turned, q_scale + offset, lse + offset, delta + offset,
-                q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, False, TMA, WITH_K, WITH_V,
+                k_tile, v_tile, scale, q, grad, q_other, g_other, q_scale + offset, lse + offset, delta + offset,
+                q_row, d_row, T, i * BLOCK_M, start, position, acc_k, acc_v, BLOCK_D, BLOCK_M, False, TMA, INT8, WITH_K, WITH_V,
             )  # fmt: skip
     batch, first = tl.load(columns + n * 4).to(tl.int64), tl.load(columns + n * 4 + 1).to(tl.int64)
     goal = batch * stride_b + kv * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from .registry import find_spec
 
 
 @contextmanager
-def int8_training(transformer: nn.Module) -> Iterator[nn.Module]:
+def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[nn.Module]:
     """Within the block, a transformer's video self-attention runs forward and backward in INT8.
 
     Weights, their gradients and the checkpoint stay what they are; only the arithmetic of attention changes. The
@@ -24,6 +25,7 @@ def int8_training(transformer: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         transformer: a Diffusers transformer of a supported family, not accelerated by `svg.accelerate`.
+        gradients: "int8" or "bf16", as in `svg.training_attention`.
 
     Yields:
         The same transformer. After the block its processors are the original objects.
@@ -45,7 +47,7 @@ def int8_training(transformer: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer, attn in enumerate(modules):
             processor = spec.processor(attn.processor, state, layer)
-            processor.attend = _attend
+            processor.attend = partial(_attend, gradients)
             attn.processor = processor
         yield transformer
     finally:
@@ -53,10 +55,10 @@ def int8_training(transformer: nn.Module) -> Iterator[nn.Module]:
             attn.processor = processor
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
+def _attend(gradients: str, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
     """In the place of `VideoAttnProcessor.attend`: q, k, v [B, S, H, D] -> [B, S, H * D]."""
     if text_mask is not None:
         raise NotImplementedError(
             "text_mask must be None in INT8 training, got one: trim prompts to their length, one length a batch"
         )
-    return training_attention(q, k, v, tensor_layout="NHD").flatten(2)
+    return training_attention(q, k, v, gradients=gradients, tensor_layout="NHD").flatten(2)

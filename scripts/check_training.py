@@ -24,7 +24,11 @@ import svg
 from svg.bench.run import Bench, bench_ceilings, bench_training
 
 DEVICE = "cuda"
-BARS = {"out": 0.0195, "dq": 0.020, "dk": 0.024, "dv": 0.018}  # of the relative l2 error, at N(0, 1)
+# Of the relative l2 error at N(0, 1), for gradients summed in INT8 and in bf16.
+BARS = {
+    "int8": {"out": 0.0195, "dq": 0.020, "dk": 0.024, "dv": 0.018},
+    "bf16": {"out": 0.0195, "dq": 0.0145, "dk": 0.0145, "dv": 0.0125},
+}
 Check = tuple[str, float, float]  # name, measured, largest allowed
 
 
@@ -128,16 +132,13 @@ def packed(starts):
 
 
 def compare(name, qkv, grad, starts=None, **options) -> Iterator[Check]:
-    poison_memory()
-    given = options if starts is None else options | packed(starts)
-    found, again, right = (
-        computed(qkv, grad, **given),
-        computed(qkv, grad, **given),
-        exact(qkv, grad, starts=starts, **options),
-    )
-    for part, a, b in zip(BARS, found, right, strict=True):
-        yield f"{name}: {part}", (a - b).norm() / b.norm().clamp(min=1e-3), BARS[part]
-    yield f"{name}: elements that differ in a second run", differences(found, again), 0
+    right, given = exact(qkv, grad, starts=starts, **options), options if starts is None else options | packed(starts)
+    for products, bars in BARS.items():
+        poison_memory()
+        found, again = (computed(qkv, grad, gradients=products, **given) for _ in range(2))
+        for part, a, b in zip(bars, found, right, strict=True):
+            yield f"{name} {products}: {part}", (a - b).norm() / b.norm().clamp(min=1e-3), bars[part]
+        yield f"{name} {products}: elements that differ in a second run", differences(found, again), 0
 
 
 def differences(a, b):
@@ -184,8 +185,9 @@ def check_values() -> Iterator[Check]:
     shifted = tuple(
         x.requires_grad_() for x in (q, k + 8 * torch.randn_like(k[:, :, :1]), v + 20 * torch.randn_like(v[:, :, :1]))
     )
-    for part, a, b in zip(BARS, computed(shifted, grad32), exact(shifted, grad32), strict=True):
-        yield f"K and V with large means: {part}", (a - b).norm() / b.norm(), BARS[part]
+    bars = BARS["int8"]
+    for part, a, b in zip(bars, computed(shifted, grad32), exact(shifted, grad32), strict=True):
+        yield f"K and V with large means: {part}", (a - b).norm() / b.norm(), bars[part]
     broken = grad.clone()
     broken[0, 0, 3, 5] = float("nan")
     _, dq, dk, dv = computed(qkv, broken)
@@ -222,7 +224,7 @@ def check_large() -> Iterator[Check]:
     k, v = (near.detach().flip(2).requires_grad_() for _ in range(2))
     right = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), near[:, :, :512])
     for part, a, b in zip(("dq", "dk", "dv"), computed((q, k, v), near[:, :, :512])[1:], right, strict=True):
-        yield f"70 001 keys: {part}", (a.float() - b.float()).norm() / b.float().norm(), 1.3 * BARS[part]
+        yield f"70 001 keys: {part}", (a.float() - b.float()).norm() / b.float().norm(), 1.3 * BARS["int8"][part]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from svg.kernels import target, training_attention_backward
 from svg.kernels import training_attention as kernel
 from svg.kernels.quantize import padded_head_dim
 from svg.kernels.training_attention import Kept
-from svg.kernels.training_backward import empty_gradients
+from svg.kernels.training_backward import PRODUCTS, empty_gradients
 from svg.kernels.training_inputs import packed_tokens
 
 LAYOUTS = ("HND", "NHD")
@@ -27,13 +27,14 @@ def training_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    gradients: str = "int8",
     tensor_layout: str = "HND",
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """INT8 attention, forward and backward (SageBwd), with the arguments of PyTorch's scaled_dot_product_attention first.
 
-    Only dP = grad V^T runs in 16 bits. The same inputs give the same bits, gradients included. On a CPU the reference
+    Of all products only dP = grad V^T runs in 16 bits. The same inputs give the same bits, gradients included. On a CPU the reference
     runs, in plain PyTorch, and warns that it does. `torch.compile` keeps whole graphs; under autocast inputs are
     converted as PyTorch's attention converts them. The backward of the backward is not there.
 
@@ -45,6 +46,8 @@ def training_attention(
         is_causal: query i sees keys 0 .. i, also where S != Sk, as in PyTorch.
         scale: softmax scale; default D ** -0.5.
         enable_gqa: allow fewer key heads than query heads; Hkv must divide H.
+        gradients: "int8", or "bf16" for the products that sum up the gradients (dS K, dS^T Q, P^T grad): two thirds of the
+            error, and on some GPUs faster, because P and dS need no scales.
         tensor_layout: "HND" or "NHD": whether heads or tokens come first.
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1], for B = 1: sequences of different lengths lie one after the other along
             the tokens, and sequence n is tokens cu_seqlens[n] ... cu_seqlens[n + 1] - 1. The first is 0, the last S (Sk).
@@ -77,13 +80,22 @@ def training_attention(
     if not enable_gqa and q.shape[1] != k.shape[1]:
         raise ValueError(f"k must have q's {q.shape[1]} heads, got {k.shape[1]}: pass enable_gqa=True to share them")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale)[0]
+    if gradients not in PRODUCTS:
+        raise ValueError(f"gradients must be one of {', '.join(PRODUCTS)}, got {gradients!r}")
+    out = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale, gradients)[0]
     return out.transpose(1, 2) if tensor_layout == "NHD" else out
 
 
 @torch.library.custom_op("svg::training_attention", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor | None, starts_k: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if not target.use_triton(q):
         warnings.warn(
@@ -96,7 +108,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, starts_q, starts_k, is_causal, scale):
+def _(q, k, v, starts_q, starts_k, is_causal, scale, products):
     block_d = padded_head_dim(q.shape[3])
     sizes = [
         (x.shape[1], packed_tokens(x.shape[0], x.shape[2], None if starts is None else starts.shape[0] - 1))
@@ -131,32 +143,31 @@ def _backward(
     key_tokens: int,
     is_causal: bool,
     scale: float,
+    products: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = Kept(queries, q_scale, keys, k_scale, values, v_mean, lse)
     return training_attention_backward(
         grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=scale, cu_seqlens_q=starts_q,
-        cu_seqlens_k=starts_k,
+        cu_seqlens_k=starts_k, products=products,
     )  # fmt: skip
 
 
 @_backward.register_fake
-def _(
-    grad, out, queries, q_scale, keys, k_scale, values, v_mean, lse, starts_q, starts_k, key_tokens, is_causal, scale
-):
+def _(grad, out, queries, q_scale, keys, k_scale, values, v_mean, lse, starts_q, starts_k, key_tokens, *options):
     return empty_gradients(out, keys.shape[0], key_tokens)
 
 
 def _keep(ctx, inputs, output):
-    _, k, _, starts_q, starts_k, is_causal, scale = inputs
+    _, k, _, starts_q, starts_k, *options = inputs
     ctx.save_for_backward(*output, starts_q, starts_k)
-    ctx.options = k.shape[2], is_causal, scale
+    ctx.options = k.shape[2], *options
     ctx.set_materialize_grads(False)  # only the first output has a gradient, the others are kept for the backward
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 7
-    return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        return (None,) * 8
+    return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -381,7 +381,7 @@ def bench_step(bench: Bench) -> None:
 def bench_training(bench: Bench) -> None:
     """8-bit attention with gradients: forward and backward."""
     with torch.inference_mode(False), torch.enable_grad():
-        training.bench_shape(bench, TRAINING_TOKENS, HEADS, DIM, f"S{TRAINING_TOKENS}")
+        training.bench_shape(bench, TRAINING_TOKENS, HEADS, DIM, f"S{TRAINING_TOKENS}", sweep=bench.sweep)
         training.bench_shape(bench, TRAINING_TOKENS, HEADS, 64, f"d64/S{TRAINING_TOKENS}")
         training.bench_shape(bench, TRAINING_TOKENS, HEADS, DIM, f"causal/S{TRAINING_TOKENS}", is_causal=True)
 

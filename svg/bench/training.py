@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg.kernels import target, training_attention
+from svg.kernels.training_backward import PRODUCTS
 from svg.kernels.training_inputs import channel_scale, pack_gradients, pack_keys, pack_queries
 
 from ..training import training_attention as attention_with_gradients
@@ -26,7 +27,7 @@ forward = importlib.import_module("svg.kernels.training_attention")
 backward = importlib.import_module("svg.kernels.training_backward")
 
 
-def bench_shape(bench, S: int, heads: int, dim: int, prefix: str, is_causal: bool = False) -> None:
+def bench_shape(bench, S: int, heads: int, dim: int, prefix: str, is_causal: bool = False, sweep: bool = False) -> None:
     """Forward and backward of one shape, against PyTorch's, and their parts.
 
     Args:
@@ -36,6 +37,7 @@ def bench_shape(bench, S: int, heads: int, dim: int, prefix: str, is_causal: boo
         dim: D.
         prefix: what follows "training/int8/" in a key, such as "S32768".
         is_causal: query i sees keys 0 .. i.
+        sweep: also time other launches.
     """
     arguments, grad = inputs(S, heads, dim)
     shape = f"B=1 H={heads} S={S} D={dim}" + (" causal" if is_causal else "")
@@ -48,16 +50,16 @@ def bench_shape(bench, S: int, heads: int, dim: int, prefix: str, is_causal: boo
         key = f"training/{name}/{prefix}"
         bench.note(f"{key}/ms", times[name], "ms", shape, **about)
         bench.note(f"{key}/tops", flops / times[name] / 1e9, "TOPS", shape, **about)
-    ours = partial(attention_with_gradients, is_causal=is_causal)
-    ms = _ms(ours, arguments, grad)
     about["baseline"] = f"SDPA FlashAttention bf16 {times['flash']:.2f} ms"
-    key = f"training/int8/{prefix}"
-    bench.note(f"{key}/ms", ms, "ms", shape, **about)
-    bench.note(f"{key}/tops", flops / ms / 1e9, "TOPS", shape, **about)
-    for name in BASELINES:
-        bench.note(f"{key}/speedup_vs_{name}", times[name] / ms, "x", shape, **about)
-    bench.note(f"{key}/forward_ms", median_ms(lambda: ours(*arguments)), "ms", shape, **about)
-    _parts(bench, arguments, grad, key, shape, about, is_causal)
+    for products in PRODUCTS:
+        op = partial(attention_with_gradients, is_causal=is_causal, gradients=products)
+        ms = _ms(op, arguments, grad)
+        key = f"training/int8/{prefix}" if products == "int8" else f"training/int8_{products}/{prefix}"
+        bench.note(f"{key}/ms", ms, "ms", shape, **about)
+        bench.note(f"{key}/tops", flops / ms / 1e9, "TOPS", shape, **about)
+        for name in BASELINES:
+            bench.note(f"{key}/speedup_vs_{name}", times[name] / ms, "x", shape, **about)
+        _parts(bench, arguments, grad, key, shape, about, is_causal, products, sweep)
 
 
 def _ms(op: Callable, arguments: tuple[Tensor, ...], grad: Tensor) -> float:
@@ -67,40 +69,47 @@ def _ms(op: Callable, arguments: tuple[Tensor, ...], grad: Tensor) -> float:
 
 @torch.no_grad()
 def _parts(
-    bench, arguments: tuple[Tensor, ...], grad: Tensor, key: str, shape: str, about: dict, is_causal: bool
+    bench,
+    arguments: tuple[Tensor, ...],
+    grad: Tensor,
+    key: str,
+    shape: str,
+    about: dict,
+    is_causal: bool,
+    products: str,
+    sweep: bool,
 ) -> None:
     q, k, v = arguments
     scale, (rows, columns) = q.shape[-1] ** -0.5, forward.layouts(q, k, None, None)
     stats = forward.statistics(k, v)
     packed, (queries, q_scale) = pack_keys(k, v, stats, columns), pack_queries(q, rows, scale)
     out, kept = training_attention(q, k, v, is_causal=is_causal, sm_scale=scale)
-    gradients = pack_gradients(grad, out, kept.v_mean, kept.q_scale, kept.lse, rows)
+    gradients = pack_gradients(grad, out, kept.v_mean, backward.folded(kept, products), kept.lse, rows)
     dq, dk, dv = backward.empty_gradients(out, k.shape[1], k.shape[2])
     width = kept.queries.shape[2]
-    ahead, back = (target.launch_row(module.LAUNCH, q.device) for module in (forward, backward))
+    row = target.launch_row(backward.LAUNCH, q.device)[products, width]
 
     def attend():
         forward.attend_packed(queries, q_scale, packed, channel_scale(stats), stats.v_mean, rows, columns, q, is_causal)
 
     def query(row):
-        backward.query_gradient(row, dq, kept, gradients, rows, columns, is_causal, scale)
+        backward.query_gradient(row, dq, kept, gradients, rows, columns, is_causal, scale, products)
 
-    def keys(key_row, value_row):
-        launch = backward.BackwardLaunch(back[width].query, key_row, value_row)
-        backward.key_gradients(launch, dk, dv, kept, gradients, rows, columns, is_causal)
+    def keys(*pair):
+        launch = backward.BackwardLaunch(row.query, *pair)
+        backward.key_gradients(launch, dk, dv, kept, gradients, rows, columns, is_causal, products)
 
-    row = back[width]
     bench.note(f"{key}/attention_ms", median_ms(attend), "ms", shape, **about)
     bench.note(f"{key}/dq_ms", median_ms(lambda: query(row.query)), "ms", shape, **about)
     bench.note(f"{key}/dk_dv_ms", median_ms(lambda: keys(row.key, row.value)), "ms", shape, **about)
-    if not bench.sweep or is_causal:
+    if not sweep:
         return
-    for other in forward.candidates():
-        with replaced(ahead, width, other):
+    for other in forward.candidates() if products == "int8" else ():
+        with replaced(target.launch_row(forward.LAUNCH, q.device), width, other):
             _note(bench, f"{key}/sweep/forward_{other.name()}", attend, shape, about)
-    for other in backward.query_candidates():
+    for other in backward.query_candidates(products):
         _note(bench, f"{key}/sweep/dq_{other.name()}", lambda other=other: query(other), shape, about)
-    for pair in backward.key_candidates():
+    for pair in backward.key_candidates(products):
         name = "_dv_".join(other.name() for other in pair if other is not None)
         _note(bench, f"{key}/sweep/dk_{name}", lambda pair=pair: keys(*pair), shape, about)
 

@@ -90,8 +90,11 @@ def test_training_runs_in_8_bits_but_for_one_product(arch):
     found = {}
     for row in compiled(arch):
         if row["kernel"] in ("_training_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel"):
-            found.setdefault(row["kernel"], set()).add(frozenset(row["instructions"]))
-    both = frozenset({INT8[arch], TENSOR_CORE[arch]})
-    assert found["_training_forward_kernel"] == {frozenset({INT8[arch]})}
-    assert found["_query_gradient_kernel"] == {both}
-    assert found["_key_gradient_kernel"] == {both, frozenset({INT8[arch]})}  # dK, with dV or beside it
+            products = "int8" if "int8" in row["case"] else "bf16"
+            found.setdefault((row["kernel"], products), set()).add(frozenset(row["instructions"]))
+    int8, both = frozenset({INT8[arch]}), frozenset({INT8[arch], TENSOR_CORE[arch]})
+    for products in ("int8", "bf16"):
+        assert found["_training_forward_kernel", products] == {int8}
+        assert found["_query_gradient_kernel", products] == {both}
+    # Where dV has a launch of its own, that has no product in 16 bits.
+    assert found["_key_gradient_kernel", "int8"] == {both, int8} and found["_key_gradient_kernel", "bf16"] == {both}

@@ -31,14 +31,18 @@ def test_the_first_arguments_are_pytorchs():
     assert names == ["q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
 
 
+@pytest.mark.parametrize("products", ["int8", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_gradients_are_pytorchs(dtype):
+def test_gradients_are_pytorchs(dtype, products):
     arguments = inputs(dtype=dtype)
-    close(gradients(svg.training_attention, arguments), gradients(F.scaled_dot_product_attention, arguments))
+    close(
+        gradients(svg.training_attention, arguments, gradients=products),
+        gradients(F.scaled_dot_product_attention, arguments),
+    )
     arguments = inputs(70, 129, kv_heads=2, dtype=dtype)
     options = {"is_causal": True, "scale": 0.2, "enable_gqa": True}
     close(
-        gradients(svg.training_attention, arguments, **options),
+        gradients(svg.training_attention, arguments, gradients=products, **options),
         gradients(F.scaled_dot_product_attention, arguments, **options),
     )
 
@@ -110,7 +114,7 @@ def test_compiles_to_one_graph():
 def test_registration_is_sound(packed):
     turned = [x.detach().transpose(1, 2).requires_grad_() for x in inputs(H=70, kv_heads=70, S=4, Sk=4, D=16, B=1)]
     starts = torch.tensor([0, 30, 70], dtype=torch.int32) if packed else None
-    torch.library.opcheck(svg.training._forward, (*turned, starts, starts, True, 0.1))
+    torch.library.opcheck(svg.training._forward, (*turned, starts, starts, True, 0.1, "int8"))
 
 
 def test_a_second_derivative_is_refused():
@@ -129,6 +133,7 @@ def test_a_second_derivative_is_refused():
         (NotImplementedError, "at most 128, got 160", {name: torch.zeros(2, 4, 70, 160) for name in "qkv"}),
         (ValueError, "pass enable_gqa=True", {name: torch.zeros(2, 2, 70, 64).bfloat16() for name in "kv"}),
         (ValueError, "tensor_layout must be one of HND, NHD", {"tensor_layout": "SBH"}),
+        (ValueError, "gradients must be one of int8, bf16", {"gradients": "fp8"}),
         (ValueError, "given together", {"cu_seqlens_q": torch.tensor([0, 70], dtype=torch.int32)}),
         (TypeError, "share one dtype", {"v": torch.zeros(2, 4, 70, 64)}),
         (TypeError, "unexpected keyword argument 'precision'", {"precision": "int8-fp8"}),

@@ -104,8 +104,9 @@ def run_operations(arch):
     yield "fp4 D=96 causal", lambda: fp4(96, is_causal=True)
     yield "fp4 D=128 mask", lambda: fp4(128, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool))
     for D in (64, 128):
-        yield f"training D={D}", lambda D=D: training(D, False)
-        yield f"training D={D} causal", lambda D=D: training(D, True)
+        for products in ("int8", "bf16"):
+            yield f"training {products} D={D}", lambda D=D, products=products: training(D, False, products)
+            yield f"training {products} D={D} causal", lambda D=D, products=products: training(D, True, products)
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
@@ -144,10 +145,12 @@ def fp4(D, **options):
     fp4_attention(q, q, q, return_lse=True, **options)
 
 
-def training(D, is_causal):
+def training(D, is_causal, products):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     out, kept = training_attention(q, q, q, is_causal=is_causal)
-    training_attention_backward(out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1)
+    training_attention_backward(
+        out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1, products=products
+    )
 
 
 def quantised_specialised(D):
