@@ -2,102 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
+
+from .method_config import DENSE_BACKENDS, GuardedConfig, MethodConfig, choice, integer, number, share
+from .sage_config import LAYER_PRECISIONS, Sage2Config, Sage2PlusConfig, Sage3Config
+
+__all__ = [
+    "DENSE_BACKENDS",
+    "LAYER_PRECISIONS",
+    "METHODS",
+    "ORDERS",
+    "PRECISIONS",
+    "SELECTIONS",
+    "DenseConfig",
+    "GuardedConfig",
+    "MethodConfig",
+    "SVG1Config",
+    "SVG2Config",
+    "Sage2Config",
+    "Sage2PlusConfig",
+    "Sage3Config",
+    "SpargeConfig",
+    "TunedFor",
+    "config_from_dict",
+]
 
 SELECTIONS = ("clusters", "tiles")
 ORDERS = ("hilbert", "rowmajor")
 PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")
-DENSE_PRECISIONS = {
-    "sage2": ("auto", "int8-fp8", "int8-fp16", "int4-fp8", "int4-fp16"),
-    "sage2++": ("int8-fp8-acc16", "int4-fp8-acc16"),
-    "sage3": ("nvfp4",),
-}
-LAYER_PRECISIONS = ("native", *(name for names in DENSE_PRECISIONS.values() for name in names if name != "auto"))
-GROUPS = ("token", "thread", "warp", "block")
-DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """What every method has: which steps and layers stay dense, the seed, and how dense attention runs.
-
-    Args:
-        warmup_steps: share of the steps, from the first on, that stays dense, in [0, 1].
-        warmup_layers: share of the layers, from the first on, that stays dense in every step, in [0, 1].
-        seed: seed of the method's private generators, >= 0; the global generator is never touched.
-        dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
-        check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
-        fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, and in Wan's and
-            HunyuanVideo's single-stream blocks norm with modulation and gate with residual.
-
-    Raises:
-        ValueError: a value is outside its range.
-        TypeError: a value has the wrong type.
-    """
-
-    method: ClassVar[str] = ""
-    rivals: ClassVar[tuple[str, ...]] = ()  # settings of which one is given: a flag drops a preset's others
-    # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
-    budget_field: ClassVar[str | None] = None
-    head_field: ClassVar[str | None] = None
-
-    warmup_steps: float = 0.2
-    warmup_layers: float = 0.03
-    seed: int = 0
-    dense_backend: str = "auto"
-    check_finite: bool = True
-    fused: bool = False
-
-    def __post_init__(self):
-        _share(self, "warmup_steps")
-        _share(self, "warmup_layers")
-        _integer(self, "seed", least=0)
-        if self.dense_backend not in DENSE_BACKENDS:
-            raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
-        for name in ("check_finite", "fused"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-
-    def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
-        """Whether a layer stays dense in a step.
-
-        Args:
-            step: index of the step, from 0.
-            num_steps: steps of the run.
-            layer: index of the layer, from 0.
-            num_layers: attention layers of the transformer.
-
-        Returns:
-            True iff step < ceil(warmup_steps * num_steps) or layer < ceil(warmup_layers * num_layers).
-        """
-        return step < _count(self.warmup_steps, num_steps) or layer < _count(self.warmup_layers, num_layers)
-
-    def head_budgets(self, layer: int) -> tuple[float, ...] | None:
-        """Each head's own value of `budget_field`.
-
-        Args:
-            layer: index of the layer, from 0.
-
-        Returns:
-            One value a head, or None where all heads share the setting.
-        """
-        table = getattr(self, self.head_field) if self.head_field else None
-        return None if table is None else table[layer]
-
-    def is_dense(self, layer: int) -> bool:
-        """Whether a layer's budgets ask for all of its map, which dense attention computes without planning."""
-        budgets = self.head_budgets(layer)
-        return self.method == "dense" or (budgets is not None and min(budgets) == 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as a plain dict, `method` first.
-
-        Returns:
-            What `config_from_dict` takes back.
-        """
-        return {"method": self.method, **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,31 +70,6 @@ class TunedFor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardedConfig(MethodConfig):
-    """What every method that may compute in fewer bits has.
-
-    Args:
-        guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
-            range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.
-        probe_every: steps from one probe of a layer to the next, >= 1; 0: never probe.
-        tolerance: relative L2 error of a head's probed rows, > 0, above which it is computed again.
-    """
-
-    guard: bool = True
-    probe_every: int = 10
-    tolerance: float = 0.25
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.guard, bool):
-            raise TypeError(f"guard must be true or false, got {self.guard!r}")
-        _integer(self, "probe_every", least=0)
-        _number(self, "tolerance")
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SVG1Config(GuardedConfig):
     """Sparse VideoGen: every head is spatial or temporal, decided online from sampled query rows.
 
@@ -190,10 +98,10 @@ class SVG1Config(GuardedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _share(self, "density", zero=False)
-        _integer(self, "sample_rows", least=1)
-        _integer(self, "block_size", least=1)
-        _choice(self, "precision", PRECISIONS)
+        share(self, "density", zero=False)
+        integer(self, "sample_rows", least=1)
+        integer(self, "block_size", least=1)
+        choice(self, "precision", PRECISIONS)
         _head_table(self)
 
 
@@ -243,17 +151,17 @@ class SVG2Config(GuardedConfig):
         super().__post_init__()
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
-        _share(self, "top_p", zero=False)
-        _share(self, "min_k_ratio")
-        _choice(self, "precision", PRECISIONS)
+        share(self, "top_p", zero=False)
+        share(self, "min_k_ratio")
+        choice(self, "precision", PRECISIONS)
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate must be true or false, got {self.compensate!r}")
         if self.compensate and self.precision != "native":
             raise ValueError(f'compensate needs precision "native", got {self.precision!r}; change one of the two')
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations", "refresh"):
-            _integer(self, name, least=1)
+            integer(self, name, least=1)
         if self.budget is not None:
-            _share(self, "budget", zero=False)
+            share(self, "budget", zero=False)
         _head_table(self)
 
 
@@ -299,21 +207,21 @@ class SpargeConfig(GuardedConfig):
             object.__setattr__(self, "topk", 0.5)  # the resolved setting, so that reports show it
         for name in ("topk", "cdf"):
             if getattr(self, name) is not None:
-                _share(self, name, zero=False)
-        _number(self, "simthresh")
+                share(self, name, zero=False)
+        number(self, "simthresh")
         if not -1 <= self.simthresh < 1:
             raise ValueError(f"simthresh must be in [-1, 1), got {self.simthresh}")
         if not isinstance(self.attention_sink, bool):
             raise TypeError(f"attention_sink must be true or false, got {self.attention_sink!r}")
-        _choice(self, "order", ORDERS)
-        _choice(self, "precision", PRECISIONS)
+        choice(self, "order", ORDERS)
+        choice(self, "precision", PRECISIONS)
         self._check_pv_threshold()
         self._check_thresholds()
 
     def _check_pv_threshold(self):
         if self.pv_threshold is None:
             return
-        _number(self, "pv_threshold")
+        number(self, "pv_threshold")
         if not self.pv_threshold >= 0:
             raise ValueError(f"pv_threshold must be >= 0, got {self.pv_threshold}")
         if self.precision == "native":
@@ -329,102 +237,6 @@ class SpargeConfig(GuardedConfig):
         for name in ("simthresh", "pv_threshold"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sage2Config(GuardedConfig):
-    """SageAttention2: dense attention with Q K^T in INT8 (or INT4) and P V in FP8 (or 16 bits).
-
-    Args:
-        precision: "int8-fp8", "int8-fp16" (P V in 16 bits: the safe mode), "int4-fp8", "int4-fp16" (INT4 is an exact
-            emulation for accuracy work, not faster), or "auto": int8-fp8 where the GPU has FP8, else int8-fp16.
-        smooth_q: take the mean of every 128 queries off; None: with INT4 only.
-        smooth_k: take K's mean over all tokens off.
-        smooth_v: take V's channel means off (FP8 only).
-        q_groups, k_groups: which tokens share a scale: "token", "thread", "warp" or "block".
-        min_cosine: least cosine similarity of a layer's probed rows in (0, 1]; a layer below it takes the next safer
-            precision (int8-fp16, then native) from the next step on. None: no such choice.
-        layers: file of `svg adapt` with a precision for every layer, or None.
-
-    Source: SageAttention2 (arXiv 2411.10958); choice by cosine similarity: SageAttention (arXiv 2410.02367).
-    """
-
-    method: ClassVar[str] = "sage2"
-
-    warmup_steps: float = 0.0
-    warmup_layers: float = 0.0
-    precision: str = "auto"
-    smooth_q: bool | None = None
-    smooth_k: bool = True
-    smooth_v: bool = False
-    q_groups: str = "token"
-    k_groups: str = "block"
-    min_cosine: float | None = None
-    layers: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        _choice(self, "precision", DENSE_PRECISIONS[self.method])
-        _choice(self, "q_groups", GROUPS)
-        _choice(self, "k_groups", GROUPS)
-        for name in ("smooth_q", "smooth_k", "smooth_v"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (name == "smooth_q" and value is None):
-                raise TypeError(f"{name} must be true or false, got {value!r}")
-        if self.smooth_v and self.precision.endswith("fp16"):
-            raise ValueError(f"smooth_v needs FP8 values, got precision {self.precision!r}: leave one of them out")
-        if self.min_cosine is not None:
-            _share(self, "min_cosine", zero=False)
-            if not (self.guard and self.probe_every):
-                raise ValueError("min_cosine needs guard on and probe_every >= 1, which measure it")
-        if self.layers is not None and not isinstance(self.layers, str):
-            raise TypeError(f"layers must be a file's path as text, got {self.layers!r}")
-        if self.layers is not None and self.min_cosine is not None:
-            raise ValueError("one of layers and min_cosine must be given, got both: drop one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sage2PlusConfig(Sage2Config):
-    """SageAttention2++: as SageAttention2, FP8 products summed in fp16 over 64 keys, with V's range narrowed to 2.25.
-
-    Twice the rate of sums in fp32 on compute capabilities 8.9 and 12; no faster on Hopper, which has the instruction.
-
-    Args:
-        precision: "int8-fp8-acc16", or "int4-fp8-acc16" (INT4 is an exact emulation for accuracy work, not faster).
-
-    Source: SageAttention2++ (arXiv 2505.21136).
-    """
-
-    method: ClassVar[str] = "sage2++"
-
-    precision: str = "int8-fp8-acc16"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sage3Config(Sage2Config):
-    """SageAttention3: Q K^T and P V in NVFP4, and in 8 bits in the first and last steps.
-
-    Native on compute capabilities 10 and 12; elsewhere an exact emulation for accuracy work, slower than 8 bits.
-
-    Args:
-        precision: "nvfp4".
-        smooth_q, smooth_k: as in SageAttention2; None: on. smooth_v and the groups have no meaning in NVFP4.
-        edge_steps: steps at each end of the run that take sage2's "auto" precision instead, >= 0.
-
-    Source: SageAttention3 (arXiv 2505.11594).
-    """
-
-    method: ClassVar[str] = "sage3"
-
-    precision: str = "nvfp4"
-    edge_steps: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        _integer(self, "edge_steps", least=0)
-        for name in ("smooth_v", "q_groups", "k_groups"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name} has no meaning in NVFP4, got {getattr(self, name)!r}: leave it out")
 
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -457,30 +269,6 @@ def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
     return METHODS[method](**values)
 
 
-def _count(share: float, total: int) -> int:
-    # 0.2 * 15 is 3.0000000000000004 in binary: it must be 3 items, not 4.
-    return math.ceil(share * total - 1e-9)
-
-
-def _share(config: MethodConfig, name: str, zero: bool = True) -> None:
-    _number(config, name)
-    value = getattr(config, name)
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
-
-
-def _number(config: MethodConfig, name: str) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
 def _head_table(config: MethodConfig) -> None:
     """Check per-head budgets and what they are tuned for; lists become tuples, a mapping becomes TunedFor."""
     table, name = getattr(config, config.head_field), config.head_field
@@ -508,11 +296,3 @@ def _tuned_for(values: dict[str, Any]) -> TunedFor:
     if set(values) != set(choices):
         raise ValueError(f"tuned_for must have the keys {', '.join(choices)}, got {', '.join(map(str, values))}")
     return TunedFor(**values)
-
-
-def _integer(config: MethodConfig, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")

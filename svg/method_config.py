@@ -1,0 +1,152 @@
+"""What every method's settings have in common, and the checks of single settings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What every method has: which steps and layers stay dense, the seed, and how dense attention runs.
+
+    Args:
+        warmup_steps: share of the steps, from the first on, that stays dense, in [0, 1].
+        warmup_layers: share of the layers, from the first on, that stays dense in every step, in [0, 1].
+        seed: seed of the method's private generators, >= 0; the global generator is never touched.
+        dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
+        check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
+        fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, and in Wan's and
+            HunyuanVideo's single-stream blocks norm with modulation and gate with residual.
+
+    Raises:
+        ValueError: a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+
+    method: ClassVar[str] = ""
+    rivals: ClassVar[tuple[str, ...]] = ()  # settings of which one is given: a flag drops a preset's others
+    # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
+    budget_field: ClassVar[str | None] = None
+    head_field: ClassVar[str | None] = None
+
+    warmup_steps: float = 0.2
+    warmup_layers: float = 0.03
+    seed: int = 0
+    dense_backend: str = "auto"
+    check_finite: bool = True
+    fused: bool = False
+
+    def __post_init__(self):
+        share(self, "warmup_steps")
+        share(self, "warmup_layers")
+        integer(self, "seed", least=0)
+        if self.dense_backend not in DENSE_BACKENDS:
+            raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
+        for name in ("check_finite", "fused"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
+        """Whether a layer stays dense in a step.
+
+        Args:
+            step: index of the step, from 0.
+            num_steps: steps of the run.
+            layer: index of the layer, from 0.
+            num_layers: attention layers of the transformer.
+
+        Returns:
+            True iff step < ceil(warmup_steps * num_steps) or layer < ceil(warmup_layers * num_layers).
+        """
+        return step < count(self.warmup_steps, num_steps) or layer < count(self.warmup_layers, num_layers)
+
+    def head_budgets(self, layer: int) -> tuple[float, ...] | None:
+        """Each head's own value of `budget_field`.
+
+        Args:
+            layer: index of the layer, from 0.
+
+        Returns:
+            One value a head, or None where all heads share the setting.
+        """
+        table = getattr(self, self.head_field) if self.head_field else None
+        return None if table is None else table[layer]
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer's budgets ask for all of its map, which dense attention computes without planning."""
+        budgets = self.head_budgets(layer)
+        return self.method == "dense" or (budgets is not None and min(budgets) == 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a plain dict, `method` first.
+
+        Returns:
+            What `config_from_dict` takes back.
+        """
+        return {"method": self.method, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardedConfig(MethodConfig):
+    """What every method that may compute in fewer bits has.
+
+    Args:
+        guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
+            range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.
+        probe_every: steps from one probe of a layer to the next, >= 1; 0: never probe.
+        tolerance: relative L2 error of a head's probed rows, > 0, above which it is computed again.
+    """
+
+    guard: bool = True
+    probe_every: int = 10
+    tolerance: float = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.guard, bool):
+            raise TypeError(f"guard must be true or false, got {self.guard!r}")
+        integer(self, "probe_every", least=0)
+        number(self, "tolerance")
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
+
+
+def count(share: float, total: int) -> int:
+    """How many of `total` items a share of them is, rounded up."""
+    # 0.2 * 15 is 3.0000000000000004 in binary: it must be 3 items, not 4.
+    return math.ceil(share * total - 1e-9)
+
+
+def share(config: MethodConfig, name: str, zero: bool = True) -> None:
+    """Raise unless a setting is a number in [0, 1], or in (0, 1] without zero."""
+    number(config, name)
+    value = getattr(config, name)
+    if not (0 <= value <= 1) or (value == 0 and not zero):
+        raise ValueError(f"{name} must be in {'[' if zero else '('}0, 1], got {value}")
+
+
+def number(config: MethodConfig, name: str) -> None:
+    """Raise unless a setting is a number."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Raise unless a setting is one of its choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def integer(config: MethodConfig, name: str, least: int) -> None:
+    """Raise unless a setting is an integer of at least `least`."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
