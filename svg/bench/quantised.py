@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from svg.kernels import block_sparse_quantised as sparse_module
-from svg.kernels import quantised_attention, quantised_tile, target
+from svg.kernels import quantised_tile, target
+from svg.kernels.precision import PRECISIONS, SPARSE_PRECISIONS
 from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
 
+from ..config import Sage2Config
+from ..guard import guarded
 from ..methods.dense import dense_attention
 from ..methods.plan import Plan, execute
+from ..methods.sage import dense_plan, quantised
 from .sweep import replaced, time_or_none
 from .timing import median_ms
 
@@ -19,7 +25,9 @@ INPUTS = "normal, channel means in K and V"
 
 
 def bench_dense(bench, S: int, heads: int, dim: int, prefix: str) -> None:
-    """Quantised dense attention: alone, with smoothing and quantisation, and in the safe mode.
+    """Quantised dense attention: alone, with smoothing and quantisation, in the safe mode, and under the guard.
+
+    NVFP4 is timed where the GPU has it; an emulation is not worth a number.
 
     Args:
         bench: collects the results.
@@ -36,15 +44,36 @@ def bench_dense(bench, S: int, heads: int, dim: int, prefix: str) -> None:
     for name, ms in times.items():
         bench.note(f"dense/{name}/bf16/{prefix}/tops", flops / ms / 1e9, "TOPS", shape, density=1, inputs=INPUTS)
     about = {"density": 1, "inputs": INPUTS, "baseline": f"cuDNN dense bf16 {times['cudnn']:.2f} ms"}
-    for precision in ("int8-fp8", "int8-fp16"):
-        if precision == "int8-fp8" and not target.has_fp8(q.device):
-            bench.say("int8-fp8 is left out: this GPU has no FP8")
+    for precision in (*SPARSE_PRECISIONS, "nvfp4"):
+        if not target.has_fp4(q.device) if precision == "nvfp4" else not runs(precision, q.device):
+            bench.say(f"{precision} is left out: this GPU has no such units")
             continue
         key = f"dense/{precision.replace('-', '_')}/{prefix}"
-        ms = median_ms(lambda p=precision: quantised_attention(q, k, v, precision=p), 5)
+        run = quantised(precision, Sage2Config(), q, k, v, None)
+        ms = median_ms(lambda run=run: run(None), 5)
         bench.note(f"{key}/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
         bench.note(f"{key}/speedup_vs_cudnn", times["cudnn"] / ms, "x", shape, **about)
-        _alone(bench, q, k, v, precision, key, flops, shape, about)
+        _guarded(bench, run, q, k, v, ms, key, shape, about)
+        if precision != "nvfp4":
+            _alone(bench, q, k, v, precision, key, flops, shape, about)
+
+
+def runs(precision: str, device: torch.device) -> bool:
+    """Whether a device has the units of a precision."""
+    return target.has_fp8(device) or not PRECISIONS[precision].fp8
+
+
+def _guarded(
+    bench, run: Callable, q: Tensor, k: Tensor, v: Tensor, plain: float, key: str, shape: str, about: dict
+) -> None:
+    plan = dense_plan(q, None)
+    for name, probes in (("guard_share", False), ("guard_share_probed", True)):
+
+        def whole(probes=probes) -> Tensor:
+            probe = torch.Generator().manual_seed(0) if probes else None
+            return guarded(run, plan, q, k, v, tolerance=0.25, probe=probe)[0]
+
+        bench.note(f"{key}/{name}", median_ms(whole, 5) / plain - 1, "", shape, **about)
 
 
 def _alone(
@@ -62,9 +91,10 @@ def _alone(
     bench.note(f"{key}/quantisation_ms", median_ms(prepare), "ms", shape, **about)
     ms = median_ms(lambda: attend_quantized(ready, out, False, scale, False), 5)
     bench.note(f"{key}/tops", flops / ms / 1e9, "TOPS", shape, **about)
-    if not bench.sweep:
+    if not bench.sweep or PRECISIONS[precision].acc16:
         return
     table = target.launch_row(LAUNCH, q.device)
+    ready = quantize_inputs(q, k, v, precision=precision, sm_scale=scale, interleave=False, **options)
     for row in quantised_tile.candidates():
         with replaced(table, (precision == "int8-fp8", 64 if q.shape[-1] <= 64 else 128), row):
             ms = time_or_none(lambda: attend_quantized(ready, out, False, scale, False))
@@ -91,13 +121,13 @@ def bench_sparse(bench, plan: Plan, q: Tensor, k: Tensor, v: Tensor, density: fl
         "inputs": description,
         "baseline": f"the same plan in bf16 {native:.2f} ms, gathers counted",
     }
-    for precision in ("int8-fp8", "int8-fp16"):
-        if precision == "int8-fp8" and not target.has_fp8(q.device):
+    for precision in SPARSE_PRECISIONS:
+        if not runs(precision, q.device):
             continue
         key = f"block_sparse/{precision.replace('-', '_')}/S{S}/density{density:.2f}"
         ms = median_ms(lambda p=precision: execute(plan, q, k, v, p))
         bench.note(f"{key}/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
-        if bench.sweep and density == 0.25:
+        if bench.sweep and density == 0.25 and not PRECISIONS[precision].acc16:
             _sweep_sparse(bench, plan, (q, k, v), precision, key, flops, shape, about)
 
 
