@@ -255,7 +255,9 @@ def key_gradients(
     other = turn(kept.queries) if int8 else (kept.queries * kept.q_scale[..., None]).bfloat16()
     # A maximum skips NaN, so single tokens that are not finite are told apart.
     broken = packed.delta.isnan().any(1).to(torch.float32)
-    for row, with_k, with_v in ((launch.key, True, launch.value is None), (launch.value, False, True)):
+    # The loop over heads that share keys takes registers that both sums at once don't leave.
+    value = launch.value or (launch.key if H > kept.keys.shape[0] else None)
+    for row, with_k, with_v in ((launch.key, True, value is None), (value, False, True)):
         if row is None:
             continue
         with target.on_device(dk):
