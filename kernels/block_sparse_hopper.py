@@ -155,9 +155,9 @@ if LOADABLE:
     @gluon.jit
     def _step(
         q, p, acc, m_i, l_i, i, tiles, total, bias, C, n, k_stages, v_stages, barriers, scale_log2,
-        more, KIND: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+        KIND: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
     ):  # fmt: skip
-        """Q K^T and softmax of stage n under P V of stage n - 1; `more`: another stage follows."""
+        """Q K^T and softmax of stage n under P V of stage n - 1"""
         k_ready, k_empty, v_ready, v_empty = barriers
         before = n - 1
         s = _scores(q, k_stages, k_ready, n, STAGES, s_layout)
@@ -170,8 +170,6 @@ if LOADABLE:
         elif KIND == "tail":
             s = _count(s, bias, i, C, scale_log2, s_layout)
         p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
-        # A branch between softmax and wait: else ptxas moves the wait in front of the softmax, which should run under it.
-        mbarrier.wait(k_ready.index((n + 1) % STAGES), (n + 1) // STAGES & 1, pred=more)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before % STAGES), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
@@ -207,13 +205,13 @@ if LOADABLE:
             for i in range(2, whole, 2):
                 p, acc, m_i, l_i = _step(
                     q, p, acc, m_i, l_i, i, tiles, total, bias, C, n, k_stages, v_stages, barriers, scale_log2,
-                    i + 2 < total or HAS_TAIL, "full", STAGES, s_layout, p_layout,
+                    "full", STAGES, s_layout, p_layout,
                 )  # fmt: skip
                 n += 1
             for i in range(gl.maximum(whole, 2), total, 2):
                 p, acc, m_i, l_i = _step(
                     q, p, acc, m_i, l_i, i, tiles, total, bias, C, n, k_stages, v_stages, barriers, scale_log2,
-                    i + 2 < total or HAS_TAIL, "partial", STAGES, s_layout, p_layout,
+                    "partial", STAGES, s_layout, p_layout,
                 )  # fmt: skip
                 n += 1
             if HAS_TAIL:
@@ -221,7 +219,7 @@ if LOADABLE:
                 for c in range(gl.where(total > 0, 0, 128), C, 128):
                     p, acc, m_i, l_i = _step(
                         q, p, acc, m_i, l_i, c, tiles, total, bias, C, n, k_stages, v_stages, barriers, scale_log2,
-                        c + 128 < C, "tail", STAGES, s_layout, p_layout,
+                        "tail", STAGES, s_layout, p_layout,
                     )  # fmt: skip
                     n += 1
             mbarrier.wait(v_ready.index((n - 1) % STAGES), (n - 1) // STAGES & 1)

@@ -198,13 +198,13 @@ def _place_kernel(labels, before, sizes, ends, permutation, S, C, CHUNK: tl.cons
     place = tl.arange(0, CHUNK)
     token = chunk * CHUNK + place
     label = tl.load(labels + row * S + token, mask=token < S, other=-1).to(tl.int32)  # [CHUNK]
-    rank = tl.zeros([CHUNK], dtype=tl.int32)
+    earlier = tl.zeros([CHUNK, PART], dtype=tl.int32)  # summed at the end: sums over threads are slow
     for first in range(0, CHUNK, PART):
         other = first + tl.arange(0, PART)
         other_token = chunk * CHUNK + other
         other_label = tl.load(labels + row * S + other_token, mask=other_token < S, other=-2).to(tl.int32)  # [PART]
-        earlier = (label[:, None] == other_label[None, :]) & (other[None, :] < place[:, None])
-        rank += tl.sum(earlier.to(tl.int32), 1)
+        earlier += ((label[:, None] == other_label[None, :]) & (other[None, :] < place[:, None])).to(tl.int32)
+    rank = tl.sum(earlier, 1)
     cluster = row * C + label
     start = tl.load(ends + cluster, mask=token < S, other=0) - tl.load(sizes + cluster, mask=token < S, other=0)
     start += tl.load(before + cluster * tl.num_programs(0) + chunk, mask=token < S, other=0)
