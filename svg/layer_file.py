@@ -33,7 +33,6 @@ def layers_content(choices: Mapping[str, Mapping[int, Mapping[str, Any]]], about
     }
 
 
-@lru_cache(maxsize=8)
 def read_choices(path: str) -> Choices:
     """Read the precisions of a file.
 
@@ -48,6 +47,11 @@ def read_choices(path: str) -> Choices:
     """
     if not Path(path).is_file():
         raise ValueError(f"layers must be a file, got {path}, which is not there; make one with `svg adapt`")
+    return _read(path, Path(path).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, changed: int) -> Choices:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -32,13 +32,13 @@ def precision_of(config: Sage2Config, state: RunState, layer: int, device: torch
     Raises:
         ValueError: the file of precisions is not there, or has no such layer.
     """
-    precision = default_precision(device) if config.precision == "auto" else config.precision
-    if isinstance(config, Sage3Config):
+    precision = config.precision if config.layers is None else choice(config.layers, state.name, layer)
+    if isinstance(config, Sage3Config) and precision == config.precision:
         left = state.num_steps - 1 - state.step
         if min(state.step, left) < config.edge_steps:
-            precision = default_precision(device)
-    if config.layers is not None:
-        return choice(config.layers, state.name, layer)
+            precision = "auto"
+    if precision == "auto":
+        precision = default_precision(device)
     for _ in range(state.safer.get(layer, 0)):
         precision = safer(precision)
     return precision
