@@ -187,6 +187,8 @@ def check_inputs(
             raise ValueError(
                 f"{name} must be int32 [N + 1], the same N for both, got {starts.dtype} {tuple(starts.shape)}: convert it"
             )
+        if starts.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {starts.device}: move it")
         if q.shape[0] != 1:
             raise ValueError(f"{name} needs a batch of 1, got {q.shape[0]}: pack the sequences along the tokens")
         # On CUDA the look would cost a wait for the device.

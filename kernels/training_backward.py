@@ -163,6 +163,7 @@ def key_candidates(products: str) -> Iterator[tuple[Launch, Launch | None]]:
     if products == "int8":
         yield Launch(128, 128, 8, 1, tma=True), value
         yield key, Launch(64, 128, 8, 3, tma=True)
+        yield key, Launch(64, 64, 4, 3, tma=True)
         yield key, Launch(64, 128, 8, 3, tma=True, registers=128)
 
 

@@ -226,6 +226,7 @@ starts = torch.tensor([0, 30, 63], dtype=torch.int32)
         (ValueError, "contiguous in its last dim", {"q": torch.zeros(1, 2, 64, 63).mT}),
         (ValueError, "given together", {"cu_seqlens_q": starts}),
         (ValueError, r"int32 \[N \+ 1\]", {"cu_seqlens_q": starts, "cu_seqlens_k": starts.long()}),
+        (ValueError, "on q's device cpu, got meta", {f"cu_seqlens_{side}": starts.to("meta") for side in "qk"}),
         (ValueError, "must rise from 0 to 63", {"cu_seqlens_q": starts, "cu_seqlens_k": starts - 1}),
         (TypeError, "share one dtype", {"v": torch.zeros(1, 2, 63, 64).bfloat16()}),
         (TypeError, "q must be fp16, bf16 or fp32", {"q": torch.zeros(1, 2, 63, 64).double()}),

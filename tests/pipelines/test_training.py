@@ -63,6 +63,16 @@ def test_checkpointed_activations_give_the_same_gradients(load):
     assert torch.equal(found, expected)
 
 
+def test_a_compiled_transformer_stays_one_graph(load):
+    transformer = load("wan").transformer
+    inputs, target = wan_inputs(1), torch.randn(1, 16, 3, 8, 12)
+    with svg.int8_training(transformer):
+        loss, expected = loss_and_gradients(transformer, inputs, target)
+        transformer.compile(backend="aot_eager", fullgraph=True)
+        again, found = loss_and_gradients(transformer, inputs, target)
+    assert abs(again / loss - 1) < 1e-4 and cosine_similarity(found, expected, 0) > 0.9999
+
+
 def test_text_in_the_sequence_is_trained_too(load):
     transformer = load("cogvideox_2b").transformer
     frames = torch.randn(1, 3, 4, 8, 12)

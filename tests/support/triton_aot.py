@@ -103,10 +103,8 @@ def run_operations(arch):
     yield "fp4 D=64", lambda: fp4(64)
     yield "fp4 D=96 causal", lambda: fp4(96, is_causal=True)
     yield "fp4 D=128 mask", lambda: fp4(128, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool))
-    for D in (64, 128):
-        for products in ("int8", "bf16"):
-            yield f"training {products} D={D}", lambda D=D, products=products: training(D, False, products)
-            yield f"training {products} D={D} causal", lambda D=D, products=products: training(D, True, products)
+    for case in ((64, False, "int8"), (128, True, "int8"), (128, True, "bf16")):
+        yield f"training {case}", lambda case=case: training(*case)
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
@@ -114,6 +112,9 @@ def run_operations(arch):
     yield "sparge 1182 blocks", lambda: sparge(75_600)
     yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
     yield "heads", heads
+    seen = torch.ones(1, 1, 1, 256, dtype=torch.bool)
+    yield "quantised mask D=128", lambda: quantised(packed, 128, mask=seen)
+    yield "quantised mask D=64", lambda: quantised(packed, 64, mask=seen, is_causal=True)
     yield f"quantised varlen {packed}", lambda: varlen(packed)
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
