@@ -192,5 +192,6 @@ def refuse_gradients(op: str, *tensors: torch.Tensor) -> None:
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise NotImplementedError(
-            f"{op} has no backward pass, and an input requires a gradient: call it under torch.no_grad(), or detach the inputs"
+            f"{op} has no backward pass, and an input requires a gradient: call it under torch.no_grad(), "
+            "detach the inputs, or train with svg.training_attention"
         )

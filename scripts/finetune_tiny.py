@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from svg.kernels.training_backward import PRODUCTS
 from tiny_world import SHAPES, captions, render, sample_scenes
 from train_tiny import FLOW_SHIFT, PromptEncoder, encode_moments, run_whole_clips
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--gradients", choices=PRODUCTS, default="int8", help="as in svg.training_attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="where to write both curves (JSON)")
@@ -104,7 +106,7 @@ def finetune(args, latents: torch.Tensor, texts: torch.Tensor, attention: str) -
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same numbers on every device
     losses = []
-    with svg.int8_training(transformer) if attention == "int8" else contextlib.nullcontext():
+    with svg.int8_training(transformer, args.gradients) if attention == "int8" else contextlib.nullcontext():
         for _ in range(args.steps):
             index = torch.randint(len(latents), (args.batch,), generator=generator)
             loss = flow_loss(transformer, latents[index], texts[index], generator)
