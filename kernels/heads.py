@@ -44,7 +44,7 @@ def _move_heads(x, out, chosen, permutation):
         _move_heads_kernel[(triton.cdiv(S, BLOCK_S), B * H)](
             x, out, chosen.contiguous(), permutation, H, S, D, *x.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if permutation is None else permutation.stride()),
-            BLOCK_S=BLOCK_S, BLOCK_D=triton.next_power_of_2(D), num_warps=4,
+            BLOCK_S=BLOCK_S, BLOCK_D=triton.next_power_of_2(D), num_warps=8,
         )  # fmt: skip
 
 

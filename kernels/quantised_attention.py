@@ -183,9 +183,18 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def launch_for(kind, block_d: int, device: torch.device) -> Launch:
-    """The row of the launch table for a precision and padded head dim; sums in fp16 take no more than 64 keys."""
+def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) -> Launch:
+    """The row of the launch table for a precision and padded head dim; sums in fp16 take no more than 64 keys.
+
+    Args:
+        kind: one of `precision.PRECISIONS`.
+        block_d: 64 or 128.
+        device: where the tensors are.
+        roomy: leave registers for masks or packed sequences: 64 x 64 and 8 warps.
+    """
     row = target.launch_row(LAUNCH, device)[kind.fp8, block_d]
+    if roomy:
+        return dataclasses.replace(row, block_m=64, block_n=64, num_warps=8)
     return dataclasses.replace(row, block_n=min(row.block_n, ACC16_KEYS)) if kind.acc16 else row
 
 
@@ -300,7 +309,7 @@ def attend_quantized(
     rows, keys, channels, values = inputs.rows, inputs.keys, inputs.channels, inputs.values
     kv_heads, Sk, block_d = keys.values.shape[1:]
     kind = PRECISIONS[inputs.precision]
-    row = launch_for(kind, block_d, out.device)
+    row = launch_for(kind, block_d, out.device, roomy=mask is not None or sequences is not None)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=out.device) if return_lse else None
     if inputs.interleaved:
         quantised_hopper.launch(rows, keys, channels, out, lse, failed, sm_scale * LOG2_E)
