@@ -113,8 +113,8 @@ def run_operations(arch):
     yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
     yield "heads", heads
     seen = torch.ones(1, 1, 1, 256, dtype=torch.bool)
-    yield "quantised mask D=128", lambda: quantised(packed, 128, mask=seen)
-    yield "quantised mask D=64", lambda: quantised(packed, 64, mask=seen, is_causal=True)
+    yield f"quantised mask {packed} D=128", lambda: quantised(packed, 128, mask=seen)
+    yield f"quantised mask {packed} D=64", lambda: quantised(packed, 64, mask=seen, is_causal=True)
     yield f"quantised varlen {packed}", lambda: varlen(packed)
     yield "permute", lambda: gather_tokens(torch.zeros(1, 2, 64, 128).bfloat16(), torch.zeros(1, 2, 64).int())
     yield "top_p", lambda: top_p(1000, None)
