@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU and is not a benchmark of speed, in one go: kernels and methods against their references, a full-size Wan
 # end to end, and quality curves of the bundled model at 9 216 video tokens. Needs the package on the path; writes JSON to a folder.
+# LPIPS=none leaves LPIPS out where its weights are missing.
 #
 #   scripts/check_gpu.sh out
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-out=${1:?usage: scripts/check_gpu.sh FOLDER}
-mkdir -p "$out"
+out=$(mkdir -p "${1:?usage: scripts/check_gpu.sh FOLDER}" && cd "$1" && pwd)
 failed=()
 
 run() {
@@ -18,16 +18,19 @@ run() {
     echo "== $name took $((SECONDS - start)) s"
 }
 
-run kernels python3 "$here/check_kernels.py" --out "$out/kernels.json"
-run methods python3 "$here/check_methods.py" --out "$out/methods.json"
+for name in kernels methods quantised sparge training; do
+    flags=()
+    [ "$name" = methods ] || flags=(--no-timing)
+    run "$name" python3 "$here/check_$name.py" "${flags[@]}" --out "$out/$name.json"
+done
 run wan python3 "$here/bench_wan.py" --out "$out/wan-1.3b.json"
-run quality python3 "$here/bench_quality.py" --size 33x256x256 --prompts 3 --lpips "${LPIPS:-none}" --out "$out/quality-9216.json" --configs \
-    dense,dense_backend=math \
-    svg1,density=0.3,warmup_layers=0 svg1,density=0.5,warmup_layers=0 \
-    svg2,top_p=0.6,num_q_clusters=100,num_k_clusters=400,warmup_layers=0,min_k_ratio=0.05 \
-    svg2,top_p=0.75,num_q_clusters=100,num_k_clusters=400,warmup_layers=0 \
-    svg2,top_p=0.9,num_q_clusters=100,num_k_clusters=400,warmup_layers=0 \
-    svg2,top_p=0.75,num_q_clusters=200,num_k_clusters=800,warmup_layers=0
+clusters=num_q_clusters=200,num_k_clusters=800,warmup_layers=0,min_k_ratio=0.02
+run quality python3 "$here/bench_quality.py" --size 33x256x256 --prompts 3 --lpips "${LPIPS:-alex}" --out "$out/quality-9216.json" --configs \
+    dense,dense_backend=math sage2 \
+    svg1,density=0.2,warmup_layers=0 svg1,density=0.3,warmup_layers=0 \
+    "svg2,top_p=0.7,$clusters" "svg2,top_p=0.9,$clusters" \
+    "svg2,top_p=0.4,compensate=true,$clusters" "svg2,top_p=0.8,compensate=true,$clusters" \
+    "svg2,top_p=0.7,precision=int8-fp8,$clusters" sparge,topk=0.3,order=rowmajor,warmup_layers=0
 run tiny-wan python3 "$here/check_tiny.py" --batch 32 --out "$out/tiny-wan.json" --sheet "$out/tiny-wan.png"
 
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
