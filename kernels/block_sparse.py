@@ -149,7 +149,10 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, at
     for i, size in enumerate(q_sizes.tolist()):
         start, stop = stop, stop + size
         if size and tail is not None:
-            out[:, start:stop], lse[:, start:stop] = _with_tail(q[:, start:stop], k, v, token_map[i], tail, i, sm_scale)
+            rows = _with_tail(q[:, start:stop], k, v, token_map[i], tail, i, sm_scale, with_lse)
+            out[:, start:stop] = rows[0]
+            if with_lse:
+                lse[:, start:stop] = rows[1]
             continue
         if size == 0 or selected_counts[i] == 0:
             continue
@@ -163,20 +166,26 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, at
     return out, lse
 
 
-def _with_tail(q, k, v, selected, tail, i, sm_scale):
-    """Exact keys and the tail's in one softmax: q [N, n, D] -> out [N, n, D], lse [N, n]."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    exact = torch.where(selected, 0.0, -torch.inf).to(wide)  # [Sk]
-    bias = torch.cat([exact, tail.bias[i].to(wide)])
-    keys, values = (torch.cat(pair, 1).to(wide) for pair in ((k, tail.k), (v, tail.v)))
-    scores = q.to(wide) @ keys.mT * sm_scale + bias  # [N, n, Sk + C]
-    lse = torch.logsumexp(scores, -1)
-    return (scores.softmax(-1).nan_to_num(0) @ values).to(q.dtype), lse
+def _with_tail(q, k, v, selected, tail, i, sm_scale, with_lse):
+    """Exact keys and the tail's in one softmax: q [N, n, D] -> out [N, n, D], lse [N, n] or None."""
+    wide = torch.promote_types(q.dtype, torch.float32)  # in 16 bits the bias would lose its digits
+    bias = tail.bias[i].to(wide)
+    exact, counted = selected.nonzero().squeeze(1), bias.isfinite().nonzero().squeeze(1)
+    if exact.numel() + counted.numel() == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
+    keys, values = (
+        torch.cat([x.index_select(1, exact), means.index_select(1, counted)], 1).to(wide)
+        for x, means in ((k, tail.k), (v, tail.v))
+    )
+    bias = torch.cat([bias.new_zeros(exact.numel()), bias[counted]])
+    q = q.to(wide)
+    out = F.scaled_dot_product_attention(q[None], keys[None], values[None], bias[None, None, None], scale=sm_scale)[0]
+    return out.to(k.dtype), _log_sum_exp(q, keys, sm_scale, bias) if with_lse else None
 
 
-def _log_sum_exp(q, k, sm_scale):
+def _log_sum_exp(q, k, sm_scale, bias=0.0):
     chunk = max(1, LSE_CHUNK // (k.shape[0] * k.shape[1]))
-    parts = [torch.logsumexp(part @ k.transpose(1, 2) * sm_scale, dim=-1) for part in q.split(chunk, dim=1)]
+    parts = [torch.logsumexp(part @ k.transpose(1, 2) * sm_scale + bias, dim=-1) for part in q.split(chunk, dim=1)]
     return torch.cat(parts, dim=1)
 
 
