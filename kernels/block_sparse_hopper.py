@@ -198,7 +198,7 @@ if LOADABLE:
                     s = _count(s, bias, 0, C, scale_log2, s_layout)
             else:
                 s = _mask(s, tiles, 0, total, s_layout)
-            p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
+            p_new, _, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
             p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
             n += 1
             whole = full // 2 * 2
