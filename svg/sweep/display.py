@@ -8,6 +8,7 @@ from collections import defaultdict
 from contextlib import AbstractContextManager
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -100,9 +101,10 @@ class SweepDisplay(AbstractContextManager):
 
 def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     """Print a sweep's means over prompts and seeds, failures and where the results are."""
-    table = Table(title="means over prompts and seeds, against dense from the same seed", title_justify="left")
-    for heading in ("", "cells", "density", "seconds", "speed-up", *(label for label, _, _ in _METRICS)):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    table = Table(title="means over prompts and seeds, against dense from the same seed", title_justify="left", box=SIMPLE)
+    table.add_column("", min_width=20, overflow="fold")  # a long label folds before a number is cut
+    for heading in ("cells", "density", "seconds", "speed-up", *(label for label, _, _ in _METRICS)):
+        table.add_column(heading, justify="right", min_width=6)
     groups = defaultdict(list)
     for cell in summary["cells"]:
         if cell["status"] == "finished":
@@ -127,8 +129,9 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     for note in dict.fromkeys(quality[m]["note"] for quality in measured for m in metrics if "note" in quality[m]):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     counts = summary["counts"]
+    kept = "videos" if any(cell["video"] for cell in summary["cells"]) else "frames"
     shares = ", ".join(f"{counts[status]} {status}" for status in ("finished", "failed", "pending") if counts[status])
-    console.print(f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, videos/, journal/", highlight=False)
+    console.print(f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, {kept}/, journal/", highlight=False)
 
 
 def clock(seconds: float) -> str:
