@@ -101,10 +101,10 @@ class SweepDisplay(AbstractContextManager):
 
 def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     """Print a sweep's means over prompts and seeds, failures and where the results are."""
-    table = Table(title="means over prompts and seeds, against dense from the same seed", title_justify="left", box=SIMPLE)
-    table.add_column("", min_width=20, overflow="fold")  # a long label folds before a number is cut
+    table = Table(title="means over prompts and seeds, against dense from the same seed", title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
+    table.add_column("", min_width=18, overflow="fold")  # a long label folds before a number is cut
     for heading in ("cells", "density", "seconds", "speed-up", *(label for label, _, _ in _METRICS)):
-        table.add_column(heading, justify="right", min_width=6)
+        table.add_column(heading, justify="right", min_width=min(len(heading), 6))
     groups = defaultdict(list)
     for cell in summary["cells"]:
         if cell["status"] == "finished":
