@@ -71,8 +71,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
     if timer is not None:
         timer.stop()
     emulated = precision is not None and sage.is_emulated(precision, q.device)
+    reused = plan is not None and plan.reused
     state.records.append(
-        CallRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, seen)
+        CallRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, seen, reused)
     )
     if state.observer is not None:
         state.observer(ObservedCall(layer, q, k, v, text_mask, out, plan))

@@ -119,7 +119,9 @@ class SVG2Config(GuardedConfig):
         budget: upper bound on density in (0, 1], or None.
         selection: what the block map selects: "clusters" (the paper's), or "tiles", equal stretches of the tokens in
             cluster order, which attention computes without padding.
-        refresh: calls of a layer that share one clustering and block map, >= 1; 1 clusters anew at every step.
+        refresh: calls of a layer that share one clustering and block map at most, >= 1; 1 clusters anew at every step.
+        max_drift: with refresh, cluster anew also where queries or keys would be further from those of the clustering, as a
+            share of their spread, > 0 (see `svg.methods.reuse`), or None: however far they are.
         compensate: let every block that is not computed take part as one key, its mean, weighed by its size.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
@@ -142,6 +144,7 @@ class SVG2Config(GuardedConfig):
     budget: float | None = None
     selection: str = "clusters"
     refresh: int = 1
+    max_drift: float | None = None
     compensate: bool = False
     precision: str = "native"
     head_top_p: tuple[tuple[float, ...], ...] | None = None
@@ -162,7 +165,17 @@ class SVG2Config(GuardedConfig):
             integer(self, name, least=1)
         if self.budget is not None:
             share(self, "budget", zero=False)
+        self._check_max_drift()
         _head_table(self)
+
+    def _check_max_drift(self):
+        if self.max_drift is None:
+            return
+        number(self, "max_drift")
+        if not self.max_drift > 0:
+            raise ValueError(f"max_drift must be > 0, got {self.max_drift}")
+        if self.refresh == 1:
+            raise ValueError("max_drift must come with refresh > 1, got 1, which clusters anew at every step: raise it")
 
 
 @dataclass(frozen=True, kw_only=True)

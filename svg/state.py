@@ -61,6 +61,7 @@ class CallRecord:
         precision: what attention was quantised to, or None where it was not.
         emulated: whether that precision's numbers were computed by wider units.
         guarded: what the guard saw, or None where it was off or nothing was quantised.
+        reused: whether the call took an earlier call's clustering and map.
     """
 
     step: int
@@ -73,6 +74,7 @@ class CallRecord:
     precision: str | None = None
     emulated: bool = False
     guarded: Guarded | None = None
+    reused: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -115,7 +117,7 @@ class LayerState:
     branch: str
     seed: int
     transformer: str = "transformer"
-    cache: dict[str, Tensor] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
     _signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
@@ -211,6 +213,7 @@ class RunState:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
         self._read_flags()
         self._read_cosines()
+        self._read_drifts()
         self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
 
     def end_run(self) -> None:
@@ -304,6 +307,16 @@ class RunState:
         for layer, value in zip((layer for layer, _ in cosines), values):
             if not value >= self.config.min_cosine:
                 self.safer[layer] = self.safer.get(layer, 0) + 1
+
+    def _read_drifts(self) -> None:
+        """What a call of each layer adds to its drift, measured in the forward before (`svg.methods.reuse`)."""
+        caches = [memory.cache for memory in self._layers.values() if "measured_drift" in memory.cache]
+        if not caches:
+            return
+        measured = [cache.pop("measured_drift") for cache in caches]
+        values = torch.stack([drift for drift, _ in measured]).tolist()
+        for cache, value, (_, calls) in zip(caches, values, measured):
+            cache["drift_a_call"] = value / calls
 
     def _read_flags(self) -> None:
         flags, self._flags = self._flags, []

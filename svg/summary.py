@@ -19,7 +19,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         state: the state after a run, or during one.
 
     Returns:
-        name, config (as a dict), calls {total, dense, sparse};
+        name, config (as a dict), calls {total, dense, sparse, reused (sparse ones that took an earlier call's clustering)};
         density: all_calls and sparse_calls (means; None where there is no such call), per_step and per_layer (lists of
         {step or layer, all_calls, sparse_calls}), per_branch {branch: {all_calls, sparse_calls}}, per_head
         {layer: one mean a head over the sparse calls}, map {steps, layers, heads, values: [step][layer][head], means
@@ -42,7 +42,12 @@ def summarise(state: RunState) -> dict[str, Any]:
     return {
         "name": state.name,
         "config": state.config.to_dict(),
-        "calls": {"total": len(records), "dense": len(records) - len(sparse), "sparse": len(sparse)},
+        "calls": {
+            "total": len(records),
+            "dense": len(records) - len(sparse),
+            "sparse": len(sparse),
+            "reused": sum(record.reused for record in records),
+        },
         "density": {
             **_density(zip(records, means)),
             "per_step": _table("step", records, means),

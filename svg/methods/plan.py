@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class Plan:
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
         tail: what stands for the blocks that are not computed, or None; for native precision only.
+        reused: whether an earlier call made all of it but the tail's means.
     """
 
     q_permutation: Tensor | None
@@ -39,6 +40,21 @@ class Plan:
     kind: Tensor | None = None
     pv_threshold: Tensor | None = None
     tail: Tail | None = None
+    reused: bool = False
+    _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
+
+    def again(self, means: tuple[Tensor, Tensor] | None) -> Plan:
+        """The same plan for a later call, whose density is known.
+
+        Args:
+            means: of that call's keys and values, [B, H, C, D] in their dtype; None where there is no tail.
+
+        Returns:
+            The plan.
+        """
+        plan = replace(self, tail=None if means is None else Tail(*means, self.tail.bias), reused=True)
+        plan._density.extend(self._density)
+        return plan
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
@@ -46,6 +62,11 @@ class Plan:
         Returns:
             float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys); a key of the tail counts as one.
         """
+        if not self._density:
+            self._density.append(self._computed_share())
+        return self._density[0]
+
+    def _computed_share(self) -> Tensor:
         seen = torch.where(self.block_map, self.k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
         if self.tail is not None:
             seen = seen + self.tail.bias.isfinite().sum(-1)

@@ -12,6 +12,7 @@ Source: Sparse VideoGen2 (arXiv 2505.18875), sections 3 and 4.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from svg.kernels.top_p import top_p_block_map
 from ..config import SVG2Config
 from ..layout import TokenLayout
 from ..state import LayerState
+from . import reuse
 from .plan import Plan, visible_keys
 
 Q_TILE, K_TILE = 128, 64
@@ -60,44 +62,72 @@ def plan(
 
     Source: arXiv 2505.18875, sections 4.2 (clustering) and 4.3 (selection from centroids).
     """
-    batch, heads = q.shape[:2]
-    q_blocks, k_blocks, video_map = _chosen(q, k, config, state, layout)
-    q_permutation, q_sizes = _with_text_tokens(q_blocks, layout, text_mask)
-    k_permutation, k_sizes = _with_text_tokens(k_blocks, layout, text_mask)
-    block_map = _with_text(video_map, layout)
-    visible = visible_keys(batch, layout.video_tokens, layout.text_tokens, text_mask, q.device)
+    kept = reuse.still_good(state, config)
+    if kept is None:
+        chosen = _choose(q, k, config, state, layout)
+        found = _assembled(chosen, chosen.k_blocks.means, k, v, config, layout, text_mask)
+    else:
+        chosen = kept.chosen
+        found = _again(kept, q, k, v, config, layout, text_mask)
+    reuse.remember(state, config, kept, found, chosen, q[:, :, layout.video_slice], k[:, :, layout.video_slice])
+    return found
+
+
+class Chosen(NamedTuple):
+    """What a clustering decides.
+
+    Args:
+        q_blocks, k_blocks: of the video's queries and keys.
+        video_map: bool [B, H, Nq, Nk], which of them meet.
+    """
+
+    q_blocks: Blocks
+    k_blocks: Blocks
+    video_map: Tensor
+
+
+def _again(
+    kept: reuse.Kept, q: Tensor, k: Tensor, v: Tensor, config: SVG2Config, layout: TokenLayout, text_mask: Tensor | None
+) -> Plan:
+    """An earlier call's plan with this call's means."""
+    blocks, means = kept.chosen.k_blocks, None
+    if config.compensate:
+        means = _means(k[:, :, layout.video_slice], blocks)
+    if text_mask is not None:  # where the prompt ends is this call's
+        return replace(_assembled(kept.chosen, means, k, v, config, layout, text_mask), reused=True)
+    if means is None:
+        return kept.plan.again(None)
+    return kept.plan.again((means.to(k.dtype), _means(v[:, :, layout.video_slice], blocks).to(v.dtype)))
+
+
+def _assembled(
+    chosen: Chosen,
+    means: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    config: SVG2Config,
+    layout: TokenLayout,
+    text_mask: Tensor | None,
+) -> Plan:
+    """A plan of blocks and their map, text included; `means` of the keys' blocks, for the tail."""
+    batch, heads = k.shape[:2]
+    q_permutation, q_sizes = _with_text_tokens(chosen.q_blocks, layout, text_mask)
+    k_permutation, k_sizes = _with_text_tokens(chosen.k_blocks, layout, text_mask)
+    block_map = _with_text(chosen.video_map, layout)
+    visible = visible_keys(batch, layout.video_tokens, layout.text_tokens, text_mask, k.device)
     return Plan(
         q_permutation=q_permutation,
         k_permutation=k_permutation,
         q_sizes=q_sizes.flatten(0, 1),
         k_sizes=k_sizes.flatten(0, 1),
         block_map=block_map.flatten(0, 1),
-        map_index=torch.arange(batch * heads, dtype=torch.int32, device=q.device).view(batch, heads),
+        map_index=torch.arange(batch * heads, dtype=torch.int32, device=k.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
-        tail=_tail(block_map, k_blocks, k, v, layout) if config.compensate else None,
+        tail=_tail(block_map, chosen.k_blocks, means, k, v, layout) if config.compensate else None,
     )
 
 
-def _chosen(
-    q: Tensor, k: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout
-) -> tuple[Blocks, Blocks, Tensor]:
-    """Blocks of queries and keys and the map between them: new ones, or those of a call less than `refresh` calls ago."""
-    kept, calls = state.cache.get("kept", (None, 0))
-    if kept is None or calls >= config.refresh:
-        kept, calls = _choose(q, k, config, state, layout), 0
-    elif config.compensate:
-        q_blocks, k_blocks, video_map = kept
-        nothing = torch.zeros_like(k_blocks.means)
-        means = cluster_means(k[:, :, layout.video_slice], k_blocks.permutation, k_blocks.sizes, nothing)
-        kept = q_blocks, k_blocks._replace(means=means), video_map
-    if config.refresh > 1:
-        state.cache["kept"] = kept, calls + 1
-    return kept
-
-
-def _choose(
-    q: Tensor, k: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout
-) -> tuple[Blocks, Blocks, Tensor]:
+def _choose(q: Tensor, k: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout) -> Chosen:
     sides = ((q, config.num_q_clusters, Q_TILE, "q_centroids"), (k, config.num_k_clusters, K_TILE, "k_centroids"))
     q_blocks, k_blocks = (
         _blocks(x[:, :, layout.video_slice], clusters, tile, name, config, state) for x, clusters, tile, name in sides
@@ -111,19 +141,23 @@ def _choose(
         q.shape[-1] ** -0.5,
         budget=_video_budget(config.budget, layout),
     )
-    return q_blocks, k_blocks, video_map
+    return Chosen(q_blocks, k_blocks, video_map)
 
 
-def _tail(block_map: Tensor, blocks: Blocks, k: Tensor, v: Tensor, layout: TokenLayout) -> Tail:
+def _tail(block_map: Tensor, blocks: Blocks, means: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tail:
     """One key a video block, its mean, weighed by the block's size where the block is not computed.
 
     Source: SVG-EAR (arXiv 2603.08982), compensation by centroids; the means here are exact, of the final labels.
     """
-    nothing = torch.zeros_like(blocks.means)
-    values = cluster_means(v[:, :, layout.video_slice], blocks.permutation, blocks.sizes, nothing)
+    values = _means(v[:, :, layout.video_slice], blocks)
     log_sizes = blocks.sizes.float().log()[:, :, None]  # -inf for an empty block
     bias = torch.where(block_map[..., : blocks.sizes.shape[-1]], -torch.inf, log_sizes)
-    return Tail(blocks.means.to(k.dtype), values.to(v.dtype), bias.flatten(0, 1))
+    return Tail(means.to(k.dtype), values.to(v.dtype), bias.flatten(0, 1))
+
+
+def _means(x: Tensor, blocks: Blocks) -> Tensor:
+    """The mean of every block of x, fp32 [B, H, N, D]; zero for an empty one."""
+    return cluster_means(x, blocks.permutation, blocks.sizes, torch.zeros_like(blocks.means))
 
 
 class Blocks(NamedTuple):

@@ -110,4 +110,7 @@ def curves_of(rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers:
 
 def _bare(config: MethodConfig) -> MethodConfig:
     """The settings alone: no warm-up, no per-head budgets, no place they are bound to."""
-    return dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0, tuned_for=None, **{config.head_field: None})
+    settings = {"warmup_steps": 0.0, "warmup_layers": 0.0, "tuned_for": None, config.head_field: None}
+    if getattr(config, "max_drift", None) is not None:  # one call knows no drift
+        settings["max_drift"] = None
+    return dataclasses.replace(config, **settings)

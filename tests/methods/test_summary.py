@@ -36,7 +36,7 @@ def test_hand_made_records():
         CallRecord(1, 1, "uncond", 2 * sparse, 1 - kind, False, timer),
     ]
     summary = summarise(state)
-    assert summary["calls"] == {"total": 5, "dense": 3, "sparse": 2}
+    assert summary["calls"] == {"total": 5, "dense": 3, "sparse": 2, "reused": 0}
     density = summary["density"]
     assert density["all_calls"] == pytest.approx((3 + 0.3 + 0.6) / 5)
     assert density["sparse_calls"] == pytest.approx(0.45)
@@ -67,7 +67,7 @@ def test_a_run_is_json(config, make_qkv):
     dense = config.method == "dense"
     assert summary["name"] == "transformer_2" and summary["config"] == config.to_dict()
     # Two of four steps and one of three layers are warm-up.
-    assert summary["calls"] == {"total": 24, "dense": 24, "sparse": 0} if dense else {"total": 24, "dense": 16, "sparse": 8}
+    assert summary["calls"] == {"total": 24, "dense": 24 if dense else 16, "sparse": 0 if dense else 8, "reused": 0}
     assert set(summary["density"]["per_head"]) == (set() if dense else {"1", "2"})
     assert all(len(heads) == 3 for heads in summary["density"]["per_head"].values())
     assert set(summary["density"]["per_branch"]) == {"cond", "uncond"}
