@@ -31,6 +31,7 @@ GOALS = {
     "svg2/int8_fp8/S75600/density0.25/speedup_vs_cudnn": (">=", 4.2),
     "sparge/int8_fp8/S75600/topk0.25/speedup_vs_cudnn": (">=", 4.5),
     "training/int8/S32768/speedup_vs_flash": (">=", 1.4),
+    "scale/svg2/bf16/clusters/memory_exponent": ("<=", 1.05),
     "norm_rope/tb_per_s": (">=", 2.2),
     "layer/wan14b_720p/bf16/speedup": (">=", 2.2),
     "layer/hunyuan_720p/bf16/speedup": (">=", 2.8),

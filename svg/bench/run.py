@@ -30,6 +30,7 @@ from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
 from .layers import bench_layers
 from .peers import PEERS
+from .scale import bench_scale as scale_of
 from .sweep import sweep_assign, sweep_attention
 from .timing import median_ms
 
@@ -368,6 +369,11 @@ def bench_sparge(bench: Bench) -> None:
     sparge.bench_calls(bench, bench.inputs(WAN_720P, HEADS), _whole_call, recall)
 
 
+def bench_scale(bench: Bench) -> None:
+    """The whole SVG2 call at growing numbers of tokens: time and memory."""
+    scale_of(bench, lambda selection: forced(0.25, selection), HEADS, DIM)
+
+
 def bench_step(bench: Bench) -> None:
     """One full-width layer of Wan 14B and of HunyuanVideo at 720p."""
     bench_elementwise(bench, WAN_720P.total_tokens, DEVICE)
@@ -395,6 +401,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "quantised": bench_quantised,
     "sparge": bench_sparge,
     "training": bench_training,
+    "scale": bench_scale,
     "step": bench_step,
 }
 

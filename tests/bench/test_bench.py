@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from svg.bench import elementwise, inputs, layers, report, run, sparge, sweep
+from svg.bench import elementwise, inputs, layers, report, run, scale, sparge, sweep
 from svg.cli import main
 from svg.layout import TokenLayout
 
@@ -26,7 +26,7 @@ def small(monkeypatch):
         op()
         return 1.0
 
-    for module in (run, layers, sweep, elementwise, sparge):
+    for module in (run, layers, sweep, elementwise, sparge, scale):
         monkeypatch.setattr(module, "median_ms", once)
     monkeypatch.setattr(run, "_require_gpu", lambda: None)
     for name, value in {
@@ -34,6 +34,9 @@ def small(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(run, name, value)
     monkeypatch.setattr(layers, "DEVICE", "cpu")
+    for name, value in {"FRAMES": (2, 3), "GRID": (3, 4), "peak_bytes": lambda call: call().nbytes}.items():
+        monkeypatch.setattr(scale, name, value)
+    monkeypatch.setattr(scale, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(run, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(run, "recorded", functools.partial(inputs.recorded, size=SMALL_VIDEO))
     monkeypatch.setattr(layers, "wan_layer", functools.partial(layers.wan_layer, heads=2, dim=32, ffn=64))
@@ -43,7 +46,7 @@ def small(monkeypatch):
 def test_every_section_runs_and_every_goal_is_measured(small, video):
     shown, said = [], []
     bench = run.Bench(command="svg bench all", show=lambda key, entry: shown.append(key), say=said.append)
-    for section in ("attention", "kmeans", "permute", "svg1", "svg2", "sparge", "step"):
+    for section in ("attention", "kmeans", "permute", "svg1", "svg2", "sparge", "scale", "step"):
         run.run(section, bench)
     sizes = {"75600": WAN.total_tokens, "119056": HUNYUAN.total_tokens}
     for goal in (goal for goal in report.GOALS if "int8" not in goal):
@@ -57,10 +60,21 @@ def test_every_section_runs_and_every_goal_is_measured(small, video):
         "sparge/int8_fp8/S144/topk0.25/speedup_vs_cudnn",
         "sparge/bf16/S144/topk0.25/rowmajor/recall",
         "sparge/int8_fp8/S144/topk0.25/pv20/ms",
+        "scale/dense/cudnn/bf16/S24/ms",
+        "scale/svg2/bf16/S36/clusters/memory_mib",
+        "scale/svg2/bf16/S36/plan_ms",
     } <= set(shown)
+    assert bench.results["scale/svg2/bf16/clusters/memory_exponent"]["value"] == pytest.approx(1)  # the output alone
     for entry in bench.results.values():
         assert tuple(entry) == report.FIELDS and entry["value"] >= 0
     assert "synthetic" not in " ".join(said)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_growth_is_a_power_of_the_larger_sizes(power):
+    points = [(tokens, round(1e6 * tokens**power)) for tokens in (8, 16, 32, 64, 128, 300)]
+    points[0] = (8, 5)  # small sizes don't count
+    assert scale.exponent(points) == pytest.approx(power, abs=1e-4)
 
 
 def test_without_a_gpu_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path):
