@@ -6,7 +6,8 @@
 A tile J of keys has its own maximum m_iJ in each row, so that P uses all of INT8 in every tile ("per token"), and each
 tile's product is added in fp32. K and V are quantised without their means: K's drops out of the softmax, V's is added
 to the output; the backward may drop both, because rows of dS sum to zero. Q and K have a scale a token, V a channel.
-Any head dim up to 128; GQA; causal; packed sequences of different lengths. Deterministic. sm80 and newer.
+Any head dim up to 128; GQA; causal; packed sequences of different lengths. Deterministic. sm80 and newer; Hopper has a
+kernel of its own, with P V in bf16 (training_hopper.py).
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import target
+from . import target, training_hopper
 from .quantize import DTYPES
 from .quantize_values import statistics, statistics_reference
 from .rounded_attention import check_inputs as check_shapes
@@ -205,6 +206,7 @@ class Launch:
         num_warps, num_stages: as Triton has them.
         tma: read tiles through tensor descriptors (sm90 and newer), not pointers.
         registers: at most so many a thread, so that more programs share a multiprocessor; None: as many as it takes.
+        specialised: Hopper's kernels with a producer and consumers; of the rest only num_stages counts.
     """
 
     block_m: int
@@ -213,9 +215,12 @@ class Launch:
     num_stages: int
     tma: bool = False
     registers: int | None = None
+    specialised: bool = False
 
     def name(self) -> str:
         """Such as 128x64_w8_s3_tma."""
+        if self.specialised:
+            return f"specialised_s{self.num_stages}"
         flags = ("_tma" if self.tma else "") + ("" if self.registers is None else f"_r{self.registers}")
         return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
 
@@ -285,6 +290,8 @@ def attend_packed(
     Returns:
         out, and lse fp32 [H, T], base 2.
     """
+    if packed.wide is not None:
+        return training_hopper.attend(queries, q_scale, packed, v_mean, rows, columns, q, is_causal)
     H, T, block_d = queries.shape
     row = target.launch_row(LAUNCH, q.device)[block_d]
     out, lse = torch.empty_like(q), torch.empty_like(q_scale)

@@ -1,7 +1,8 @@
 """The backward of training_attention.py: all products in INT8 but dP = grad V^T, which stays in 16 bits.
 
 With products="bf16", dS K, dS^T Q and P^T grad are in bf16 too, and only Q K^T is in INT8: where a GPU spends more time on
-rounding P and dS than 8-bit products save, that is both faster and more accurate.
+rounding P and dS than 8-bit products save, that is both faster and more accurate. Hopper is such a GPU: its kernels
+(training_backward_hopper.py) sum in bf16 whatever is asked for.
 
     P = 2^(S - lse)      dP = grad V^T      delta_i = grad_i . out_i      dS = P (dP - delta)
     dV = P^T grad        dQ = sm_scale dS K         dK = sm_scale dS^T Q
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import target
+from . import target, training_backward_hopper
 from .target import tl, triton
 from .training_attention import Kept, Launch, larger, layouts, operand, pairs, rounded, scores_of, tile
 from .training_inputs import (
@@ -63,7 +64,7 @@ def training_attention_backward(
         kept: what the forward kept.
         key_tokens: Sk.
         is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k: the forward's.
-        products: "int8", or "bf16" for dS K, dS^T Q and P^T grad, which is more accurate.
+        products: "int8", or "bf16" for dS K, dS^T Q and P^T grad, which is more accurate; the same on Hopper.
 
     Returns:
         dq [B, H, S, D], dk and dv [B, Hkv, Sk, D], out's dtype; heads and tokens lie in memory as those of out do.
@@ -118,7 +119,13 @@ def training_attention_backward_reference(
 
 def folded(kept: Kept, products: str) -> torch.Tensor:
     """Scales of queries that enter the gradient of the output, fp32 [H, T]: an INT8 product cannot keep its own."""
-    return kept.q_scale if products == "int8" else torch.ones_like(kept.q_scale)
+    row = launch_of(kept, products).query if target.use_triton(kept.queries) else None
+    return kept.q_scale if products == "int8" and not (row and row.specialised) else torch.ones_like(kept.q_scale)
+
+
+def launch_of(kept: Kept, products: str) -> "BackwardLaunch":
+    """The launches for what the forward kept, on its device."""
+    return target.launch_row(LAUNCH, kept.queries.device)[products, kept.queries.shape[2]]
 
 
 def empty_gradients(
@@ -192,13 +199,17 @@ LAUNCH = {
         ("bf16", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     },
 }
+PLAIN_HOPPER = dict(LAUNCH[90])  # to compare with
+if training_backward_hopper.LOADABLE:
+    _SPECIALISED = Launch(128, 64, 12, 4, tma=True, specialised=True)
+    LAUNCH[90] = dict.fromkeys(LAUNCH[90], BackwardLaunch(_SPECIALISED, _SPECIALISED, None))
 
 
 def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
     packed = pack_gradients(grad, out, kept.v_mean, folded(kept, products), kept.lse, rows)
-    launch = target.launch_row(LAUNCH, out.device)[products, kept.queries.shape[2]]
+    launch = launch_of(kept, products)
     query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale, products)
     key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal, products)
     return dq, dk, dv
@@ -226,6 +237,12 @@ def query_gradient(
         is_causal, sm_scale: the forward's.
         products: as in `training_attention_backward`.
     """
+    if row.specialised:
+        keys16 = kept.keys.bfloat16()
+        training_backward_hopper.query_gradient(
+            dq, kept, keys16, packed, rows, columns, is_causal, sm_scale, row.num_stages
+        )
+        return
     H, T, block_d = kept.queries.shape
     int8 = products == "int8"
     with target.on_device(dq):
@@ -251,9 +268,14 @@ def key_gradients(
     products: str,
 ) -> None:
     """Writes dk and dv; arguments as in `query_gradient`."""
+    if launch.key.specialised:
+        training_backward_hopper.key_gradients(
+            dk, dv, kept, queries16(kept), packed, rows, columns, is_causal, launch.key.num_stages
+        )
+        return
     H, T, block_d = kept.queries.shape
     int8 = products == "int8"
-    other = turn(kept.queries) if int8 else (kept.queries * kept.q_scale[..., None]).bfloat16()
+    other = turn(kept.queries) if int8 else queries16(kept)
     # A maximum skips NaN, so single tokens that are not finite are told apart.
     broken = packed.delta.isnan().any(1).to(torch.float32)
     # The loop over heads that share keys takes registers that both sums at once don't leave.
@@ -273,6 +295,11 @@ def key_gradients(
                 D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8,
                 WITH_K=with_k, WITH_V=with_v, **row.options(),
             )  # fmt: skip
+
+
+def queries16(kept: Kept) -> torch.Tensor:
+    """Queries times their scales, bf16 [H, T, Dp]."""
+    return (kept.queries * kept.q_scale[..., None]).bfloat16()
 
 
 @triton.jit

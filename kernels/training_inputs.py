@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import target
+from . import target, training_hopper
 from .quantize import TINY, absmax_of_rows, padded_head_dim
 from .quantize_values import Statistics
 from .target import tl, triton
@@ -99,16 +99,18 @@ class PackedKeys:
     """Keys and values as forward and backward read them.
 
     Args:
-        values8: int8 [Hkv, Dp, T], V without its mean, turned; its scale is per channel.
+        values8: int8 [Hkv, Dp, T], V without its mean, turned; its scale is per channel. None: the forward reads `wide`.
         keys: int8 [Hkv, T, Dp], K without its mean.
         scale: fp32 [Hkv, T], of the keys.
         values: bf16 [Hkv, T, Dp], V without its mean, times the key's scale.
+        wide: bf16 [Hkv, T, Dp], V without its mean, for a forward with P V in 16 bits (training_hopper.py); else None.
     """
 
-    values8: torch.Tensor
+    values8: torch.Tensor | None
     keys: torch.Tensor
     scale: torch.Tensor
     values: torch.Tensor
+    wide: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -157,26 +159,35 @@ def pack_queries_reference(q: torch.Tensor, layout: Sequences, sm_scale: float) 
     return values, scale * (sm_scale * LOG2_E)
 
 
-def pack_keys(k: torch.Tensor, v: torch.Tensor, stats: Statistics, layout: Sequences) -> PackedKeys:
-    """INT8 keys and values, and 16-bit values.
+def pack_keys(
+    k: torch.Tensor, v: torch.Tensor, stats: Statistics, layout: Sequences, wide: bool | None = None
+) -> PackedKeys:
+    """INT8 keys, and values for the forward and for the backward.
 
     Args:
         k, v: [B, Hkv, Sk, D] fp16, bf16 or fp32, last dim contiguous.
         stats: theirs.
         layout: from `sequences`.
+        wide: whether the forward reads values in 16 bits, not 8; None: as the device's does.
 
     Returns:
         The packed keys.
     """
-    return (_pack_keys if target.use_triton(k) else pack_keys_reference)(k, v, stats, layout)
+    if wide is None:
+        wide = target.use_triton(k) and training_hopper.takes(k.device)
+    return (_pack_keys if target.use_triton(k) else pack_keys_reference)(k, v, stats, layout, wide)
 
 
-def pack_keys_reference(k: torch.Tensor, v: torch.Tensor, stats: Statistics, layout: Sequences) -> PackedKeys:
+def pack_keys_reference(
+    k: torch.Tensor, v: torch.Tensor, stats: Statistics, layout: Sequences, wide: bool = False
+) -> PackedKeys:
     """Specification of `pack_keys` in plain torch; same arguments and result."""
     keys, scale = _quantized_rows(pack(k.float() - stats.k_mean[:, :, None], layout))
     centred = v.float() - stats.v_mean[:, :, None]
-    steps = pack(centred / channel_scale(stats)[:, :, None], layout).round().nan_to_num(0).to(torch.int8)
     values = (pack(centred, layout) * scale[..., None]).bfloat16()
+    if wide:
+        return PackedKeys(None, keys, scale, values, pack(centred, layout).bfloat16())
+    steps = pack(centred / channel_scale(stats)[:, :, None], layout).round().nan_to_num(0).to(torch.int8)
     return PackedKeys(turn_reference(steps), keys, scale, values)
 
 
@@ -290,20 +301,21 @@ def _pack_queries(q, layout, sm_scale):
     return values, scale
 
 
-def _pack_keys(k, v, stats, layout):
+def _pack_keys(k, v, stats, layout, wide):
     H, D = k.shape[1], k.shape[3]
     block_d, T = padded_head_dim(D), layout.tokens
-    values8 = torch.empty(H, block_d, T, dtype=torch.int8, device=k.device)
+    shape, dtype = ((H, T, block_d), torch.bfloat16) if wide else ((H, block_d, T), torch.int8)
+    first = torch.empty(shape, dtype=dtype, device=k.device)
     keys = torch.empty(H, T, block_d, dtype=torch.int8, device=k.device)
     scale = torch.empty(H, T, dtype=torch.float32, device=k.device)
     values = torch.empty(H, T, block_d, dtype=torch.bfloat16, device=k.device)
     with target.on_device(k):
         _pack_keys_kernel[(T // ROWS, H)](
             k, v, stats.k_mean, stats.v_mean, channel_scale(stats), layout.owner, layout.table,
-            values8, keys, scale, values, H, T, *k.stride()[:3], *v.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, k.device),
+            first, keys, scale, values, H, T, *k.stride()[:3], *v.stride()[:3],
+            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=target.launch_row(LAUNCH, k.device),
         )  # fmt: skip
-    return PackedKeys(values8, keys, scale, values)
+    return PackedKeys(None if wide else first, keys, scale, values, first if wide else None)
 
 
 def _pack_gradients(grad, out, v_mean, q_scale, lse, layout):
@@ -389,9 +401,9 @@ def _pack_queries_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _pack_keys_kernel(
-    k, v, k_mean, v_mean, v_scale, owner, table, values8, keys, scale, values, H, T,
+    k, v, k_mean, v_mean, v_scale, owner, table, forward, keys, scale, values, H, T,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     place, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -408,11 +420,14 @@ def _pack_keys_kernel(
     rows = _rows(v + batch * stride_vb + h * stride_vh, token, inside, stride_vs, offs_d, D)
     rows = tl.where(inside[:, None], rows - tl.load(v_mean + channel, mask=real, other=0.0)[None, :], 0.0)
     tl.store(values + goal[:, None] * BLOCK_D + offs_d[None, :], (rows * size[:, None]).to(tl.bfloat16))
-    step = tl.broadcast_to(tl.load(v_scale + channel, mask=real, other=1.0)[None, :], rows.shape)
-    steps = tl.div_rn(rows, step)
-    steps = whole(tl.where(tl.abs(steps) < 128, steps, 0.0))
-    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
-    tl.store(values8 + goal, tl.trans(steps))
+    if WIDE:
+        tl.store(forward + goal[:, None] * BLOCK_D + offs_d[None, :], rows.to(tl.bfloat16))
+    else:
+        step = tl.broadcast_to(tl.load(v_scale + channel, mask=real, other=1.0)[None, :], rows.shape)
+        steps = tl.div_rn(rows, step)
+        steps = whole(tl.where(tl.abs(steps) < 128, steps, 0.0))
+        goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
+        tl.store(forward + goal, tl.trans(steps))
 
 
 @triton.jit(do_not_specialize=["T"])

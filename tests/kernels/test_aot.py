@@ -23,9 +23,9 @@ KERNELS = {
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
     "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_segment_means_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
-    "_hopper_quantised_kernel",
+    "_hopper_quantised_kernel", "_hopper_training_kernel", "_hopper_query_gradient_kernel", "_hopper_key_gradient_kernel",
 }  # fmt: skip
-HOPPER_ONLY = {"_hopper_attention_kernel", "_hopper_quantised_kernel"}
+HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
 INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 FP4 = {100: "UTCOMMA", 120: "OMMA"}  # elsewhere fp16 products emulate it
@@ -107,5 +107,8 @@ def test_training_runs_in_8_bits_but_for_one_product(arch):
     for products in ("int8", "bf16"):
         assert found["_training_forward_kernel", products] == {int8}
         assert found["_query_gradient_kernel", products] == {both}
+    for row in compiled(arch):
+        if "training specialised" in row["case"] and row["kernel"] in HOPPER_ONLY:
+            assert set(row["instructions"]) == {"IGMMA", "HGMMA"}, row
     # Where dV has a launch of its own, that has no product in 16 bits.
     assert found["_key_gradient_kernel", "int8"] == {both, int8} and found["_key_gradient_kernel", "bf16"] == {both}

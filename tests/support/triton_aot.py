@@ -35,12 +35,15 @@ from svg.kernels import (
     top_p_block_map,
     training_attention,
     training_attention_backward,
+    training_hopper,
 )
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
 from svg.kernels.varlen_attention import varlen_attention
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
+from svg.kernels.training_backward import LAUNCH as backward_table
+from svg.kernels.training_backward import PLAIN_HOPPER
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -104,7 +107,10 @@ def run_operations(arch):
     yield "fp4 D=96 causal", lambda: fp4(96, is_causal=True)
     yield "fp4 D=128 mask", lambda: fp4(128, mask=torch.ones(1, 1, 1, 256, dtype=torch.bool))
     for case in ((64, False, "int8"), (128, True, "int8"), (128, True, "bf16")):
-        yield f"training {case}", lambda case=case: training(*case)
+        yield f"training {case}", lambda case=case: plain_training(*case)
+    if arch == 90:
+        for case in ((64, False, 1), (64, True, 2), (128, False, 1), (128, True, 2)):
+            yield f"training specialised {case}", lambda case=case: training(case[0], case[1], "bf16", case[2])
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
@@ -146,12 +152,21 @@ def fp4(D, **options):
     fp4_attention(q, q, q, return_lse=True, **options)
 
 
-def training(D, is_causal, products):
+def training(D, is_causal, products, group=1):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
-    out, kept = training_attention(q, q, q, is_causal=is_causal)
+    k = q[:, : 2 // group]
+    out, kept = training_attention(q, k, k, is_causal=is_causal)
     training_attention_backward(
         out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1, products=products
     )
+
+
+def plain_training(D, is_causal, products):
+    """What launches where Hopper's own kernels don't."""
+    takes, rows = training_hopper.takes, backward_table[90]
+    training_hopper.takes, backward_table[90] = lambda device: False, PLAIN_HOPPER
+    training(D, is_causal, products)
+    training_hopper.takes, backward_table[90] = takes, rows
 
 
 def quantised_specialised(D):

@@ -1,0 +1,260 @@
+"""training_attention.py's forward for Hopper: one producer warp and two warpgroups that compute (Gluon). P V is in bf16.
+
+A warpgroup owns 64 queries. It starts Q K^T of a tile of 128 keys in INT8 and P V of the tile before, and rounds the one's scores
+while the tensor cores work on the other. In INT8, P V would cost more instructions (scales of P, a sum in fp32) than it would
+save products, so V stays in 16 bits, which is more accurate too.
+
+Source: FlashAttention-3 (arXiv 2407.08608, section 3).
+"""
+
+import torch
+
+from . import target
+
+LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
+MAX_REGISTERS = 168  # a thread, for 12 warps; the consumers take 240 each, the producer 24
+
+
+def takes(device: torch.device) -> bool:
+    """Whether this kernel is the forward on a device: Hopper."""
+    return LOADABLE and target.arch(device) == 90
+
+
+def attend(
+    queries, q_scale, packed, v_mean, rows, columns, q, is_causal, stages: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp; arguments as in `training_attention.attend_packed`."""
+    H, T, block_d = queries.shape
+    out, lse = torch.empty_like(q), torch.empty_like(q_scale)
+    kv_heads = packed.keys.shape[0]
+    with target.on_device(q):
+        _hopper_training_kernel[(T // 128, H)](
+            _tiles(queries, 64), _tiles(packed.keys, 128), _tiles(packed.wide, 128),
+            TensorDescriptor.from_tensor(packed.scale.flatten(), [128], gl.NVMMASharedLayout(0, 32, 1)),
+            q_scale, v_mean, rows.owner, rows.table, columns.table, out, lse,
+            H // kv_heads, kv_heads, T, columns.tokens, *out.stride()[:3],
+            D=q.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, STAGES=stages, num_warps=4, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+    return out, lse
+
+
+def _tiles(x: torch.Tensor, tokens: int):
+    """Descriptor of so many packed tokens, [H, T, Dp]."""
+    layout = gl.NVMMASharedLayout(min(128, x.shape[2] * x.element_size()), 8 * x.element_size())
+    return TensorDescriptor.from_tensor(x.flatten(0, 1), [tokens, x.shape[2]], layout)
+
+
+if LOADABLE:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    @gluon.jit
+    def _place(owner, rows, columns, CAUSAL: gl.constexpr):
+        """This program's sequence, its block and where that begins in the sequence, and where the keys begin and end."""
+        # The longest rows first, so that the last programs are short.
+        block = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+        n = gl.load(owner + block)
+        known = gl.maximum(n, 0)
+        place = block * 128 - gl.load(rows + known * 4 + 3)
+        keys, start = gl.load(columns + known * 4 + 2), gl.load(columns + known * 4 + 3)
+        return n, block, place, start, gl.minimum(place + 128, keys) if CAUSAL else keys
+
+    @gluon.jit
+    def _fetch(
+        descriptors, boxes, barriers, tables, sizes, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr
+    ):
+        """The producer: this program's queries, then tiles of K and V."""
+        q_desc, k_desc, v_desc, scale_desc = descriptors
+        q_boxes, k_boxes, v_boxes, scale_boxes, _ = boxes
+        q_ready, k_ready, k_empty, v_ready, v_empty = barriers
+        T, Tk, HEADS_PER_KEY = sizes
+        n, block, _, start, stop = _place(tables[0], tables[1], tables[2], CAUSAL)
+        h = gl.program_id(1)
+        if n >= 0:
+            mbarrier.expect(q_ready, 128 * BLOCK_D)
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    q_desc, [h * T + block * 128 + half * 64, 0], q_ready, q_boxes.index(half)
+                )
+            row = h // HEADS_PER_KEY * Tk + start
+            for i in range(gl.cdiv(stop, 128)):
+                stage, phase = i % STAGES, (i // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                bar = k_ready.index(stage)
+                mbarrier.expect(bar, 128 * BLOCK_D + 128 * 4)
+                tma.async_copy_global_to_shared(k_desc, [row + i * 128, 0], bar, k_boxes.index(stage))
+                tma.async_copy_global_to_shared(scale_desc, [row + i * 128], bar, scale_boxes.index(stage))
+                mbarrier.wait(v_empty.index(stage), phase)
+                bar = v_ready.index(stage)
+                mbarrier.expect(bar, 128 * BLOCK_D * 2)
+                tma.async_copy_global_to_shared(v_desc, [row + i * 128, 0], bar, v_boxes.index(stage))
+
+    @gluon.jit
+    def _scores(q, k_boxes, k_ready, i, STAGES: gl.constexpr, s_layout: gl.constexpr):
+        """Starts Q K^T of tile i from the bits of 1.5 * 2^23: an integer below 2^22 added to these bits is added to the number."""
+        start = gl.full([64, 128], 0x4B400000, gl.int32, s_layout)
+        mbarrier.wait(k_ready.index(i % STAGES), i // STAGES & 1)
+        return warpgroup_mma(q, k_boxes.index(i % STAGES).permute((1, 0)), start, is_async=True)
+
+    @gluon.jit
+    def own_sums(p):
+        """Sums of what one thread has of each row, columns 2t and 2t + 1 of every 8: [64, 4]."""
+        return gl.sum(gl.sum(p.reshape([64, p.shape[1] // 8, 4, 2]), 3), 1)
+
+    @gluon.jit
+    def _softmax(
+        s, scale, row_scale, i, keys, position, m_i, l_i, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+        s_layout: gl.constexpr,
+    ):  # fmt: skip
+        """P, what scales the sums so far, maximum and sum."""
+        x = s.to(gl.float32, bitcast=True) * scale[None, :] - (scale * 12582912.0)[None, :]
+        if MASKED:
+            key = i * 128 + gl.arange(0, 128, gl.SliceLayout(0, s_layout))
+            seen = (key < keys)[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= position[:, None])
+            x = gl.where(seen, x, float("-inf"))
+        m_new = gl.maximum(m_i, gl.max(x, 1) * row_scale)  # m_i is finite from the start: no difference of infinities
+        alpha = gl.exp2(m_i - m_new)
+        p = gl.exp2(x * row_scale[:, None] - m_new[:, None])
+        part = own_sums(p)
+        return p, alpha, m_new, l_i * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
+
+    @gluon.jit
+    def _step(
+        q, p, acc, m_i, l_i, row_scale, i, keys, position, boxes, scratch, barriers, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+        STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    ):  # fmt: skip
+        """Q K^T and softmax of tile i under P V of tile i - 1. P stays fp32: packed pairs would be taken apart between tiles."""
+        _, k_boxes, v_boxes, scale_boxes, _ = boxes
+        _, k_ready, k_empty, v_ready, v_empty = barriers
+        before = (i - 1) % STAGES
+        p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+        s = _scores(q, k_boxes, k_ready, i, STAGES, s_layout)
+        mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
+        acc = warpgroup_mma(p16, v_boxes.index(before), acc, is_async=True)
+        scale = scale_boxes.index(i % STAGES).load(gl.SliceLayout(0, s_layout))
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+        p, alpha, m_i, l_i = _softmax(s, scale, row_scale, i, keys, position, m_i, l_i, MASKED, CAUSAL, s_layout)
+        # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the softmax.
+        scratch.store(l_i)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+        return p, acc, m_i, l_i
+
+    @gluon.jit
+    def _sums(
+        HALF: gl.constexpr, q, row_scale, keys, stop, place, position, boxes, barriers, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr,
+        STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
+    ):  # fmt: skip
+        """All tiles of 64 queries that see a key: sums, maxima and sums of P."""
+        _, k_boxes, v_boxes, scale_boxes, scratches = boxes
+        _, k_ready, k_empty, v_ready, _ = barriers
+        acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+        l_i = own_sums(gl.zeros([64, 128], gl.float32, s_layout))
+        s = _scores(q, k_boxes, k_ready, 0, STAGES, s_layout)
+        scale = scale_boxes.index(0).load(gl.SliceLayout(0, s_layout))
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_empty.index(0), count=1)
+        p, _, m_i, l_i = _softmax(s, scale, row_scale, 0, keys, position, m_i, l_i, True, CAUSAL, s_layout)
+        full = gl.maximum(gl.minimum(place + 1, keys) // 128 if CAUSAL else keys // 128, 1)
+        for i in range(1, full):
+            p, acc, m_i, l_i = _step(
+                q, p, acc, m_i, l_i, row_scale, i, keys, position, boxes, scratches.index(HALF), barriers, False, CAUSAL,
+                STAGES, s_layout, o_layout,
+            )  # fmt: skip
+        for i in range(full, gl.cdiv(stop, 128)):
+            p, acc, m_i, l_i = _step(
+                q, p, acc, m_i, l_i, row_scale, i, keys, position, boxes, scratches.index(HALF), barriers, True, CAUSAL,
+                STAGES, s_layout, o_layout,
+            )  # fmt: skip
+        last = gl.cdiv(stop, 128) - 1
+        p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
+        mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+        acc = warpgroup_mma(p16, v_boxes.index(last % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        return acc, m_i, gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
+
+    @gluon.jit
+    def _attend(
+        HALF: gl.constexpr, tensors, boxes, barriers, tables, sizes, strides, KV_HEADS, D: gl.constexpr,
+        BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    ):  # fmt: skip
+        """64 queries."""
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+        o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+        q_scale, v_mean, out, lse = tensors
+        owner, rows, columns = tables
+        T, _, HEADS_PER_KEY = sizes
+        n, block, place, _, stop = _place(owner, rows, columns, CAUSAL)
+        h = gl.program_id(1).to(gl.int64)
+        if n >= 0:
+            local = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+            row = h * T + block * 128 + local
+            row_scale = gl.load(q_scale + row)
+            acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+            m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+            l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
+            if stop > 0:
+                mbarrier.wait(barriers[0], 0)
+                keys = gl.load(columns + n * 4 + 2)
+                acc, m_i, l_i = _sums(
+                    HALF, boxes[0].index(HALF), row_scale, keys, stop, place, place + local, boxes, barriers, BLOCK_D, CAUSAL, STAGES,
+                    s_layout, o_layout,
+                )  # fmt: skip
+            count = gl.load(rows + n * 4 + 2)
+            total = gl.where((place + local < count) & (l_i != 0), m_i + gl.log2(l_i), float("inf"))
+            gl.store(lse + row, total)
+            l_i = gl.convert_layout(l_i, gl.SliceLayout(1, o_layout))
+            batch, first = gl.load(rows + n * 4).to(gl.int64), gl.load(rows + n * 4 + 1).to(gl.int64)
+            column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
+            real = column < D
+            mean = gl.load(v_mean + (batch * KV_HEADS + h // HEADS_PER_KEY) * D + column, mask=real, other=0.0)
+            acc = acc / gl.where(l_i == 0, 1.0, l_i)[:, None] + mean[None, :]
+            acc = gl.where((l_i == 0)[:, None], 0.0, acc)
+            position = place + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
+            goal = (
+                out + batch * strides[0] + h * strides[1] + (first + position)[:, None] * strides[2] + column[None, :]
+            )
+            gl.store(goal, acc.to(out.dtype.element_ty), mask=(position < count)[:, None] & real[None, :])
+
+    @gluon.jit(do_not_specialize=["T", "Tk"])
+    def _hopper_training_kernel(
+        q_desc, k_desc, v_desc, scale_desc, q_scale, v_mean, owner, rows, columns, out, lse,
+        HEADS_PER_KEY, KV_HEADS, T, Tk, stride_b, stride_h, stride_s,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    ):  # fmt: skip
+        q_boxes = gl.allocate_shared_memory(gl.int8, [2, 64, BLOCK_D], q_desc.layout)
+        k_boxes = gl.allocate_shared_memory(gl.int8, [STAGES, 128, BLOCK_D], k_desc.layout)
+        v_boxes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 128, BLOCK_D], v_desc.layout)
+        scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 128], scale_desc.layout)
+        q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(q_ready, count=1)
+        for i in gl.static_range(STAGES):
+            mbarrier.init(k_ready.index(i), count=1)
+            mbarrier.init(v_ready.index(i), count=1)
+            mbarrier.init(k_empty.index(i), count=2)
+            mbarrier.init(v_empty.index(i), count=2)
+        barriers = (q_ready, k_ready, k_empty, v_ready, v_empty)
+        scratches = gl.allocate_shared_memory(gl.float32, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        boxes, descriptors = (q_boxes, k_boxes, v_boxes, scale_boxes, scratches), (q_desc, k_desc, v_desc, scale_desc)
+        tables, tensors, sizes = (owner, rows, columns), (q_scale, v_mean, out, lse), (T, Tk, HEADS_PER_KEY)
+        strides = (stride_b, stride_h, stride_s)
+        gl.warp_specialize(
+            [
+                (_attend, (0, tensors, boxes, barriers, tables, sizes, strides, KV_HEADS, D, BLOCK_D, CAUSAL, STAGES)),
+                (_attend, (1, tensors, boxes, barriers, tables, sizes, strides, KV_HEADS, D, BLOCK_D, CAUSAL, STAGES)),
+                (_fetch, (descriptors, boxes, barriers, tables, sizes, BLOCK_D, CAUSAL, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
