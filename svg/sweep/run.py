@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -265,9 +266,13 @@ class _Run:
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Keep raw frames, compressed without loss; the file appears whole or not at all."""
-    with atomic_path(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, frames=frames, fps=fps)
+    """Keep raw frames, compressed without loss; the file, an npz, appears whole or not at all."""
+    values = {"frames": frames, "fps": np.asarray(fps)}
+    # numpy's own level, 6, takes three times as long for a tenth less.
+    with atomic_path(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, value in values.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
 
 
 def read_frames(path: Path) -> tuple[np.ndarray, float]:
