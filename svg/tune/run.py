@@ -31,7 +31,7 @@ from .stage import KeptPool, Stage
 VERSION = 1
 PRESET = "tuned.yaml"
 _VERIFICATIONS = 3
-_CORRECTIONS = 2  # settings tried in a search after the first
+_CORRECTIONS = 3  # settings tried in a search after the first
 _CLOSE = 3  # times the slack of the search: how far beyond the target a verified result is good enough
 
 

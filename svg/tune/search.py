@@ -105,7 +105,8 @@ class Search:
             A spending that was measured and reaches the target, or None.
         """
         for left in reversed(range(rounds)):
-            guess = self._next(target, start)
+            # A miss by a hair in the last but one leads to the bound: rather a little too far.
+            guess = self._next(target, start, target.slack * (2 if left == 1 else 0.5))
             if guess is None:
                 break
             if left == 0 and not self._met(target):
@@ -118,8 +119,8 @@ class Search:
     def _met(self, target: Target) -> list[float]:
         return [spent for spent, value in self.known.items() if target.margin(value) >= 0]
 
-    def _next(self, target: Target, start: float) -> float | None:
-        """Where to measure next, or None where nothing is left to gain."""
+    def _next(self, target: Target, start: float, height: float) -> float | None:
+        """Where to measure next to be `height` beyond the target, or None where nothing is left to gain."""
         way = 1 if target.rises else -1  # along which margins grow
         points = sorted((way * spent, target.margin(value)) for spent, value in self.known.items())
         low, high = sorted((way * self.low, way * self.high))
@@ -130,7 +131,7 @@ class Search:
         met = next((point for point in points if point[1] >= 0), None)
         missed = [point for point in points if point[1] < 0 and (met is None or point[0] < met[0])]
         if met is None:
-            guess = _beyond(missed, high, target.slack / 2)
+            guess = _beyond(missed, high, height)
         elif not missed:
             guess = low if met[0] - low < 0.05 * (high - low) else low + 0.4 * (met[0] - low)
         else:
