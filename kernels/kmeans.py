@@ -1,12 +1,17 @@
 """k-means of tokens, one clustering a head: squared Euclidean distance, Lloyd's iterations from given centroids.
 
-    labels[t]    = argmin_c |c|^2 - 2 x_t . c        (|x_t|^2 is the same for every c and only costs precision)
-                 = argmin_c |d|^2 + 2 mu . d - 2 x_t . d,   d = c - mu, mu the mean of a head's centroids
-    centroids[c] = mean of x_t over labels[t] == c   (an empty cluster keeps its centroid)
+    labels[t]    = argmin_c |c|^2 - 2 x_t . c             (|x_t|^2 is the same for every c and only costs precision)
+                 = argmin_c |d|^2 / 2 + mu . d - x_t . d,   d = c - mu, mu the mean of a head's first centroids
+    centroids[c] = mean of x_t over labels[t] == c        (an empty cluster keeps its centroid)
 
 The second form keeps precision where a head's tokens share a large mean, as keys do. Scores are fp32, of directions d
 rounded to x's dtype (so that products run on tensor cores, and are the exact distances to the rounded centroids); ties
-go to the lowest index. Sums run over tokens in sorted order, without atomics: two runs are bit-equal. fp16, bf16 and fp32 (three TF32 products), head dims up to 128, sm80 and newer; nothing waits for the device.
+go to the lowest index. fp16, bf16 and fp32 (three TF32 products), head dims up to 128, sm80 and newer; nothing waits for
+the device.
+
+An iteration is five kernels: scores and labels, a counting sort (permute.py), sums, means. Sums run over sorted tokens in
+parts of `PART_ROWS`, whatever their clusters: a product with ones where a token is a cluster's. A cluster across parts is
+put together from them in order, so two runs are bit-equal. The kernel that takes the means writes the next directions.
 """
 
 from dataclasses import dataclass
@@ -14,14 +19,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import target
-from .permute import sort_labels
+from . import kmeans_hopper, target
+from .permute import CHUNK, MAX_COUNTED, place_counted, sort_labels
 from .target import tl, triton
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCORE_CHUNK = 1 << 24
-CENTRED_ROWS = 16
+PART_ROWS = {2: 128, 4: 32}  # element bytes -> sorted tokens that are summed together
+SUMMED, CENTRED = 16, 8  # clusters of a product with ones, and those whose means one program takes
 
 
 class Clustering(NamedTuple):
@@ -60,11 +66,24 @@ def kmeans(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Cluster
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}: one is the cheapest warm-started choice")
-    for _ in range(iterations):
-        labels = kmeans_assign(x, centroids)
-        permutation, sizes = sort_labels(labels, centroids.shape[2])
-        centroids = cluster_means(x, permutation, sizes, centroids)
+    _check(x, centroids)
+    if not target.use_triton(x):
+        return kmeans_reference(x, centroids, iterations)
+    _check_triton("kmeans", x)
+    scored = _centred(x, centroids)
+    for i in range(iterations):
+        labels, permutation, sizes, ends = _assign_and_sort(x, scored)
+        centroids = _means(x, permutation, ends, centroids, scored if i + 1 < iterations else None)
     return Clustering(labels, centroids, sizes, permutation)
+
+
+def kmeans_reference(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Clustering:
+    """Specification of `kmeans` in plain torch; same arguments and result."""
+    mean = centroids.mean(2, keepdim=True)
+    for _ in range(iterations):
+        labels = _nearest(x, centroids, mean)
+        centroids, sizes = kmeans_update_reference(x, labels, centroids)
+    return Clustering(labels, centroids, sizes, sort_labels(labels, centroids.shape[2])[0])
 
 
 def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -88,47 +107,81 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     if not target.use_triton(x):
         return kmeans_assign_reference(x, centroids)
     _check_triton("kmeans_assign", x)
-    B, H, S, D = x.shape
-    C = centroids.shape[2]
-    centroids = centroids.contiguous()
-    directions = torch.empty_like(centroids, dtype=x.dtype)
-    offsets = torch.empty(B, H, C, dtype=torch.float32, device=x.device)
-    labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
-    block_d = max(16, triton.next_power_of_2(D))
-    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
-    with target.on_device(x):
-        mean = centroids.mean(2)
-        _centre_kernel[(triton.cdiv(C, CENTRED_ROWS), B * H)](
-            centroids, mean, directions, offsets, C, D=D, BLOCK_D=block_d, ROWS=CENTRED_ROWS
-        )
-        _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
-            x, directions, offsets, labels, H, S, C, *x.stride()[:3],
-            D=D, BLOCK_D=block_d, BLOCK_S=row.block_s, BLOCK_C=row.block_c,
-            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-            num_warps=row.num_warps, num_stages=row.num_stages,
-        )  # fmt: skip
-    return labels
+    return _assign(x, _centred(x, centroids), count=False)[0]
 
 
 def kmeans_assign_reference(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Specification of `kmeans_assign` in plain torch; same arguments and result (fp64 x scores in fp64)."""
+    return _nearest(x, centroids, centroids.mean(2, keepdim=True))
+
+
+def _nearest(x: torch.Tensor, centroids: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    directions, offsets = _centred(centroids, x.dtype)
+    directions = (centroids - mean).to(x.dtype)
+    exact = directions.to(centroids.dtype)
+    offsets = (exact * (exact / 2 + mean)).sum(-1).unsqueeze(2)
     directions = directions.to(wide).transpose(2, 3)  # [B, H, D, C]
     chunk = max(1, SCORE_CHUNK // (x.shape[0] * x.shape[1] * centroids.shape[2]))
     # The scores of all tokens at once would be B * H * S * C numbers.
-    parts = [
-        torch.argmin(offsets.unsqueeze(2) - 2 * part.to(wide) @ directions, dim=-1) for part in x.split(chunk, dim=2)
-    ]
+    parts = [torch.argmin(offsets - part.to(wide) @ directions, dim=-1) for part in x.split(chunk, dim=2)]
     return torch.cat(parts, dim=2).to(torch.int32)
 
 
-def _centred(centroids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centroids minus their mean, in dtype [B, H, C, D], and what a score adds to -2 x . d, fp32 [B, H, C]."""
-    mean = centroids.mean(2, keepdim=True)
-    directions = (centroids - mean).to(dtype).contiguous()
-    exact = directions.to(centroids.dtype)
-    return directions, (exact * (exact + 2 * mean)).sum(-1)
+class Scored(NamedTuple):
+    """What tokens are scored with.
+
+    Args:
+        mean: fp32 [B, H, D], about which directions are.
+        directions: [B, H, C, D] of the tokens' dtype, centroids minus mean.
+        offsets: fp32 [B, H, C rounded up], |d|^2 / 2 + mu . d of the rounded directions; +inf beyond C.
+    """
+
+    mean: torch.Tensor
+    directions: torch.Tensor
+    offsets: torch.Tensor
+
+
+def _centred(x: torch.Tensor, centroids: torch.Tensor) -> Scored:
+    B, H, C, D = centroids.shape
+    padded = triton.cdiv(C, kmeans_hopper.PAD) * kmeans_hopper.PAD
+    centroids = centroids.contiguous()
+    scored = Scored(centroids.mean(2), torch.empty_like(centroids, dtype=x.dtype), centroids.new_empty(B, H, padded))
+    with target.on_device(x):
+        _centre_kernel[(triton.cdiv(padded, CENTRED), B * H)](
+            centroids, *scored, C, padded, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), CLUSTERS=CENTRED
+        )
+    return scored
+
+
+def _assign_and_sort(x: torch.Tensor, scored: Scored) -> tuple[torch.Tensor, ...]:
+    """Labels, the permutation that sorts them, cluster sizes and their running sum."""
+    C = scored.directions.shape[2]
+    labels, counts = _assign(x, scored, count=C <= MAX_COUNTED)
+    if counts is not None:
+        return labels, *place_counted(labels, counts)
+    permutation, sizes = sort_labels(labels, C)
+    return labels, permutation, sizes, sizes.cumsum(-1, dtype=torch.int32)
+
+
+def _assign(x: torch.Tensor, scored: Scored, count: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels int32 [B, H, S], and how often each chunk has each, int32 [B * H, chunks, C]."""
+    B, H, S, D = x.shape
+    C, padded = scored.directions.shape[2], scored.offsets.shape[2]
+    labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(B * H, triton.cdiv(S, CHUNK), C, dtype=torch.int32, device=x.device) if count else None
+    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
+    with target.on_device(x):
+        if row.specialised and kmeans_hopper.takes(x):
+            kmeans_hopper.launch(x, scored.directions, scored.offsets, labels, counts, CHUNK, kmeans_hopper.row_for(C))
+        else:
+            _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
+                x, scored.directions, scored.offsets, labels, counts, H, S, C, padded, triton.cdiv(S, CHUNK),
+                *x.stride()[:3],
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.block_s, BLOCK_C=row.block_c, CHUNK=CHUNK,
+                PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
+                num_warps=row.num_warps, num_stages=row.num_stages,
+            )  # fmt: skip
+    return labels, counts
 
 
 def kmeans_update(x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,16 +251,35 @@ def cluster_means(
     if not target.use_triton(x):
         return cluster_means_reference(x, permutation, sizes, centroids)
     _check_triton("cluster_means", x)
+    return _means(x, permutation.contiguous(), sizes.cumsum(-1, dtype=torch.int32), centroids)
+
+
+def _means(
+    x: torch.Tensor,
+    permutation: torch.Tensor,
+    ends: torch.Tensor,
+    centroids: torch.Tensor,
+    scored: Scored | None = None,
+) -> torch.Tensor:
+    """Means of runs of sorted tokens that stop at `ends`; where scored is given, its directions become those of the means."""
     B, H, S, D = x.shape
     C = centroids.shape[2]
-    means = torch.empty_like(centroids, memory_format=torch.contiguous_format)
-    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
-    sizes = sizes.contiguous()
+    centroids = centroids.contiguous()
+    means = torch.empty_like(centroids)
+    rows = PART_ROWS[x.element_size()]
+    parts = triton.cdiv(S, rows)
+    sums = torch.empty(B * H, C + 2 * parts, D, dtype=torch.float32, device=x.device)
+    block_d = max(16, triton.next_power_of_2(D))
     with target.on_device(x):
-        _update_kernel[(C, B * H)](
-            x, permutation.contiguous(), sizes, torch.cumsum(sizes, -1, dtype=torch.int32), centroids.contiguous(), means,
-            H, S, C, *x.stride()[:3],
-            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.update_block_s, num_warps=4,
+        _sum_kernel[(parts, B * H)](
+            x, permutation, ends, sums, H, S, C, *x.stride()[:3],
+            D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=SUMMED,
+            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        )  # fmt: skip
+        _mean_kernel[(triton.cdiv(C, CENTRED), B * H)](
+            sums, ends, centroids, means, *(scored or (None, None, None)), C, parts,
+            0 if scored is None else scored.offsets.shape[2],
+            D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=CENTRED,
         )  # fmt: skip
     return means
 
@@ -252,7 +324,7 @@ class Launch:
     block_c: int
     num_warps: int
     num_stages: int
-    update_block_s: int = 32
+    specialised: bool = False
 
 
 # arch -> element bytes -> tile sizes. sm90's 16-bit row is measured (docs/kernels.md), the others are chosen by ahead-of-time
@@ -260,34 +332,41 @@ class Launch:
 LAUNCH = {
     80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
     89: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
-    90: {2: Launch(128, 32, 8, 4, 128), 4: Launch(64, 16, 8, 2)},
+    90: {2: Launch(128, 32, 8, 4, True), 4: Launch(64, 16, 8, 2)},
     100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
     120: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
 }
 
 
-@triton.jit(do_not_specialize=["C"])
-def _centre_kernel(
-    centroids, mean, directions, offsets, C, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
-):
-    """What `_centred` computes."""
-    bh = tl.program_id(1).to(tl.int64)
-    row = bh * C + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = row < (bh + 1) * C
-    mask = inside[:, None] & (offs_d < D)[None, :]  # [ROWS, BD]
-    centre = tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :]
-    entry = row[:, None] * D + offs_d[None, :]
-    direction = (tl.load(centroids + entry, mask=mask, other=0.0) - centre).to(directions.dtype.element_ty)
+@triton.jit
+def _direct(value, centre, directions, offsets, entry, place, mask, inside):
+    """Writes what tokens are scored with."""
+    direction = (value - centre).to(directions.dtype.element_ty)
     tl.store(directions + entry, direction, mask=mask)
     exact = tl.where(mask, direction.to(tl.float32), 0.0)
-    tl.store(offsets + row, tl.sum(exact * (exact + 2 * centre), 1), mask=inside)
+    tl.store(offsets + place, tl.where(inside, tl.sum(exact * (exact / 2 + centre), 1), float("inf")))
 
 
-@triton.jit(do_not_specialize=["S", "C"])
+@triton.jit(do_not_specialize=["C", "padded"])
+def _centre_kernel(
+    centroids, mean, directions, offsets, C, padded, D: tl.constexpr, BLOCK_D: tl.constexpr, CLUSTERS: tl.constexpr
+):
+    bh = tl.program_id(1).to(tl.int64)
+    cluster = tl.program_id(0) * CLUSTERS + tl.arange(0, CLUSTERS)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = cluster < C
+    mask = inside[:, None] & (offs_d < D)[None, :]  # [CLUSTERS, BD]
+    entry = (bh * C + cluster)[:, None] * D + offs_d[None, :]
+    centre = tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :]
+    value = tl.load(centroids + entry, mask=mask, other=0.0)
+    _direct(value, centre, directions, offsets, entry, bh * padded + cluster, mask, inside)
+
+
+@triton.jit(do_not_specialize=["S", "C", "padded", "chunks"])
 def _assign_kernel(
-    x, directions, offsets, labels, H, S, C, stride_xb, stride_xh, stride_xs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    x, directions, offsets, labels, counts, H, S, C, padded, chunks, stride_xb, stride_xh, stride_xs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -297,7 +376,7 @@ def _assign_kernel(
     x_ptr = x + b * stride_xb + h * stride_xh + offs_s[:, None] * stride_xs + offs_d[None, :]
     x_tile = tl.load(x_ptr, mask=(offs_s < S)[:, None] & (offs_d < D)[None, :], other=0.0)  # [BS, BD]
     directions += bh * C * D
-    offsets += bh * C
+    offsets += bh * padded
     # Each column keeps its own best until the end: one reduction instead of one a tile.
     best = tl.full([BLOCK_S, BLOCK_C], float("inf"), dtype=tl.float32)
     best_first = tl.zeros([BLOCK_S, BLOCK_C], dtype=tl.int32)
@@ -306,7 +385,7 @@ def _assign_kernel(
         d_ptr = directions + (first + offs_c)[:, None] * D + offs_d[None, :]
         d_tile = tl.load(d_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [BC, BD]
         offset = tl.load(offsets + first + offs_c, mask=inside, other=float("inf"))
-        score = offset[None, :] - 2 * tl.dot(x_tile, tl.trans(d_tile), input_precision=PRECISION)  # [BS, BC]
+        score = offset[None, :] - tl.dot(x_tile, tl.trans(d_tile), input_precision=PRECISION)  # [BS, BC]
         closer = score < best
         best = tl.where(closer, score, best)
         best_first = tl.where(closer, first, best_first)
@@ -315,28 +394,76 @@ def _assign_kernel(
     # NaN scores match nothing: the label stays in range, and the caller's finite check reports the input.
     label = tl.minimum(tl.min(index, 1), C - 1)
     tl.store(labels + bh * S + offs_s, label, mask=offs_s < S)
+    if counts is not None:
+        entry = (bh * chunks + offs_s // CHUNK) * C + label
+        tl.atomic_add(counts + entry, 1, mask=offs_s < S, sem="relaxed")  # whole numbers: any order
 
 
 @triton.jit(do_not_specialize=["S", "C"])
-def _update_kernel(
-    x, permutation, sizes, stops, old, new, H, S, C, stride_xb, stride_xh, stride_xs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+def _sum_kernel(
+    x, permutation, ends, sums, H, S, C, stride_xb, stride_xh, stride_xs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(1).to(tl.int64)
-    b, h = bh // H, bh % H
-    cluster = bh * C + tl.program_id(0)
-    size = tl.load(sizes + cluster)
-    permutation += bh * S + tl.load(stops + cluster) - size
-    x += b * stride_xb + h * stride_xh
-    offs_s = tl.arange(0, BLOCK_S)
+    """Sums of a part's clusters. Row c of sums is cluster c where it lies in one part; else row C + 2 part is what a part has
+    of a cluster that began before it, and the row after that what it has of one that it does not finish."""
+    part = tl.program_id(0)
+    bh = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # the cache still has the last heads that were scored
+    first = part * ROWS
+    place = first + tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
-    real = offs_d < D
-    total = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    for first in range(0, size, BLOCK_S):
-        inside = first + offs_s < size
-        token = tl.load(permutation + first + offs_s, mask=inside, other=0).to(tl.int64)
-        rows = x + token[:, None] * stride_xs + offs_d[None, :]
-        total += tl.load(rows, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / tl.maximum(size, 1).to(tl.float32)
-    kept = tl.load(old + cluster * D + offs_d, mask=real, other=0.0)
-    tl.store(new + cluster * D + offs_d, tl.where(size > 0, mean, kept), mask=real)
+    token = tl.load(permutation + bh * S + place, mask=place < S, other=0).to(tl.int64)
+    x += (bh // H) * stride_xb + (bh % H) * stride_xh
+    mask = (place < S)[:, None] & (offs_d < D)[None, :]
+    rows = tl.load(x + token[:, None] * stride_xs + offs_d[None, :], mask=mask, other=0.0)  # [ROWS, BD]
+    ends += bh * C
+    sums += bh * (C + 2 * tl.num_programs(0)) * D
+    cluster, high = 0, C - 1
+    while cluster < high:  # the first one that ends in this part or later
+        middle = (cluster + high) // 2
+        if tl.load(ends + middle) > first:
+            high = middle
+        else:
+            cluster = middle + 1
+    reached = first
+    while reached < tl.minimum(first + ROWS, S):
+        c = cluster + tl.arange(0, CLUSTERS)
+        stop = tl.load(ends + c, mask=c < C, other=0)
+        start = tl.load(ends + c - 1, mask=(c > 0) & (c < C), other=0)
+        member = (place[None, :] >= start[:, None]) & (place[None, :] < stop[:, None])
+        total = tl.dot(member.to(rows.dtype), rows, input_precision=PRECISION)  # [CLUSTERS, BD]
+        row = tl.where(start < first, C + 2 * part, tl.where(stop > first + ROWS, C + 2 * part + 1, c))
+        some = (tl.maximum(start, first) < tl.minimum(stop, first + ROWS))[:, None] & (offs_d < D)[None, :]
+        tl.store(sums + row[:, None].to(tl.int64) * D + offs_d[None, :], total, mask=some)
+        cluster += CLUSTERS
+        reached = tl.load(ends + tl.minimum(cluster, C) - 1)
+
+
+@triton.jit(do_not_specialize=["C", "parts", "padded"])
+def _mean_kernel(
+    sums, ends, old, new, mean, directions, offsets, C, parts, padded,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
+):  # fmt: skip
+    """Means from the sums of parts, and the directions of the next scores."""
+    bh = tl.program_id(1).to(tl.int64)
+    cluster = tl.program_id(0) * CLUSTERS + tl.arange(0, CLUSTERS)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = cluster < C
+    stop = tl.load(ends + bh * C + cluster, mask=inside, other=0)
+    start = tl.load(ends + bh * C + cluster - 1, mask=inside & (cluster > 0), other=0)
+    size = stop - start
+    first, last = start // ROWS, (stop - 1) // ROWS
+    real = (offs_d < D)[None, :]
+    sums += bh * (C + 2 * parts) * D + offs_d[None, :]
+    row = tl.where(first == last, cluster, C + 2 * first + 1)
+    total = tl.load(sums + row[:, None] * D, mask=(size > 0)[:, None] & real, other=0.0)  # [CLUSTERS, BD]
+    for part in range(1, tl.max(last - first, 0) + 1):
+        more = (size > 0) & (first + part <= last)
+        total += tl.load(sums + (C + 2 * (first + part))[:, None] * D, mask=more[:, None] & real, other=0.0)
+    mask = inside[:, None] & real
+    entry = (bh * C + cluster)[:, None] * D + offs_d[None, :]
+    kept = tl.load(old + entry, mask=mask, other=0.0)
+    value = tl.where((size > 0)[:, None], total / tl.maximum(size, 1).to(tl.float32)[:, None], kept)
+    tl.store(new + entry, value, mask=mask)
+    if directions is not None:
+        centre = tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :]
+        _direct(value, centre, directions, offsets, entry, bh * padded + cluster, mask, inside)

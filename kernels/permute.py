@@ -13,8 +13,8 @@ from .target import tl, triton
 
 INT16_LABELS = 1 << 15
 MAX_COUNTED = 4096  # more clusters are sorted by torch
-CHUNK, PART = 512, 16  # tokens counted together; how many of them are compared with all of them at once
-SCAN_ROWS = 8
+CHUNK = 256  # tokens counted together; a byte holds a rank among them
+SCANNED = 16  # clusters a program
 
 
 def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,21 +54,41 @@ def sort_labels_reference(labels: torch.Tensor, num_clusters: int) -> tuple[torc
 
 def _count_and_place(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A counting sort: how often each chunk has each label, where that puts its tokens, and each token there."""
+    labels = labels.contiguous()
     S = labels.shape[-1]
-    flat = labels.contiguous().view(-1, S)
-    grid = (triton.cdiv(S, CHUNK), flat.shape[0])
-    counts = torch.empty(flat.shape[0], num_clusters, grid[0], dtype=torch.int32, device=labels.device)
-    permutation = torch.empty(flat.shape, dtype=torch.int32, device=labels.device)
+    flat = labels.view(-1, S)
+    chunks = triton.cdiv(S, CHUNK)
+    counts = torch.empty(flat.shape[0], chunks, num_clusters, dtype=torch.int32, device=labels.device)
     with target.on_device(labels):
-        _count_kernel[grid](
+        _count_kernel[(chunks, flat.shape[0])](
             flat, counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
         )
-        sizes = torch.empty(flat.shape[0], num_clusters, dtype=torch.int32, device=labels.device)
-        rows = triton.cdiv(sizes.numel(), SCAN_ROWS)
-        _scan_kernel[(rows,)](counts, sizes, grid[0], sizes.numel(), ROWS=SCAN_ROWS, BLOCK=triton.next_power_of_2(grid[0]))
+    return place_counted(labels, counts)[:2]
+
+
+def place_counted(labels: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The second half of a counting sort, on the Triton path.
+
+    Args:
+        labels: int [..., S], contiguous.
+        counts: int32 [rows, chunks, C], how often each CHUNK tokens have each label; overwritten.
+
+    Returns:
+        permutation int32 [..., S]; sizes and their running sum, int32 [..., C].
+    """
+    S = labels.shape[-1]
+    rows, chunks, C = counts.shape
+    permutation = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+    sizes = torch.empty(*labels.shape[:-1], C, dtype=torch.int32, device=labels.device)
+    with target.on_device(labels):
+        _scan_kernel[(triton.cdiv(C, SCANNED), rows)](
+            counts, sizes, chunks, C, BLOCK_C=SCANNED, BLOCK=min(512, max(16, triton.next_power_of_2(chunks)))
+        )
         ends = sizes.cumsum(-1, dtype=torch.int32)
-        _place_kernel[grid](flat, counts, sizes, ends, permutation, S, num_clusters, CHUNK=CHUNK, PART=PART, num_warps=8)
-    return permutation.view(labels.shape), sizes.view(*labels.shape[:-1], num_clusters)
+        _place_kernel[(chunks, rows)](
+            labels, counts, sizes, ends, permutation, S, C, CHUNK=CHUNK, BITS=max(1, (C - 1).bit_length())
+        )
+    return permutation, sizes, ends
 
 
 def inverse_permutation(permutation: torch.Tensor) -> torch.Tensor:
@@ -177,38 +197,55 @@ def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr, BLOCK_C: tl.constex
     offs_c = tl.arange(0, BLOCK_C)
     beyond = tl.maximum((chunk + 1) * CHUNK - S, 0)  # were counted as label 0
     count = tl.where(offs_c == 0, count - beyond, count)
-    tl.store(counts + (row * C + offs_c) * tl.num_programs(0) + chunk, count, mask=offs_c < C)
+    tl.store(counts + (row * tl.num_programs(0) + chunk) * C + offs_c, count, mask=offs_c < C)
 
 
-@triton.jit(do_not_specialize=["chunks", "total"])
-def _scan_kernel(counts, sizes, chunks, total, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["chunks", "C"])
+def _scan_kernel(counts, sizes, chunks, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
     """Counts of each chunk become those of the chunks before it."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    chunk = tl.arange(0, BLOCK)
-    mask = (row < total)[:, None] & (chunk < chunks)[None, :]  # [ROWS, BLOCK]
-    entry = counts + row[:, None].to(tl.int64) * chunks + chunk[None, :]
-    count = tl.load(entry, mask=mask, other=0)
-    tl.store(entry, tl.cumsum(count, 1) - count, mask=mask)
-    tl.store(sizes + row, tl.sum(count, 1), mask=row < total)
+    row = tl.program_id(1).to(tl.int64)
+    cluster = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_C], dtype=tl.int32)
+    for first in range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        mask = (chunk < chunks)[:, None] & (cluster < C)[None, :]  # [BLOCK, BC]
+        entry = counts + (row * chunks + chunk[:, None]) * C + cluster[None, :]
+        count = tl.load(entry, mask=mask, other=0)
+        tl.store(entry, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
+        total += tl.sum(count, 0)
+    tl.store(sizes + row * C + cluster, total, mask=cluster < C)
+
+
+@triton.jit
+def _rank(label, word_label, CHUNK: tl.constexpr, BITS: tl.constexpr):
+    """How many tokens of a chunk come before each with the same label: labels as bit planes, 32 tokens a word."""
+    place = tl.arange(0, CHUNK)[None, :]
+    word = tl.arange(0, CHUNK // 32)[:, None]
+    before = tl.minimum(tl.maximum(place - 32 * word, 0), 32)  # of a word's tokens
+    same = tl.where(before == 32, -1, (1 << (before & 31)) - 1)  # [words, CHUNK]
+    label = label[None, :]
+    for bit in tl.static_range(BITS):
+        plane = tl.sum(((word_label >> bit) & 1) << tl.arange(0, 32)[None, :], 1)
+        same &= ~(plane[:, None] ^ -((label >> bit) & 1))
+    # Set bits: of pairs, of fours, of bytes, and all bytes of all words at last.
+    bits = same.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((tl.sum(bits, 0) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["S", "C"])
-def _place_kernel(labels, before, sizes, ends, permutation, S, C, CHUNK: tl.constexpr, PART: tl.constexpr):
+def _place_kernel(labels, before, sizes, ends, permutation, S, C, CHUNK: tl.constexpr, BITS: tl.constexpr):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place = tl.arange(0, CHUNK)
-    token = chunk * CHUNK + place
-    label = tl.load(labels + row * S + token, mask=token < S, other=-1).to(tl.int32)  # [CHUNK]
-    earlier = tl.zeros([CHUNK, PART], dtype=tl.int32)  # summed at the end: sums over threads are slow
-    for first in range(0, CHUNK, PART):
-        other = first + tl.arange(0, PART)
-        other_token = chunk * CHUNK + other
-        other_label = tl.load(labels + row * S + other_token, mask=other_token < S, other=-2).to(tl.int32)  # [PART]
-        earlier += ((label[:, None] == other_label[None, :]) & (other[None, :] < place[:, None])).to(tl.int32)
-    rank = tl.sum(earlier, 1)
-    cluster = row * C + label
-    start = tl.load(ends + cluster, mask=token < S, other=0) - tl.load(sizes + cluster, mask=token < S, other=0)
-    start += tl.load(before + cluster * tl.num_programs(0) + chunk, mask=token < S, other=0)
-    tl.store(permutation + row * S + start + rank, token, mask=token < S)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = token < S
+    label = tl.load(labels + row * S + token, mask=inside, other=0).to(tl.int32)  # [CHUNK]
+    start = tl.load(ends + row * C + label) - tl.load(sizes + row * C + label)
+    start += tl.load(before + (row * tl.num_programs(0) + chunk) * C + label)
+    words = chunk * CHUNK + tl.arange(0, CHUNK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    word_label = tl.load(labels + row * S + words, mask=words < S, other=0).to(tl.int32)
+    tl.store(permutation + row * S + start + _rank(label, word_label, CHUNK, BITS), token, mask=inside)
 
 
 @triton.jit(do_not_specialize=["S"])

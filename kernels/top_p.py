@@ -6,8 +6,9 @@ Clusters are ranked by logit, heaviest first (ties: lowest index), and a prefix 
 while the mass *before* a cluster is <= top_p, and at least ceil(min_k_ratio * Ck) of them;
 then cut where the kept tokens would exceed budget; at least one cluster always stays. fp32 throughout.
 
-The kernel needs no sort: a row's keys (logit bits, index) are distinct 64-bit integers, and "kept" is monotone in
-them, so a bisection over the integers finds the last kept key exactly. Up to 8192 key clusters, sm80 and newer.
+The kernel needs no sort: "kept" is monotone in the order, so a bisection over the 32 bits of a logit finds the last kept
+one. It stops when one cluster is left in doubt; clusters of equal logits are told apart by a bisection over their indices.
+Up to 8192 key clusters, sm80 and newer.
 """
 
 import math
@@ -118,7 +119,7 @@ def _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget):
         raise ValueError(f"budget must be in (0, 1], got {budget}: leave it None for no bound")
 
 
-# arch -> warps for up to 2048 key clusters (twice as many above). Not measured.
+# arch -> warps for up to 2048 key clusters (four times as many above). Not measured.
 LAUNCH = {80: 4, 89: 4, 90: 4, 100: 4, 120: 4}
 
 
@@ -129,7 +130,7 @@ def _select(scores, k_sizes, top_p, at_least, at_most):
             f"top_p needs at most {MAX_CLUSTERS} key clusters, got {Ck}: use fewer num_k_clusters"
         )
     block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=scores.device)
-    num_warps = target.launch_row(LAUNCH, scores.device) * (1 if Ck <= 2048 else 2)
+    num_warps = target.launch_row(LAUNCH, scores.device) * (1 if Ck <= 2048 else 4)
     head_top_p = top_p.contiguous() if isinstance(top_p, torch.Tensor) else None
     with target.on_device(scores):
         _select_kernel[(Cq, B * H)](
@@ -138,6 +139,14 @@ def _select(scores, k_sizes, top_p, at_least, at_most):
             BLOCK_C=max(16, triton.next_power_of_2(Ck)), num_warps=num_warps,
         )  # fmt: skip
     return block_map
+
+
+@triton.jit
+def _above(above, p, n, top_p, at_least):
+    """Number and tokens of a set of clusters, and whether one that is behind them all is wanted."""
+    count = tl.sum(above.to(tl.int32), 0)
+    mass = tl.sum(tl.where(above, p, 0.0), 0)
+    return count, tl.sum(tl.where(above, n, 0), 0), (mass <= top_p) | (count < at_least) | (top_p >= 1)
 
 
 @triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "H", "at_least"])
@@ -153,23 +162,37 @@ def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, head_top_p,
     logit = tl.where(real, score + tl.log(tl.maximum(n, 1).to(tl.float32)), float("-inf"))
     p = tl.exp(logit - tl.max(logit, 0))
     p = p / tl.sum(p, 0)
-    # Order-preserving integers: flip the magnitude bits of negative floats, then append the reversed index.
+    # Order-preserving integers: flip the magnitude bits of negative floats.
     bits = (logit + 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = bits.to(tl.int64) * BLOCK_C + (BLOCK_C - 1 - offs)
+    bits = tl.where(real, bits, -2147483648)
     most = tl.max(n, 0) * 0 + 2147483647
     if at_most is not None:
         most = tl.load(at_most + bh)
-    high = tl.max(tl.where(real, key, -(1 << 62)), 0)  # the heaviest cluster is always kept
-    low = tl.min(tl.where(real, key, 1 << 62), 0)
-    while low < high:
-        middle = low + (high - low) // 2
-        above = real & (key > middle)
-        mass = tl.sum(tl.where(above, p, 0.0), 0)
-        wanted = (mass <= top_p) | (tl.sum(above.to(tl.int32), 0) < at_least) | (top_p >= 1)
-        fits = tl.sum(tl.where(real & (key >= middle), n, 0), 0) <= most
-        if wanted & fits:
-            high = middle
+    # Above `high` all are kept, below `low` none.
+    top = tl.max(bits, 0)
+    high = top.to(tl.int64)
+    low = tl.min(tl.where(real, bits, 2147483647), 0).to(tl.int64)
+    above_high, above_low = 0, tl.sum(real.to(tl.int32), 0)
+    while (low < high) & (above_low - above_high > 1):
+        middle = (low + high) >> 1
+        count, tokens, wanted = _above(bits > middle.to(tl.int32), p, n, top_p, at_least)
+        if wanted & (tokens <= most):
+            high, above_high = middle, count
         else:
-            low = middle + 1
-    tl.store(block_map + row * Ck + offs, (real & (key >= high)).to(tl.uint8), mask=offs < Ck)
+            low, above_low = middle + 1, count
+    sure = bits > high.to(tl.int32)
+    open = real & (bits >= low.to(tl.int32)) & (bits <= high.to(tl.int32))
+    first = tl.min(tl.where(open, offs, BLOCK_C), 0)
+    cut = tl.max(tl.where(open, offs + 1, 0), 0)
+    while first < cut:
+        middle = (first + cut) // 2
+        _, _, wanted = _above(sure | (open & (offs < middle)), p, n, top_p, at_least)
+        tokens = tl.sum(tl.where(sure | (open & (offs <= middle)), n, 0), 0)
+        if wanted & (tokens <= most):
+            first = middle + 1
+        else:
+            cut = middle
+    heaviest = tl.min(tl.where(bits == top, offs, BLOCK_C), 0)  # is always kept
+    kept = real & (sure | (open & (offs < cut)) | (offs == heaviest))
+    tl.store(block_map + row * Ck + offs, kept.to(tl.uint8), mask=offs < Ck)

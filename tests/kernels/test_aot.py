@@ -17,15 +17,17 @@ COMPILER = Path(__file__).parents[1] / "support" / "triton_aot.py"
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
-    "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_update_kernel",
+    "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_sum_kernel", "_mean_kernel",
     "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel", "_probe_kernel",
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
     "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_segment_means_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
     "_hopper_quantised_kernel", "_hopper_training_kernel", "_hopper_query_gradient_kernel", "_hopper_key_gradient_kernel",
+    "_hopper_assign_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
+ON_TENSOR_CORES = {"_attention_kernel", "_assign_kernel", "_hopper_attention_kernel", "_hopper_assign_kernel"}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
 INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 FP4 = {100: "UTCOMMA", 120: "OMMA"}  # elsewhere fp16 products emulate it
@@ -72,7 +74,7 @@ def test_every_kernel_compiles_within_the_limits(arch):
 
 @archs
 def test_products_run_on_tensor_cores(arch):
-    rows = [row for row in compiled(arch) if row["kernel"] in ("_attention_kernel", "_assign_kernel", "_hopper_attention_kernel")]
+    rows = [row for row in compiled(arch) if row["kernel"] in ON_TENSOR_CORES]
     for row in rows:
         # Three TF32 products may take the older instruction where the newer one has no layout for them.
         allowed = {TENSOR_CORE[arch], "HMMA"} if "fp32" in row["case"] else {TENSOR_CORE[arch]}

@@ -22,7 +22,7 @@ from svg.kernels import (
     block_sparse_attention_quantised,
     block_statistics,
     gather_tokens,
-    kmeans_assign,
+    kmeans,
     kmeans_update,
     neighbour_order,
     gate_residual,
@@ -88,6 +88,7 @@ def run_operations(arch):
     yield "block_sparse bf16 D=128 tail", lambda: attention(DTYPES["bf16"], 128, tail=5)
     for name, dtype in DTYPES.items():
         yield f"kmeans {name}", lambda dtype=dtype: clustering(dtype)
+    yield "kmeans bf16 through pointers", lambda: clustering(torch.bfloat16, padding=1)
     fp8 = target.arch(None) >= target.FP8_ARCH
     for precision, D in (("int8-fp8" if fp8 else "int8-fp16", 64), ("int8-fp8", 128), ("int8-fp16", 128)):
         if fp8 or precision == "int8-fp16":
@@ -226,10 +227,11 @@ def elementwise():
     gate_residual(x, x, row)
 
 
-def clustering(dtype):
-    x, centroids = torch.zeros(1, 2, 256, 128, dtype=dtype), torch.zeros(1, 2, 32, 128)
-    kmeans_update(x, torch.zeros(1, 2, 256, dtype=torch.int32), centroids)
-    kmeans_assign(x, centroids)
+def clustering(dtype, padding=0):
+    x = torch.zeros(1, 2, 256, 128 + padding, dtype=dtype)[..., :128]
+    for clusters in (32, 1000):
+        kmeans(x, torch.zeros(1, 2, clusters, 128), 2)
+    kmeans_update(x, torch.zeros(1, 2, 256, dtype=torch.int32), torch.zeros(1, 2, 32, 128))
 
 
 def top_p(clusters, budget, share=0.9):
