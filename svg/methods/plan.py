@@ -27,6 +27,7 @@ class Plan:
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
         tail: what stands for the blocks that are not computed, or None; for native precision only.
+        share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     kind: Tensor | None = None
     pv_threshold: Tensor | None = None
     tail: Tail | None = None
+    share: Tensor | None = None
     reused: bool = False
     _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
 
@@ -63,16 +65,22 @@ class Plan:
             float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys); a key of the tail counts as one.
         """
         if not self._density:
-            self._density.append(self._computed_share())
+            share = self.share
+            if share is None:
+                share = map_shares(self.block_map, self.q_sizes, self.k_sizes, self.visible_keys, self.tail)
+            self._density.append(share[self.map_index.long()])
         return self._density[0]
 
-    def _computed_share(self) -> Tensor:
-        seen = torch.where(self.block_map, self.k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
-        if self.tail is not None:
-            seen = seen + self.tail.bias.isfinite().sum(-1)
-        area = (seen * self.q_sizes).sum(-1)  # [M], int64: exact
-        share = area.double() / (self.q_sizes.sum(-1) * self.visible_keys)
-        return share.float()[self.map_index.long()]
+
+def map_shares(
+    block_map: Tensor, q_sizes: Tensor, k_sizes: Tensor, visible_keys: Tensor, tail: Tail | None = None
+) -> Tensor:
+    """Density of each map of a plan, float32 [M]; arguments as `Plan` has them."""
+    seen = torch.where(block_map, k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
+    if tail is not None:
+        seen = seen + tail.bias.isfinite().sum(-1)
+    area = (seen * q_sizes).sum(-1)  # [M], int64: exact
+    return (area.double() / (q_sizes.sum(-1) * visible_keys)).float()
 
 
 def execute(

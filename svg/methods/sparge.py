@@ -143,6 +143,8 @@ def _limits(config: SpargeConfig, state: LayerState, heads: int, device: torch.d
 
 def _permutation(blocks: VideoBlocks, layout: TokenLayout, text_mask: Tensor | None) -> Tensor | None:
     """int32 [1 or B, S], sorted -> original index: the video, prompt, padding; None where nothing moves."""
+    if not layout.text_tokens:
+        return None if blocks.order is None else blocks.order[None]
     moves = blocks.order is not None or layout.text_position == "first" or text_mask is not None
     if not moves:
         return None

@@ -27,7 +27,7 @@ from ..config import SVG1Config
 from ..layout import TokenLayout
 from ..state import LayerState
 from .dense import key_mask
-from .plan import Plan, visible_keys
+from .plan import Plan, map_shares, visible_keys
 
 SPATIAL, TEMPORAL = 0, 1
 Q_BLOCKS = 2  # a block of queries is as long as two of keys: the kernels' tiles are 128 x 64
@@ -69,6 +69,7 @@ class BandMaps:
         q_sizes, k_sizes: int32 [2N, Cq], [2N, Ck].
         block_map: bool [2N, Cq, Ck].
         visible_keys: int64 [2N].
+        share: float32 [2N], the maps' densities.
     """
 
     q_permutation: Tensor
@@ -78,6 +79,7 @@ class BandMaps:
     k_sizes: Tensor
     block_map: Tensor
     visible_keys: Tensor
+    share: Tensor
 
 
 def plan(
@@ -128,6 +130,7 @@ def plan(
         block_map=maps.block_map,
         map_index=map_index.to(torch.int32),
         visible_keys=maps.visible_keys,
+        share=maps.share,
         kind=kind.to(torch.int8),
     )
 
@@ -143,10 +146,17 @@ def sample_rows(video_tokens: int, count: int, generator: torch.Generator) -> Te
     Returns:
         int64 [min(count, V)], ascending, in [0, V).
     """
-    count = min(count, video_tokens)
-    edges = torch.arange(count + 1, device=generator.device) * video_tokens // count
-    draw = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    return edges[:-1] + (draw * edges.diff()).long()
+    starts, lengths = _stretches(video_tokens, min(count, video_tokens), generator.device)
+    draw = torch.rand(len(starts), generator=generator, device=generator.device, dtype=torch.float64)
+    return starts + (draw * lengths).long()
+
+
+@lru_cache(maxsize=4)
+def _stretches(tokens: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Starts and lengths of equal stretches, int64 [count]."""
+    with torch.inference_mode(False):
+        edges = torch.arange(count + 1) * tokens // count
+        return edges[:-1].to(device), edges.diff().to(device)
 
 
 def row_masks(maps: BandMaps, rows: Tensor, layout: TokenLayout, block_size: int) -> Tensor:
@@ -219,14 +229,17 @@ def band_maps(
     if text_mask is None:
         text_mask = torch.ones(num, layout.text_tokens, dtype=torch.bool, device=device)
     prompt = text_mask.sum(-1, keepdim=True)  # [N, 1]
+    q_sizes, k_sizes = (_sizes(sizes, prompt, layout.text_tokens) for sizes in (grid.q_sizes, grid.k_sizes))
+    visible = visible.repeat_interleave(2)
     return BandMaps(
         q_permutation=_sequence(grid.q_order, text_mask, layout),
         k_permutation=_sequence(grid.k_order, text_mask, layout),
         k_block=_blocks_of_tokens(grid, text_mask, layout),
-        q_sizes=_sizes(grid.q_sizes, prompt, layout.text_tokens),
-        k_sizes=_sizes(grid.k_sizes, prompt, layout.text_tokens),
+        q_sizes=q_sizes,
+        k_sizes=k_sizes,
         block_map=block_map,
-        visible_keys=visible.repeat_interleave(2),
+        visible_keys=visible,
+        share=map_shares(block_map, q_sizes, k_sizes, visible),
     )
 
 

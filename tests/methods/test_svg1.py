@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from svg.kernels import probe
@@ -227,3 +229,13 @@ def test_density_one_is_dense(layout, side, make_mask, make_qkv, make_state):
     expected = dense_attention(*(x.transpose(1, 2) for x in qkv), seen).transpose(1, 2)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
     assert state.records[-1].density.eq(1).all() and not state.records[-1].dense
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_density_that_maps_know_is_that_of_the_plan(layout, make_qkv, make_mask, make_state, side):
+    q, k, v = (x.transpose(1, 2) for x in make_qkv(layout))
+    table = ((0.4, 0.7, 0.9),) * 4
+    for config in (SVG1Config(density=0.5, block_size=4), SVG1Config(head_density=table, block_size=4)):
+        for mask in (None, make_mask(layout, side=side)):
+            plan = svg1.plan(q, k, v, config, make_state(config, layout).layer(1), layout, mask)
+            assert torch.equal(plan.density(), dataclasses.replace(plan, share=None).density())
