@@ -291,7 +291,7 @@ def attend_packed(
         out, and lse fp32 [H, T], base 2.
     """
     if packed.wide is not None:
-        return training_hopper.attend(queries, q_scale, packed, v_mean, rows, columns, q, is_causal)
+        return training_hopper.attend(queries, q_scale, packed, rows, columns, q, is_causal)
     H, T, block_d = queries.shape
     row = target.launch_row(LAUNCH, q.device)[block_d]
     out, lse = torch.empty_like(q), torch.empty_like(q_scale)

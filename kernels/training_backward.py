@@ -96,8 +96,10 @@ def training_attention_backward_reference(
     """Specification of `training_attention_backward` in plain torch; same arguments and result."""
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
-    packed = pack_gradients_reference(grad, out, kept.v_mean, folded(kept, products), kept.lse, rows)
-    steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
+    inputs = grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows
+    packed = pack_gradients_reference(*inputs, products == "bf16")
+    if products == "int8":
+        steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
     sum_q, sum_k, sum_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (kept.queries, kept.keys, kept.keys))
     for _, h, kv, m, n in pairs(kept, rows, columns):
         keys, k_scale, q_scale = kept.keys[kv, n].float(), kept.k_scale[kv, n], kept.q_scale[h, m, None]
@@ -111,16 +113,18 @@ def training_attention_backward_reference(
             sum_v[kv, n] += rounded(p.T, GROUPS["v"]) @ steps[h, m].float()
         else:
             sum_q[h, m] = ds.bfloat16().float() @ keys * factor
-            queries = (kept.queries[h, m] * q_scale).bfloat16().float()
+            queries = packed.queries[h, m].float()
             sum_k[kv, n] += (ds * packed.scale[h, m, None]).bfloat16().float().T @ queries * back
             sum_v[kv, n] += p.bfloat16().float().T @ packed.values[h, m].float()
     return unpack(sum_q, rows, dq), unpack(sum_k, columns, dk), unpack(sum_v, columns, dv)
 
 
-def folded(kept: Kept, products: str) -> torch.Tensor:
-    """Scales of queries that enter the gradient of the output, fp32 [H, T]: an INT8 product cannot keep its own."""
-    row = launch_of(kept, products).query if target.use_triton(kept.queries) else None
-    return kept.q_scale if products == "int8" and not (row and row.specialised) else torch.ones_like(kept.q_scale)
+def packed_gradients(
+    grad: torch.Tensor, out: torch.Tensor, kept: Kept, rows: Sequences, products: str
+) -> PackedGradients:
+    """`pack_gradients` for what the forward kept; Hopper's kernels sum in bf16 whatever is asked for."""
+    wide = products == "bf16" or launch_of(kept, products).query.specialised
+    return pack_gradients(grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows, wide)
 
 
 def launch_of(kept: Kept, products: str) -> "BackwardLaunch":
@@ -208,7 +212,7 @@ if training_backward_hopper.LOADABLE:
 def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
-    packed = pack_gradients(grad, out, kept.v_mean, folded(kept, products), kept.lse, rows)
+    packed = packed_gradients(grad, out, kept, rows, products)
     launch = launch_of(kept, products)
     query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale, products)
     key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal, products)
@@ -238,10 +242,7 @@ def query_gradient(
         products: as in `training_attention_backward`.
     """
     if row.specialised:
-        keys16 = kept.keys.bfloat16()
-        training_backward_hopper.query_gradient(
-            dq, kept, keys16, packed, rows, columns, is_causal, sm_scale, row.num_stages
-        )
+        training_backward_hopper.query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale)
         return
     H, T, block_d = kept.queries.shape
     int8 = products == "int8"
@@ -269,13 +270,11 @@ def key_gradients(
 ) -> None:
     """Writes dk and dv; arguments as in `query_gradient`."""
     if launch.key.specialised:
-        training_backward_hopper.key_gradients(
-            dk, dv, kept, queries16(kept), packed, rows, columns, is_causal, launch.key.num_stages
-        )
+        training_backward_hopper.key_gradients(dk, dv, kept, packed, rows, columns, is_causal)
         return
     H, T, block_d = kept.queries.shape
     int8 = products == "int8"
-    other = turn(kept.queries) if int8 else queries16(kept)
+    other = turn(kept.queries) if int8 else packed.queries
     # A maximum skips NaN, so single tokens that are not finite are told apart.
     broken = packed.delta.isnan().any(1).to(torch.float32)
     # The loop over heads that share keys takes registers that both sums at once don't leave.
@@ -287,7 +286,7 @@ def key_gradients(
             _key_gradient_kernel[(columns.tokens // row.block_n, kept.keys.shape[0])](
                 row.source(kept.queries, row.block_m, block_d), row.source(packed.values, row.block_m, block_d),
                 row.source(other, block_d, row.block_m) if int8 else row.source(other, row.block_m, block_d),
-                row.source(packed.turned, block_d, row.block_m),
+                row.source(packed.turned, block_d, row.block_m) if int8 else None,
                 row.source(kept.keys, row.block_n, block_d), row.source(kept.values, row.block_n, block_d),
                 kept.q_scale, packed.lse, packed.delta, kept.k_scale, broken, columns.owner, columns.table, rows.table,
                 dk, dv,
@@ -295,11 +294,6 @@ def key_gradients(
                 D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8,
                 WITH_K=with_k, WITH_V=with_v, **row.options(),
             )  # fmt: skip
-
-
-def queries16(kept: Kept) -> torch.Tensor:
-    """Queries times their scales, bf16 [H, T, Dp]."""
-    return (kept.queries * kept.q_scale[..., None]).bfloat16()
 
 
 @triton.jit

@@ -10,43 +10,41 @@ Source: the tiles are FlashAttention-3's (arXiv 2407.08608, section 3), but for 
 import torch
 
 from . import target, training_hopper
+from .training_hopper import Launch
 
 LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
-MAX_REGISTERS = 168  # a thread, for 12 warps; the consumers take 240 each, the producer 24
 STEP = 64  # queries, or keys, of a stage
+# Of dQ, and of dK and dV, whose sums leave no registers for a third warpgroup.
+TWO, THREE, KEYS = Launch(2, 4, False, 168, 240), Launch(3, 3, False, 128, 160), Launch(2, 4, False, 168, 240)
+QUERIES = TWO
 
 
-def takes(device: torch.device, products: str) -> bool:
-    """Whether these kernels compute gradients on a device: Hopper, all products but Q K^T in bf16."""
-    return LOADABLE and target.arch(device) == 90 and products == "bf16"
-
-
-def query_gradient(
-    dq, kept, keys16, packed, rows, columns, is_causal, sm_scale, stages=4, carry=False, hold=2, order=True
-) -> None:
-    """Writes dq; arguments as in `training_backward.query_gradient`, and keys16: kept.keys in bf16."""
+def query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale, launch: Launch | None = None) -> None:
+    """Writes dq; arguments as in `training_backward.query_gradient`."""
+    launch = launch or QUERIES
     H, T, block_d = kept.queries.shape
+    owner = training_hopper.programs(rows, launch.rows)
     with target.on_device(dq):
-        _hopper_query_gradient_kernel[(T // 128, H)](
-            _tiles(kept.queries), _tiles(packed.values), _tiles(kept.keys), _tiles(kept.values), _tiles(keys16),
-            _numbers(kept.k_scale), kept.q_scale, packed.scale, kept.lse, packed.delta, rows.owner, rows.table, columns.table,
+        _hopper_query_gradient_kernel[(len(owner), H)](
+            _tiles(kept.queries), _tiles(packed.values), _tiles(kept.keys), _tiles(kept.values), _tiles(kept.keys.bfloat16()),
+            _numbers(kept.k_scale), kept.q_scale, packed.scale, kept.lse, packed.delta, owner, rows.table, columns.table,
             dq, sm_scale, H // kept.keys.shape[0], T, columns.tokens, *dq.stride()[:3],
-            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, STAGES=stages, CARRY=carry, HOLD=hold, ORDER=order,
-            num_warps=4, maxnreg=MAX_REGISTERS,
+            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, CONSUMERS=launch.consumers, STAGES=launch.stages,
+            REGISTERS=launch.of_a_consumer, num_warps=4, maxnreg=launch.at_first,
         )  # fmt: skip
 
 
-def key_gradients(dk, dv, kept, queries16, packed, rows, columns, is_causal, stages=4, carry=False, hold=0) -> None:
-    """Writes dk and dv; arguments as in `training_backward.key_gradients`, and queries16: kept.queries times q_scale in bf16."""
+def key_gradients(dk, dv, kept, packed, rows, columns, is_causal) -> None:
+    """Writes dk and dv; arguments as in `training_backward.key_gradients`."""
     H, T, block_d = kept.queries.shape
     kv_heads = kept.keys.shape[0]
     with target.on_device(dk):
         _hopper_key_gradient_kernel[(columns.tokens // 128, kv_heads)](
-            _tiles(kept.keys), _tiles(kept.values), _tiles(kept.queries), _tiles(packed.values), _tiles(queries16),
+            _tiles(kept.keys), _tiles(kept.values), _tiles(kept.queries), _tiles(packed.values), _tiles(packed.queries),
             _numbers(kept.q_scale), _numbers(packed.lse), _numbers(packed.delta), kept.k_scale, columns.owner, columns.table,
             rows.table, dk, dv, H // kv_heads, T, columns.tokens, *dk.stride()[:3],
-            D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, STAGES=stages, CARRY=carry, HOLD=hold, num_warps=4,
-            maxnreg=MAX_REGISTERS,
+            D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, STAGES=KEYS.stages, REGISTERS=KEYS.of_a_consumer,
+            num_warps=4, maxnreg=KEYS.at_first,
         )  # fmt: skip
 
 
@@ -62,25 +60,14 @@ def _numbers(x: torch.Tensor):
 
 
 if LOADABLE:
-    own_sums = training_hopper.own_sums
+    own_sums, query_place = training_hopper.own_sums, training_hopper.query_place
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     @gluon.jit
-    def _query_block(CAUSAL: gl.constexpr):
-        """The 128 queries of this program: the longest rows first, so that the last programs are short."""
-        return gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
-
-    @gluon.jit
-    def _barriers(STAGES: gl.constexpr):
+    def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
         """That the first tiles are there, and of each stage that it is full, or empty."""
         first_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -88,16 +75,16 @@ if LOADABLE:
         mbarrier.init(first_ready, count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(empty.index(i), count=2)
+            mbarrier.init(empty.index(i), count=CONSUMERS)
         return first_ready, ready, empty
 
     @gluon.jit
-    def _fetch_first(descriptors, row, first_ready, boxes, BLOCK_D: gl.constexpr):
-        """This program's own 128 tokens, in INT8 and in bf16."""
-        mbarrier.expect(first_ready, 128 * BLOCK_D * 3)
-        for half in gl.static_range(2):
+    def _fetch_first(descriptors, row, first_ready, boxes, CONSUMERS: gl.constexpr, BLOCK_D: gl.constexpr):
+        """This program's own tokens, 64 a consumer, in INT8 and in bf16."""
+        mbarrier.expect(first_ready, 64 * CONSUMERS * BLOCK_D * 3)
+        for part in gl.static_range(CONSUMERS):
             for j in gl.static_range(2):
-                tma.async_copy_global_to_shared(descriptors[j], [row + half * 64, 0], first_ready, boxes[j].index(half))
+                tma.async_copy_global_to_shared(descriptors[j], [row + part * 64, 0], first_ready, boxes[j].index(part))
 
     @gluon.jit
     def _fetch(descriptors, row, i, barriers, boxes, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
@@ -144,17 +131,14 @@ if LOADABLE:
     @gluon.jit
     def _fetch_keys(
         descriptors, first_boxes, boxes, barriers, tables, HEADS_PER_KEY, T, Tk, BLOCK_D: gl.constexpr,
-        CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+        CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
         """Producer of dQ: this program's queries, then the tiles of keys."""
-        owner, rows, columns = tables
-        block, h = _query_block(CAUSAL), gl.program_id(1)
-        n = gl.load(owner + block)
+        programs, rows, columns = tables
+        n, first, _, start, stop = query_place(programs, rows, columns, 64 * CONSUMERS, CAUSAL)
+        h = gl.program_id(1)
         if n >= 0:
-            _fetch_first(descriptors[:2], h * T + block * 128, barriers[0], first_boxes, BLOCK_D)
-            keys, start = gl.load(columns + n * 4 + 2), gl.load(columns + n * 4 + 3)
-            place = block * 128 - gl.load(rows + n * 4 + 3)
-            stop = gl.minimum(place + 128, keys) if CAUSAL else keys
+            _fetch_first(descriptors[:2], h * T + first, barriers[0], first_boxes, CONSUMERS, BLOCK_D)
             row = h // HEADS_PER_KEY * Tk + start
             for i in range(gl.cdiv(stop, 64)):
                 _fetch(descriptors[2:], row + i * 64, i, barriers, boxes, BLOCK_D, STAGES)
@@ -162,8 +146,7 @@ if LOADABLE:
     @gluon.jit
     def _query_step(
         q, grad, vectors, boxes, scratch, barriers, i, keys, position, acc, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
-        STAGES: gl.constexpr, CARRY: gl.constexpr, ORDER: gl.constexpr, s_layout: gl.constexpr, dp_layout: gl.constexpr,
-        ds_layout: gl.constexpr,
+        STAGES: gl.constexpr, s_layout: gl.constexpr, dp_layout: gl.constexpr, ds_layout: gl.constexpr,
     ):  # fmt: skip
         """dQ after stage i, the sequence's keys from 64 i on."""
         k_boxes, v_boxes, k16_boxes, scale_boxes = boxes
@@ -174,11 +157,7 @@ if LOADABLE:
         s = _whole_scores(q, k_boxes.index(stage), s_layout)
         dp = _wide(grad, v_boxes.index(stage), dp_layout)
         scale = scale_boxes.index(stage).load(gl.SliceLayout(0, s_layout))[None, :]
-        if CARRY:
-            s, acc = warpgroup_mma_wait(1, deps=[s, acc])
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        else:
-            s = warpgroup_mma_wait(1, deps=[s])
+        s = warpgroup_mma_wait(1, deps=[s])
         x = _times(s, row_scale) * scale - lse[:, None]
         if MASKED:
             key = i * 64 + gl.arange(0, 64, gl.SliceLayout(0, s_layout))
@@ -187,100 +166,109 @@ if LOADABLE:
                 seen = seen & (key[None, :] <= position[:, None])
             x = gl.where(seen, x, float("-inf"))
         p = gl.exp2(x)
-        if ORDER:
-            # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the exponentials.
-            scratch.store(own_sums(p))
+        # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the exponentials.
+        scratch.store(own_sums(p))
         dp = warpgroup_mma_wait(0, deps=[dp])
         ds = p * (gl.convert_layout(dp, s_layout) - delta[:, None] * scale)
         ds = gl.convert_layout(ds.to(gl.bfloat16), ds_layout)
         acc = warpgroup_mma(ds, k16_boxes.index(stage), acc, is_async=True)
-        if not CARRY:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(stage), count=1)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(stage), count=1)
         return acc
 
     @gluon.jit
     def _sum_over_keys(
-        HALF: gl.constexpr, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D: gl.constexpr,
-        BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, HOLD: gl.constexpr,
-        ORDER: gl.constexpr,
+        PART: gl.constexpr, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D: gl.constexpr,
+        BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
-        """dQ of 64 queries; HOLD of their two tiles stay in registers."""
+        """dQ of 64 queries."""
         s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
         dp_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
         o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
         ds_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
         q_scale, g_scale, lse, delta = vectors
-        owner, rows, columns = tables
-        block, h = _query_block(CAUSAL), gl.program_id(1)
-        n = gl.load(owner + block)
+        programs, rows, columns = tables
+        n, first, place, _, stop = query_place(programs, rows, columns, 64 * CONSUMERS, CAUSAL)
+        h = gl.program_id(1)
         if n >= 0:
-            place = block * 128 - gl.load(rows + n * 4 + 3)
-            local = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-            offs = h.to(gl.int64) * T + block * 128 + local
-            own = gl.load(q_scale + offs), gl.load(lse + offs), gl.load(delta + offs)
+            place += PART * 64
+            count = gl.load(rows + n * 4 + 2)
+            local = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+            offs, inside = h.to(gl.int64) * T + first + PART * 64 + local, place + local < count
+            # No query beyond the sequence has a scale, or a P.
+            own = (
+                gl.load(q_scale + offs, mask=inside, other=0.0), gl.load(lse + offs, mask=inside, other=float("inf")),
+                gl.load(delta + offs, mask=inside, other=0.0),
+            )  # fmt: skip
             keys = gl.load(columns + n * 4 + 2)
             mbarrier.wait(barriers[0], 0)
-            q, grad = first_boxes[0].index(HALF), first_boxes[1].index(HALF)
-            if HOLD > 0:
+            q, grad = first_boxes[0].index(PART), first_boxes[1].index(PART)
+            if CONSUMERS == 2:  # registers are there: fewer reads of shared memory
                 q = q.load(gl.DotOperandLayout(0, s_layout, 4))
-            if HOLD > 1:
                 grad = grad.load(gl.DotOperandLayout(0, dp_layout, 2))
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-            if CARRY:
-                acc = warpgroup_mma_init(acc)
             full = gl.minimum(place + 1, keys) // 64 if CAUSAL else keys // 64
-            stop = gl.minimum(place + 128, keys) if CAUSAL else keys
             for i in range(full):
                 acc = _query_step(
-                    q, grad, own, boxes, scratches.index(HALF), barriers, i, keys, place + local, acc, False, CAUSAL, STAGES, CARRY, ORDER,
+                    q, grad, own, boxes, scratches.index(PART), barriers, i, keys, place + local, acc, False, CAUSAL, STAGES,
                     s_layout, dp_layout, ds_layout,
                 )  # fmt: skip
             for i in range(full, gl.cdiv(stop, 64)):
                 acc = _query_step(
-                    q, grad, own, boxes, scratches.index(HALF), barriers, i, keys, place + local, acc, True, CAUSAL, STAGES, CARRY, ORDER,
+                    q, grad, own, boxes, scratches.index(PART), barriers, i, keys, place + local, acc, True, CAUSAL, STAGES,
                     s_layout, dp_layout, ds_layout,
                 )  # fmt: skip
-            if CARRY:
-                acc = warpgroup_mma_wait(0, deps=[acc])
-            local = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
-            acc = acc * (sm_scale * gl.load(g_scale + h.to(gl.int64) * T + block * 128 + local))[:, None]
+            local = gl.arange(0, 64, gl.SliceLayout(1, o_layout))
+            offs = h.to(gl.int64) * T + first + PART * 64 + local
+            acc = acc * (sm_scale * gl.load(g_scale + offs, mask=place + local < count, other=0.0))[:, None]
             _store(dq, acc, rows, n, place + local, h, strides, D, BLOCK_D, o_layout)
 
     @gluon.jit(do_not_specialize=["T", "Tk"])
     def _hopper_query_gradient_kernel(
-        q_desc, g_desc, k_desc, v_desc, k16_desc, scale_desc, q_scale, g_scale, lse, delta, owner, rows, columns, dq,
+        q_desc, g_desc, k_desc, v_desc, k16_desc, scale_desc, q_scale, g_scale, lse, delta, programs, rows, columns, dq,
         sm_scale, HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
-        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
-        HOLD: gl.constexpr, ORDER: gl.constexpr, num_warps: gl.constexpr,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+        REGISTERS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
-        q_boxes = gl.allocate_shared_memory(gl.int8, [2, 64, BLOCK_D], q_desc.layout)
-        g_boxes = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_D], g_desc.layout)
+        q_boxes = gl.allocate_shared_memory(gl.int8, [CONSUMERS, 64, BLOCK_D], q_desc.layout)
+        g_boxes = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, BLOCK_D], g_desc.layout)
         k_boxes = gl.allocate_shared_memory(gl.int8, [STAGES, 64, BLOCK_D], k_desc.layout)
         v_boxes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BLOCK_D], v_desc.layout)
         k16_boxes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, BLOCK_D], k16_desc.layout)
         scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 64], scale_desc.layout)
-        scratches = gl.allocate_shared_memory(gl.float32, [2, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-        barriers = _barriers(STAGES)
+        scratches = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        barriers = _barriers(STAGES, CONSUMERS)
         first_boxes, boxes = (q_boxes, g_boxes), (k_boxes, v_boxes, k16_boxes, scale_boxes)
-        tables, vectors, strides = (
-            (owner, rows, columns),
-            (q_scale, g_scale, lse, delta),
-            (stride_b, stride_h, stride_s),
-        )
-        descriptors = (q_desc, g_desc, k_desc, v_desc, k16_desc, scale_desc)
-        gl.warp_specialize(
-            [
-                (_sum_over_keys, (0, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D, BLOCK_D,
-                                  CAUSAL, STAGES, CARRY, HOLD, ORDER)),
-                (_sum_over_keys, (1, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D, BLOCK_D,
-                                  CAUSAL, STAGES, CARRY, HOLD, ORDER)),
-                (_fetch_keys, (descriptors, first_boxes, boxes, barriers, tables, HEADS_PER_KEY, T, Tk, BLOCK_D, CAUSAL,
-                               STAGES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+        tables, vectors = (programs, rows, columns), (q_scale, g_scale, lse, delta)
+        strides, descriptors = (stride_b, stride_h, stride_s), (q_desc, g_desc, k_desc, v_desc, k16_desc, scale_desc)
+        if CONSUMERS == 2:
+            gl.warp_specialize(
+                [
+                    (_sum_over_keys, (0, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D,
+                                      BLOCK_D, CAUSAL, CONSUMERS, STAGES)),
+                    (_sum_over_keys, (1, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D,
+                                      BLOCK_D, CAUSAL, CONSUMERS, STAGES)),
+                    (_fetch_keys, (descriptors, first_boxes, boxes, barriers, tables, HEADS_PER_KEY, T, Tk, BLOCK_D, CAUSAL,
+                                   CONSUMERS, STAGES)),
+                ],
+                [4, 1],
+                [REGISTERS, 24],
+            )  # fmt: skip
+        else:
+            gl.warp_specialize(
+                [
+                    (_sum_over_keys, (0, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D,
+                                      BLOCK_D, CAUSAL, CONSUMERS, STAGES)),
+                    (_sum_over_keys, (1, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D,
+                                      BLOCK_D, CAUSAL, CONSUMERS, STAGES)),
+                    (_sum_over_keys, (2, vectors, dq, first_boxes, boxes, scratches, barriers, tables, strides, sm_scale, T, D,
+                                      BLOCK_D, CAUSAL, CONSUMERS, STAGES)),
+                    (_fetch_keys, (descriptors, first_boxes, boxes, barriers, tables, HEADS_PER_KEY, T, Tk, BLOCK_D, CAUSAL,
+                                   CONSUMERS, STAGES)),
+                ],
+                [4, 4, 1],
+                [REGISTERS, REGISTERS, 24],
+            )  # fmt: skip
 
     @gluon.jit
     def _fetch_queries(
@@ -292,7 +280,7 @@ if LOADABLE:
         kv, column = gl.program_id(1), gl.program_id(0) * 128
         n = gl.load(owner + gl.program_id(0))
         if n >= 0:
-            _fetch_first(descriptors[:2], kv * Tk + column, barriers[0], first_boxes, BLOCK_D)
+            _fetch_first(descriptors[:2], kv * Tk + column, barriers[0], first_boxes, 2, BLOCK_D)
             queries, start = gl.load(rows + n * 4 + 2), gl.load(rows + n * 4 + 3)
             begin = (column - gl.load(columns + n * 4 + 3)) // 64 if CAUSAL else 0
             i = 0
@@ -305,7 +293,7 @@ if LOADABLE:
     @gluon.jit
     def _key_step(
         k, v, scale, boxes, barriers, i, first, position, acc_k, acc_v, MASKED: gl.constexpr, STAGES: gl.constexpr,
-        CARRY: gl.constexpr, s_layout: gl.constexpr, dp_layout: gl.constexpr, p_layout: gl.constexpr,
+        s_layout: gl.constexpr, dp_layout: gl.constexpr, p_layout: gl.constexpr,
     ):  # fmt: skip
         """dK and dV after stage i, the sequence's queries from `first` on."""
         q_boxes, g_boxes, q16_boxes, scale_boxes, lse_boxes, delta_boxes = boxes
@@ -315,11 +303,7 @@ if LOADABLE:
         mbarrier.wait(ready.index(stage), i // STAGES & 1)
         s = _whole_scores(k, q_boxes.index(stage), s_layout)
         dp = _wide(v, g_boxes.index(stage), dp_layout)
-        if CARRY:
-            s, acc_k, acc_v = warpgroup_mma_wait(1, deps=[s, acc_k, acc_v])
-            mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        else:
-            s = warpgroup_mma_wait(1, deps=[s])
+        s = warpgroup_mma_wait(1, deps=[s])
         x = (
             _times(s, scale) * scale_boxes.index(stage).load(across)[None, :]
             - lse_boxes.index(stage).load(across)[None, :]
@@ -335,18 +319,16 @@ if LOADABLE:
         ds = p * (gl.convert_layout(dp, s_layout) - scale[:, None] * delta)
         ds = gl.convert_layout(ds.to(gl.bfloat16), p_layout)
         acc_k = warpgroup_mma(ds, q16_boxes.index(stage), acc_k, is_async=True)
-        if not CARRY:
-            acc_v, acc_k = warpgroup_mma_wait(0, deps=[acc_v, acc_k])
-            mbarrier.arrive(empty.index(stage), count=1)
+        acc_v, acc_k = warpgroup_mma_wait(0, deps=[acc_v, acc_k])
+        mbarrier.arrive(empty.index(stage), count=1)
         return acc_k, acc_v
 
     @gluon.jit
     def _sum_over_queries(
-        HALF: gl.constexpr, k_scale, dk, dv, first_boxes, boxes, barriers, tables, strides, HEADS_PER_KEY, Tk,
-        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
-        HOLD: gl.constexpr,
+        PART: gl.constexpr, k_scale, dk, dv, first_boxes, boxes, barriers, tables, strides, HEADS_PER_KEY, Tk,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
     ):  # fmt: skip
-        """dK and dV of 64 keys; HOLD of their two tiles stay in registers."""
+        """dK and dV of 64 keys."""
         s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
         dp_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
         o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -356,18 +338,12 @@ if LOADABLE:
         n = gl.load(owner + gl.program_id(0))
         if n >= 0:
             place = column - gl.load(columns + n * 4 + 3)
-            local = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+            local = PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
             scale = gl.load(k_scale + kv.to(gl.int64) * Tk + column + local)
             mbarrier.wait(barriers[0], 0)
-            k, v = first_boxes[0].index(HALF), first_boxes[1].index(HALF)
-            if HOLD > 0:
-                k = k.load(gl.DotOperandLayout(0, s_layout, 4))
-            if HOLD > 1:
-                v = v.load(gl.DotOperandLayout(0, dp_layout, 2))
+            k, v = first_boxes[0].index(PART), first_boxes[1].index(PART)
             acc_k = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             acc_v = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
-            if CARRY:
-                acc_k, acc_v = warpgroup_mma_init(acc_k), warpgroup_mma_init(acc_v)
             # Causal: earlier queries see none of these keys, later ones all.
             begin = place // 64 if CAUSAL else 0
             tiles = gl.cdiv(gl.load(rows + n * 4 + 2), 64)
@@ -377,19 +353,17 @@ if LOADABLE:
                 if CAUSAL:
                     for t in range(begin, full):
                         acc_k, acc_v = _key_step(
-                            k, v, scale, boxes, barriers, i, t * 64, place + local, acc_k, acc_v, True, STAGES, CARRY,
+                            k, v, scale, boxes, barriers, i, t * 64, place + local, acc_k, acc_v, True, STAGES,
                             s_layout, dp_layout, p_layout,
                         )  # fmt: skip
                         i += 1
                 for t in range(full, tiles):
                     acc_k, acc_v = _key_step(
-                        k, v, scale, boxes, barriers, i, t * 64, place + local, acc_k, acc_v, False, STAGES, CARRY,
+                        k, v, scale, boxes, barriers, i, t * 64, place + local, acc_k, acc_v, False, STAGES,
                         s_layout, dp_layout, p_layout,
                     )  # fmt: skip
                     i += 1
-            if CARRY:
-                acc_k, acc_v = warpgroup_mma_wait(0, deps=[acc_k, acc_v])
-            local = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
+            local = PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
             scale = gl.load(k_scale + kv.to(gl.int64) * Tk + column + local)
             acc_k = acc_k * (0.6931471805599453 / scale)[:, None]  # ln 2
             _store(dk, acc_k, columns, n, place + local, kv, strides, D, BLOCK_D, o_layout)
@@ -399,8 +373,8 @@ if LOADABLE:
     def _hopper_key_gradient_kernel(
         k_desc, v_desc, q_desc, g_desc, q16_desc, scale_desc, lse_desc, delta_desc, k_scale, owner, columns, rows, dk, dv,
         HEADS_PER_KEY, T, Tk, stride_b, stride_h, stride_s,
-        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
-        HOLD: gl.constexpr, num_warps: gl.constexpr,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+        REGISTERS: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         k_boxes = gl.allocate_shared_memory(gl.int8, [2, 64, BLOCK_D], k_desc.layout)
         v_boxes = gl.allocate_shared_memory(gl.bfloat16, [2, 64, BLOCK_D], v_desc.layout)
@@ -410,7 +384,7 @@ if LOADABLE:
         scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 64], scale_desc.layout)
         lse_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 64], lse_desc.layout)
         delta_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 64], delta_desc.layout)
-        barriers = _barriers(STAGES)
+        barriers = _barriers(STAGES, 2)
         first_boxes = (k_boxes, v_boxes)
         boxes = (q_boxes, g_boxes, q16_boxes, scale_boxes, lse_boxes, delta_boxes)
         tables, strides = (owner, columns, rows), (stride_b, stride_h, stride_s)
@@ -418,12 +392,12 @@ if LOADABLE:
         gl.warp_specialize(
             [
                 (_sum_over_queries, (0, k_scale, dk, dv, first_boxes, boxes, barriers, tables, strides, HEADS_PER_KEY, Tk, D,
-                                     BLOCK_D, CAUSAL, STAGES, CARRY, HOLD)),
+                                     BLOCK_D, CAUSAL, STAGES)),
                 (_sum_over_queries, (1, k_scale, dk, dv, first_boxes, boxes, barriers, tables, strides, HEADS_PER_KEY, Tk, D,
-                                     BLOCK_D, CAUSAL, STAGES, CARRY, HOLD)),
+                                     BLOCK_D, CAUSAL, STAGES)),
                 (_fetch_queries, (descriptors, first_boxes, boxes, barriers, tables, HEADS_PER_KEY, T, Tk, BLOCK_D, CAUSAL,
                                   STAGES)),
             ],
             [4, 1],
-            [240, 24],
+            [REGISTERS, 24],
         )  # fmt: skip

@@ -104,6 +104,8 @@ class PackedKeys:
         scale: fp32 [Hkv, T], of the keys.
         values: bf16 [Hkv, T, Dp], V without its mean, times the key's scale.
         wide: bf16 [Hkv, T, Dp], V without its mean, for a forward with P V in 16 bits (training_hopper.py); else None.
+        offset: fp32 [B, Hkv, D], with `wide`: V's mean less that of `wide`. bf16 V less a small number rounds to itself, so
+            errors have a mean, which would grow beside an output that shrinks with the number of keys.
     """
 
     values8: torch.Tensor | None
@@ -111,6 +113,7 @@ class PackedKeys:
     scale: torch.Tensor
     values: torch.Tensor
     wide: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,18 +121,20 @@ class PackedGradients:
     """The gradient of the output as the backward reads it.
 
     Args:
-        turned: int8 [H, Dp, T].
-        values: bf16 [H, T, Dp], times ratio = q_scale / scale.
+        turned: int8 [H, Dp, T]; None for products in bf16.
+        values: bf16 [H, T, Dp], divided by scale, and for INT8 products times q_scale.
         scale: fp32 [H, T].
         delta: fp32 [H, T], sum over channels of values * (out - v_mean).
         lse: fp32 [H, T], the forward's less log2 scale.
+        queries: bf16 [H, T, Dp], the packed queries times q_scale; None for INT8 products.
     """
 
-    turned: torch.Tensor
+    turned: torch.Tensor | None
     values: torch.Tensor
     scale: torch.Tensor
     delta: torch.Tensor
     lse: torch.Tensor
+    queries: torch.Tensor | None = None
 
 
 def channel_scale(stats: Statistics) -> torch.Tensor:
@@ -186,7 +191,8 @@ def pack_keys_reference(
     centred = v.float() - stats.v_mean[:, :, None]
     values = (pack(centred, layout) * scale[..., None]).bfloat16()
     if wide:
-        return PackedKeys(None, keys, scale, values, pack(centred, layout).bfloat16())
+        offset = stats.v_mean + (centred - centred.bfloat16().float()).mean(2)
+        return PackedKeys(None, keys, scale, values, pack(centred, layout).bfloat16(), offset)
     steps = pack(centred / channel_scale(stats)[:, :, None], layout).round().nan_to_num(0).to(torch.int8)
     return PackedKeys(turn_reference(steps), keys, scale, values)
 
@@ -195,41 +201,49 @@ def pack_gradients(
     grad: torch.Tensor,
     out: torch.Tensor,
     v_mean: torch.Tensor,
+    queries: torch.Tensor,
     q_scale: torch.Tensor,
     lse: torch.Tensor,
     layout: Sequences,
+    wide: bool,
 ) -> PackedGradients:
     """The gradient of the output in INT8 and 16 bits, with what the backward needs of each query.
 
     Args:
         grad, out: [B, H, S, D], last dim contiguous.
         v_mean: fp32 [B, Hkv, D].
-        q_scale: fp32 [H, T], of the packed queries.
+        queries, q_scale: from `pack_queries`.
         lse: fp32 [H, T], base 2.
         layout: of the queries.
+        wide: whether dS K, dS^T Q and P^T grad are in bf16.
 
     Returns:
         The packed gradients.
     """
     op = _pack_gradients if target.use_triton(grad) else pack_gradients_reference
-    return op(grad, out, v_mean, q_scale, lse, layout)
+    return op(grad, out, v_mean, queries, q_scale, lse, layout, wide)
 
 
 def pack_gradients_reference(
     grad: torch.Tensor,
     out: torch.Tensor,
     v_mean: torch.Tensor,
+    queries: torch.Tensor,
     q_scale: torch.Tensor,
     lse: torch.Tensor,
     layout: Sequences,
+    wide: bool,
 ) -> PackedGradients:
     """Specification of `pack_gradients` in plain torch; same arguments and result."""
     rows = pack(grad, layout)
     steps, scale = _quantized_rows(rows)
-    values = (rows * (q_scale / scale)[..., None]).bfloat16()
+    values = (rows * ((1 if wide else q_scale) / scale)[..., None]).bfloat16()
     mean = v_mean.repeat_interleave(out.shape[1] // v_mean.shape[1], 1)[:, :, None]
     delta = (values.float() * pack(out.float() - mean, layout)).sum(-1)
-    return PackedGradients(turn_reference(steps), values, scale, delta, lse - scale.log2())
+    shifted = lse - scale.log2()
+    if wide:
+        return PackedGradients(None, values, scale, delta, shifted, (queries * q_scale[..., None]).bfloat16())
+    return PackedGradients(turn_reference(steps), values, scale, delta, shifted)
 
 
 def turn(x: torch.Tensor) -> torch.Tensor:
@@ -309,28 +323,33 @@ def _pack_keys(k, v, stats, layout, wide):
     keys = torch.empty(H, T, block_d, dtype=torch.int8, device=k.device)
     scale = torch.empty(H, T, dtype=torch.float32, device=k.device)
     values = torch.empty(H, T, block_d, dtype=torch.bfloat16, device=k.device)
+    rest = torch.empty(H, T // ROWS, block_d, dtype=torch.float32, device=k.device) if wide else None
     with target.on_device(k):
         _pack_keys_kernel[(T // ROWS, H)](
             k, v, stats.k_mean, stats.v_mean, channel_scale(stats), layout.owner, layout.table,
-            first, keys, scale, values, H, T, *k.stride()[:3], *v.stride()[:3],
+            first, keys, scale, values, rest, H, T, *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=target.launch_row(LAUNCH, k.device),
         )  # fmt: skip
-    return PackedKeys(None if wide else first, keys, scale, values, first if wide else None)
+    if not wide:
+        return PackedKeys(first, keys, scale, values)
+    rest = rest.unflatten(1, (k.shape[0], -1)).sum(2).transpose(0, 1)[..., :D]
+    return PackedKeys(None, keys, scale, values, first, stats.v_mean + rest / k.shape[2])
 
 
-def _pack_gradients(grad, out, v_mean, q_scale, lse, layout):
+def _pack_gradients(grad, out, v_mean, queries, q_scale, lse, layout, wide):
     H, D = out.shape[1], out.shape[3]
     block_d, T = padded_head_dim(D), layout.tokens
-    turned = torch.empty(H, block_d, T, dtype=torch.int8, device=out.device)
+    shape, dtype = ((H, T, block_d), torch.bfloat16) if wide else ((H, block_d, T), torch.int8)
+    second = torch.empty(shape, dtype=dtype, device=out.device)
     values = torch.empty(H, T, block_d, dtype=torch.bfloat16, device=out.device)
     scale, delta, shifted = (torch.empty_like(lse) for _ in range(3))
     with target.on_device(out):
         _pack_gradients_kernel[(T // ROWS, H)](
-            grad, out, v_mean, q_scale, lse, layout.owner, layout.table, turned, values, scale, delta, shifted,
+            grad, out, v_mean, queries, q_scale, lse, layout.owner, layout.table, second, values, scale, delta, shifted,
             v_mean.shape[1], H // v_mean.shape[1], T, *grad.stride()[:3], *out.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, out.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=target.launch_row(LAUNCH, out.device),
         )  # fmt: skip
-    return PackedGradients(turned, values, scale, delta, shifted)
+    return PackedGradients(None if wide else second, values, scale, delta, shifted, second if wide else None)
 
 
 def _turn(x):
@@ -401,7 +420,7 @@ def _pack_queries_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _pack_keys_kernel(
-    k, v, k_mean, v_mean, v_scale, owner, table, forward, keys, scale, values, H, T,
+    k, v, k_mean, v_mean, v_scale, owner, table, forward, keys, scale, values, rest, H, T,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -421,7 +440,10 @@ def _pack_keys_kernel(
     rows = tl.where(inside[:, None], rows - tl.load(v_mean + channel, mask=real, other=0.0)[None, :], 0.0)
     tl.store(values + goal[:, None] * BLOCK_D + offs_d[None, :], (rows * size[:, None]).to(tl.bfloat16))
     if WIDE:
-        tl.store(forward + goal[:, None] * BLOCK_D + offs_d[None, :], rows.to(tl.bfloat16))
+        wide = rows.to(tl.bfloat16)
+        tl.store(forward + goal[:, None] * BLOCK_D + offs_d[None, :], wide)
+        part = h * (T // ROWS) + tl.program_id(0)
+        tl.store(rest + part * BLOCK_D + offs_d, tl.sum(rows - wide.to(tl.float32), 0))
     else:
         step = tl.broadcast_to(tl.load(v_scale + channel, mask=real, other=1.0)[None, :], rows.shape)
         steps = tl.div_rn(rows, step)
@@ -432,9 +454,9 @@ def _pack_keys_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def _pack_gradients_kernel(
-    grad, out, v_mean, q_scale, lse, owner, table, turned, values, scale, delta, shifted, KV_HEADS, HEADS_PER_KEY, T,
+    grad, out, v_mean, queries, q_scale, lse, owner, table, second, values, scale, delta, shifted, KV_HEADS, HEADS_PER_KEY, T,
     stride_gb, stride_gh, stride_gs, stride_ob, stride_oh, stride_os,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1).to(tl.int64)
     place, offs_d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -442,11 +464,17 @@ def _pack_gradients_kernel(
     batch, token, inside = _sequence(owner, table, offs)
     rows = _rows(grad + batch * stride_gb + h * stride_gh, token, inside, stride_gs, offs_d, D)
     steps, size = _quantized(rows)
-    goal = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
-    tl.store(turned + goal, tl.trans(steps))
     goal = h * T + tl.program_id(0) * ROWS + offs
-    rows = (rows * (tl.load(q_scale + goal) / size)[:, None]).to(tl.bfloat16)
-    tl.store(values + goal[:, None] * BLOCK_D + offs_d[None, :], rows)
+    all_of_them = goal[:, None] * BLOCK_D + offs_d[None, :]
+    factor = tl.load(q_scale + goal)
+    if WIDE:
+        tl.store(second + all_of_them, (tl.load(queries + all_of_them) * factor[:, None]).to(tl.bfloat16))
+        factor = tl.full(factor.shape, 1.0, dtype=tl.float32)
+    else:
+        turned = (h * BLOCK_D + offs_d)[:, None] * T + (tl.program_id(0) * ROWS + place)[None, :]
+        tl.store(second + turned, tl.trans(steps))
+    rows = (rows * (factor / size)[:, None]).to(tl.bfloat16)
+    tl.store(values + all_of_them, rows)
     channel = (batch * KV_HEADS + h // HEADS_PER_KEY) * D + offs_d
     mean = tl.load(v_mean + channel, mask=offs_d < D, other=0.0)
     seen = _rows(out + batch * stride_ob + h * stride_oh, token, inside, stride_os, offs_d, D) - mean[None, :]

@@ -32,7 +32,7 @@ SHARE = 4  # the final loss is the mean over the last 1 / SHARE of the steps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("pipelines/tiny-wan"))
+    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "pipelines" / "tiny-wan")
     parser.add_argument("--size", default="17x128x160", help="frames x height x width")
     parser.add_argument("--shape", choices=SHAPES, default="ring", help="which object the scenes show")
     parser.add_argument("--clips", type=int, default=128)
@@ -55,6 +55,7 @@ def main() -> None:
     difference = abs(final["int8"] / final["bf16"] - 1)
     print(f"final loss: bf16 {final['bf16']:.5f}, int8 {final['int8']:.5f}, {difference:.3%} apart (bar {BAR:.0%})")
     print(f"seconds: bf16 {seconds['bf16']:.1f}, int8 {seconds['int8']:.1f}, compilation included")
+    print(json.dumps({"final": final, "difference": difference, "bar": BAR, "seconds": seconds}))
     if args.out:
         settings = {key: str(value) for key, value in vars(args).items()}
         result = {"settings": settings, "curves": curves, "final": final, "difference": difference, "seconds": seconds}

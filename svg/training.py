@@ -32,9 +32,10 @@ def training_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """INT8 attention, forward and backward (SageBwd), with the arguments of PyTorch's scaled_dot_product_attention first.
+    """8-bit attention, forward and backward (SageBwd), with the arguments of PyTorch's scaled_dot_product_attention first.
 
-    Of all products only dP = grad V^T runs in 16 bits. The same inputs give the same bits, gradients included. On a CPU the reference
+    Of all products only dP = grad V^T runs in 16 bits; on Hopper only Q K^T runs in 8, because there the others take longer
+    to round than to multiply. The same inputs give the same bits, gradients included. On a CPU the reference
     runs, in plain PyTorch, and warns that it does. `torch.compile` keeps whole graphs; under autocast inputs are
     converted as PyTorch's attention converts them. The backward of the backward is not there.
 
@@ -47,7 +48,7 @@ def training_attention(
         scale: softmax scale; default D ** -0.5.
         enable_gqa: allow fewer key heads than query heads; Hkv must divide H.
         gradients: "int8", or "bf16" for the products that sum up the gradients (dS K, dS^T Q, P^T grad): two thirds of the
-            error, and on some GPUs faster, because P and dS need no scales.
+            error, and on some GPUs faster, because P and dS need no scales. Hopper takes "bf16" for both.
         tensor_layout: "HND" or "NHD": whether heads or tokens come first.
         cu_seqlens_q, cu_seqlens_k: int32 [N + 1], for B = 1: sequences of different lengths lie one after the other along
             the tokens, and sequence n is tokens cu_seqlens[n] ... cu_seqlens[n + 1] - 1. The first is 0, the last S (Sk).
