@@ -64,17 +64,7 @@ def kmeans(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Cluster
 
     Source: arXiv 2505.18875, section 4.2.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}: one is the cheapest warm-started choice")
-    _check(x, centroids)
-    if not target.use_triton(x):
-        return kmeans_reference(x, centroids, iterations)
-    _check_triton("kmeans", x)
-    scored = _centred(x, centroids)
-    for i in range(iterations):
-        labels, permutation, sizes, ends = _assign_and_sort(x, scored)
-        centroids = _means(x, permutation, ends, centroids, scored if i + 1 < iterations else None)
-    return Clustering(labels, centroids, sizes, permutation)
+    return _kmeans(x, centroids, iterations)[0]
 
 
 def kmeans_reference(x: torch.Tensor, centroids: torch.Tensor, iterations: int) -> Clustering:
@@ -84,6 +74,64 @@ def kmeans_reference(x: torch.Tensor, centroids: torch.Tensor, iterations: int) 
         labels = _nearest(x, centroids, mean)
         centroids, sizes = kmeans_update_reference(x, labels, centroids)
     return Clustering(labels, centroids, sizes, sort_labels(labels, centroids.shape[2])[0])
+
+
+def kmeans_and_tiles(
+    x: torch.Tensor, centroids: torch.Tensor, iterations: int, tile: int
+) -> tuple[Clustering, torch.Tensor]:
+    """`kmeans`, and the means of every `tile` tokens in sorted order, which its last sums have read anyway.
+
+    Args:
+        x, centroids, iterations: as for `kmeans`.
+        tile: tokens of a tile; the last one may have fewer.
+
+    Returns:
+        The clustering; means fp32 [B, H, ceil(S / tile), D], summed in fp32 and in a fixed order.
+
+    Raises:
+        As `kmeans`; ValueError: tile below 1.
+    """
+    if tile < 1:
+        raise ValueError(f"tile must be at least 1, got {tile}: pass the tokens of a tile")
+    return _kmeans(x, centroids, iterations, tile)
+
+
+def kmeans_and_tiles_reference(
+    x: torch.Tensor, centroids: torch.Tensor, iterations: int, tile: int
+) -> tuple[Clustering, torch.Tensor]:
+    """Specification of `kmeans_and_tiles` in plain torch; same arguments and result."""
+    found = kmeans_reference(x, centroids, iterations)
+    return found, _tile_means(cluster_means_reference, x, found.permutation, tile)
+
+
+def _kmeans(
+    x: torch.Tensor, centroids: torch.Tensor, iterations: int, tile: int | None = None
+) -> tuple[Clustering, torch.Tensor | None]:
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}: one is the cheapest warm-started choice")
+    _check(x, centroids)
+    if not target.use_triton(x):
+        if tile is not None:
+            return kmeans_and_tiles_reference(x, centroids, iterations, tile)
+        return kmeans_reference(x, centroids, iterations), None
+    _check_triton("kmeans", x)
+    scored = _centred(x, centroids)
+    fused = tile is not None and PART_ROWS[x.element_size()] % tile == 0
+    for i in range(iterations):
+        last = i + 1 == iterations
+        labels, permutation, sizes, ends = _assign_and_sort(x, scored)
+        centroids, tiles = _means(
+            x, permutation, ends, centroids, None if last else scored, tile if fused and last else None
+        )
+    if tile is not None and not fused:
+        tiles = _tile_means(cluster_means, x, permutation, tile)
+    return Clustering(labels, centroids, sizes, permutation), tiles
+
+
+def _tile_means(means, x: torch.Tensor, permutation: torch.Tensor, tile: int) -> torch.Tensor:
+    left = x.shape[2] - torch.arange(0, x.shape[2], tile, device=x.device)
+    sizes = left.clamp_max(tile).to(torch.int32).expand(*x.shape[:2], -1)
+    return means(x, permutation, sizes, torch.zeros(*sizes.shape, x.shape[3], device=x.device))
 
 
 def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -172,7 +220,7 @@ def _assign(x: torch.Tensor, scored: Scored, count: bool = True) -> tuple[torch.
     row = target.launch_row(LAUNCH, x.device)[x.element_size()]
     with target.on_device(x):
         if row.specialised and kmeans_hopper.takes(x):
-            kmeans_hopper.launch(x, scored.directions, scored.offsets, labels, counts, CHUNK, kmeans_hopper.row_for(C))
+            kmeans_hopper.launch(x, scored.directions, scored.offsets, labels, counts, CHUNK)
         else:
             _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
                 x, scored.directions, scored.offsets, labels, counts, H, S, C, padded, triton.cdiv(S, CHUNK),
@@ -251,7 +299,7 @@ def cluster_means(
     if not target.use_triton(x):
         return cluster_means_reference(x, permutation, sizes, centroids)
     _check_triton("cluster_means", x)
-    return _means(x, permutation.contiguous(), sizes.cumsum(-1, dtype=torch.int32), centroids)
+    return _means(x, permutation.contiguous(), sizes.cumsum(-1, dtype=torch.int32), centroids)[0]
 
 
 def _means(
@@ -260,8 +308,12 @@ def _means(
     ends: torch.Tensor,
     centroids: torch.Tensor,
     scored: Scored | None = None,
-) -> torch.Tensor:
-    """Means of runs of sorted tokens that stop at `ends`; where scored is given, its directions become those of the means."""
+    tile: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Means of runs of sorted tokens that stop at `ends`, and of every `tile` of them, which divides PART_ROWS.
+
+    Where scored is given, its directions become those of the means.
+    """
     B, H, S, D = x.shape
     C = centroids.shape[2]
     centroids = centroids.contiguous()
@@ -270,10 +322,12 @@ def _means(
     parts = triton.cdiv(S, rows)
     sums = torch.empty(B * H, C + 2 * parts, D, dtype=torch.float32, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
+    tiles = None if tile is None else means.new_empty(B, H, triton.cdiv(S, tile), D)
     with target.on_device(x):
         _sum_kernel[(parts, B * H)](
-            x, permutation, ends, sums, H, S, C, *x.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=SUMMED,
+            x, permutation, ends, sums, tiles, H, S, C, *x.stride()[:3],
+            D=D, BLOCK_D=block_d, ROWS=rows, TILE=tile or rows, CLUSTERS=SUMMED,
+            STEP=max(2, triton.next_power_of_2(triton.cdiv(C, 128))),
             PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
         _mean_kernel[(triton.cdiv(C, CENTRED), B * H)](
@@ -281,7 +335,7 @@ def _means(
             0 if scored is None else scored.offsets.shape[2],
             D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=CENTRED,
         )  # fmt: skip
-    return means
+    return means, tiles
 
 
 def cluster_means_reference(
@@ -399,31 +453,46 @@ def _assign_kernel(
         tl.atomic_add(counts + entry, 1, mask=offs_s < S, sem="relaxed")  # whole numbers: any order
 
 
+@triton.jit
+def _first_beyond(ends, C, place, STEP: tl.constexpr):
+    """The first cluster that ends beyond a place: how many groups of STEP end before it, then how many of the next one."""
+    last = tl.arange(0, 128) * STEP + STEP - 1
+    groups = tl.sum((tl.load(ends + last, mask=last < C, other=2147483647) <= place).to(tl.int32), 0)
+    c = groups * STEP + tl.arange(0, STEP)
+    return groups * STEP + tl.sum((tl.load(ends + c, mask=c < C, other=2147483647) <= place).to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=["S", "C"])
 def _sum_kernel(
-    x, permutation, ends, sums, H, S, C, stride_xb, stride_xh, stride_xs,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, PRECISION: tl.constexpr,
+    x, permutation, ends, sums, tiles, H, S, C, stride_xb, stride_xh, stride_xs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CLUSTERS: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a part's clusters. Row c of sums is cluster c where it lies in one part; else row C + 2 part is what a part has
-    of a cluster that began before it, and the row after that what it has of one that it does not finish."""
+    """Means of a part's tiles, and sums of its clusters.
+
+    Row c of sums is cluster c where it lies in one part; else row C + 2 part is what a part has of a cluster that began
+    before it, and the row after that what it has of one that it does not finish.
+    """
     part = tl.program_id(0)
     bh = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # the cache still has the last heads that were scored
     first = part * ROWS
     place = first + tl.arange(0, ROWS)
     offs_d = tl.arange(0, BLOCK_D)
     token = tl.load(permutation + bh * S + place, mask=place < S, other=0).to(tl.int64)
+    ends += bh * C
+    cluster = _first_beyond(ends, C, first, STEP)  # before rows: their copy to shared memory waits
     x += (bh // H) * stride_xb + (bh % H) * stride_xh
     mask = (place < S)[:, None] & (offs_d < D)[None, :]
     rows = tl.load(x + token[:, None] * stride_xs + offs_d[None, :], mask=mask, other=0.0)  # [ROWS, BD]
-    ends += bh * C
     sums += bh * (C + 2 * tl.num_programs(0)) * D
-    cluster, high = 0, C - 1
-    while cluster < high:  # the first one that ends in this part or later
-        middle = (cluster + high) // 2
-        if tl.load(ends + middle) > first:
-            high = middle
-        else:
-            cluster = middle + 1
+    if tiles is not None:
+        tile = tl.arange(0, CLUSTERS)
+        member = (place - first)[None, :] // TILE == tile[:, None]
+        total = tl.dot(member.to(rows.dtype), rows, input_precision=PRECISION)  # [CLUSTERS, BD]
+        left = S - first - tile * TILE
+        goal = (bh * tl.cdiv(S, TILE) + part * (ROWS // TILE) + tile)[:, None] * D + offs_d[None, :]
+        mean = total / tl.minimum(tl.maximum(left, 1), TILE).to(tl.float32)[:, None]
+        tl.store(tiles + goal, mean, mask=((tile < ROWS // TILE) & (left > 0))[:, None] & (offs_d < D)[None, :])
     reached = first
     while reached < tl.minimum(first + ROWS, S):
         c = cluster + tl.arange(0, CLUSTERS)
@@ -435,7 +504,7 @@ def _sum_kernel(
         some = (tl.maximum(start, first) < tl.minimum(stop, first + ROWS))[:, None] & (offs_d < D)[None, :]
         tl.store(sums + row[:, None].to(tl.int64) * D + offs_d[None, :], total, mask=some)
         cluster += CLUSTERS
-        reached = tl.load(ends + tl.minimum(cluster, C) - 1)
+        reached = tl.max(stop, 0)
 
 
 @triton.jit(do_not_specialize=["C", "parts", "padded"])

@@ -6,8 +6,8 @@ Clusters are ranked by logit, heaviest first (ties: lowest index), and a prefix 
 while the mass *before* a cluster is <= top_p, and at least ceil(min_k_ratio * Ck) of them;
 then cut where the kept tokens would exceed budget; at least one cluster always stays. fp32 throughout.
 
-The kernel needs no sort: "kept" is monotone in the order, so a bisection over the 32 bits of a logit finds the last kept
-one. It stops when one cluster is left in doubt; clusters of equal logits are told apart by a bisection over their indices.
+The kernel needs no sort: "kept" is monotone in the order, so a bisection over logits finds the last kept one. It stops when
+one cluster is left in doubt; clusters of equal logits are told apart by a bisection over their indices.
 Up to 8192 key clusters, sm80 and newer.
 """
 
@@ -142,11 +142,30 @@ def _select(scores, k_sizes, top_p, at_least, at_most):
 
 
 @triton.jit
+def _sums(count, tokens, mass, more_count, more_tokens, more_mass):
+    return count + more_count, tokens + more_tokens, mass + more_mass
+
+
+@triton.jit
 def _above(above, p, n, top_p, at_least):
     """Number and tokens of a set of clusters, and whether one that is behind them all is wanted."""
-    count = tl.sum(above.to(tl.int32), 0)
-    mass = tl.sum(tl.where(above, p, 0.0), 0)
-    return count, tl.sum(tl.where(above, n, 0), 0), (mass <= top_p) | (count < at_least) | (top_p >= 1)
+    shares = above.to(tl.int32), tl.where(above, n, 0), tl.where(above, p, 0.0)
+    count, tokens, mass = tl.reduce(shares, 0, _sums)  # together: threads meet once
+    return count, tokens, (mass <= top_p) | (count < at_least) | (top_p >= 1)
+
+
+@triton.jit
+def _ordered(bits):
+    """Integers in the order of the floats that have these bits, or back: negative ones' magnitude is flipped."""
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _between(low, high):
+    """Of low <= middle < high, the ordered integer of the float in the middle."""
+    low_half = _ordered(low).to(tl.float32, bitcast=True) * 0.5
+    middle = _ordered((low_half + _ordered(high).to(tl.float32, bitcast=True) * 0.5).to(tl.int32, bitcast=True))
+    return tl.maximum(tl.minimum(middle, high - 1), low)
 
 
 @triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "H", "at_least"])
@@ -162,27 +181,24 @@ def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, head_top_p,
     logit = tl.where(real, score + tl.log(tl.maximum(n, 1).to(tl.float32)), float("-inf"))
     p = tl.exp(logit - tl.max(logit, 0))
     p = p / tl.sum(p, 0)
-    # Order-preserving integers: flip the magnitude bits of negative floats.
-    bits = (logit + 0.0).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(real, bits, -2147483648)
+    bits = tl.where(real, _ordered((logit + 0.0).to(tl.int32, bitcast=True)), -2147483648)
     most = tl.max(n, 0) * 0 + 2147483647
     if at_most is not None:
         most = tl.load(at_most + bh)
     # Above `high` all are kept, below `low` none.
     top = tl.max(bits, 0)
-    high = top.to(tl.int64)
-    low = tl.min(tl.where(real, bits, 2147483647), 0).to(tl.int64)
+    high = top
+    low = tl.min(tl.where(real, bits, 2147483647), 0)
     above_high, above_low = 0, tl.sum(real.to(tl.int32), 0)
     while (low < high) & (above_low - above_high > 1):
-        middle = (low + high) >> 1
-        count, tokens, wanted = _above(bits > middle.to(tl.int32), p, n, top_p, at_least)
+        middle = _between(low, high)
+        count, tokens, wanted = _above(bits > middle, p, n, top_p, at_least)
         if wanted & (tokens <= most):
             high, above_high = middle, count
         else:
             low, above_low = middle + 1, count
-    sure = bits > high.to(tl.int32)
-    open = real & (bits >= low.to(tl.int32)) & (bits <= high.to(tl.int32))
+    sure = bits > high
+    open = real & (bits >= low) & (bits <= high)
     first = tl.min(tl.where(open, offs, BLOCK_C), 0)
     cut = tl.max(tl.where(open, offs + 1, 0), 0)
     while first < cut:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from svg.kernels import cluster_means, kmeans, kmeans_assign, kmeans_update, target
+from svg.kernels.kmeans import kmeans_and_tiles
 
 
 def blobs(B, H, S, D, dtype=torch.float32, groups=12):
@@ -118,6 +119,19 @@ def test_means_of_groups_in_any_order():
         torch.testing.assert_close(means[:, :, c].double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="pass what sort_labels returns"):
         cluster_means(x, permutation[..., :9], sizes, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [16, 64, 100])
+def test_means_of_tiles_of_sorted_tokens(dtype, tile):
+    x = blobs(2, 2, 333, 32, dtype)
+    found, tiles = kmeans_and_tiles(x, x[:, :, :7].float(), 2, tile)
+    plain = kmeans(x, x[:, :, :7].float(), 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    ordered = x.float().gather(2, found.permutation.long()[..., None].expand_as(x))
+    exact = torch.stack([part.double().mean(2) for part in ordered.split(tile, dim=2)], 2)
+    assert tiles.dtype == torch.float32
+    assert (tiles - exact).abs().max() < 1e-5
 
 
 def test_two_runs_are_bit_equal():
