@@ -9,9 +9,10 @@ rounded to x's dtype (so that products run on tensor cores, and are the exact di
 go to the lowest index. fp16, bf16 and fp32 (three TF32 products), head dims up to 128, sm80 and newer; nothing waits for
 the device.
 
-An iteration is five kernels: scores and labels, a counting sort (permute.py), sums, means. Sums run over sorted tokens in
-parts of `PART_ROWS`, whatever their clusters: a product with ones where a token is a cluster's. A cluster across parts is
-put together from them in order, so two runs are bit-equal. The kernel that takes the means writes the next directions.
+An iteration is five kernels: scores and labels (kmeans_hopper.py on Hopper), a counting sort (permute.py), sums, means.
+Sums run over sorted tokens in parts of `PART_ROWS`, whatever their clusters: a product with ones where a token is a
+cluster's. A cluster across parts is put together from them in order, so two runs are bit-equal. The kernel that takes the
+means writes the next directions. The last sums give the means of tiles of sorted tokens too, where they are wanted.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SCORE_CHUNK = 1 << 24
 PART_ROWS = {2: 128, 4: 32}  # element bytes -> sorted tokens that are summed together
 SUMMED, CENTRED = 16, 8  # clusters of a product with ones, and those whose means one program takes
+TOTALLED = 64  # first centroids that one program adds up
 
 
 class Clustering(NamedTuple):
@@ -193,11 +195,16 @@ def _centred(x: torch.Tensor, centroids: torch.Tensor) -> Scored:
     B, H, C, D = centroids.shape
     padded = triton.cdiv(C, kmeans_hopper.PAD) * kmeans_hopper.PAD
     centroids = centroids.contiguous()
-    scored = Scored(centroids.mean(2), torch.empty_like(centroids, dtype=x.dtype), centroids.new_empty(B, H, padded))
+    mean, offsets = centroids.new_empty(B, H, D), centroids.new_empty(B, H, padded)
+    scored = Scored(mean, torch.empty_like(centroids, dtype=x.dtype), offsets)
+    parts, block_d = triton.cdiv(C, TOTALLED), max(16, triton.next_power_of_2(D))
+    totals = centroids.new_empty(B * H, parts, D)
     with target.on_device(x):
+        _total_kernel[(parts, B * H)](centroids, totals, C, D=D, BLOCK_D=block_d, CLUSTERS=TOTALLED)
         _centre_kernel[(triton.cdiv(padded, CENTRED), B * H)](
-            centroids, *scored, C, padded, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), CLUSTERS=CENTRED
-        )
+            centroids, totals, *scored, C, padded, parts,
+            D=D, BLOCK_D=block_d, CLUSTERS=CENTRED, PARTS=triton.next_power_of_2(parts),
+        )  # fmt: skip
     return scored
 
 
@@ -401,19 +408,35 @@ def _direct(value, centre, directions, offsets, entry, place, mask, inside):
     tl.store(offsets + place, tl.where(inside, tl.sum(exact * (exact / 2 + centre), 1), float("inf")))
 
 
-@triton.jit(do_not_specialize=["C", "padded"])
+@triton.jit(do_not_specialize=["C"])
+def _total_kernel(centroids, totals, C, D: tl.constexpr, BLOCK_D: tl.constexpr, CLUSTERS: tl.constexpr):
+    part, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cluster = part * CLUSTERS + tl.arange(0, CLUSTERS)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (cluster < C)[:, None] & (offs_d < D)[None, :]  # [CLUSTERS, BD]
+    value = tl.load(centroids + (bh * C + cluster)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    tl.store(totals + (bh * tl.num_programs(0) + part) * D + offs_d, tl.sum(value, 0), mask=offs_d < D)
+
+
+@triton.jit(do_not_specialize=["C", "padded", "parts"])
 def _centre_kernel(
-    centroids, mean, directions, offsets, C, padded, D: tl.constexpr, BLOCK_D: tl.constexpr, CLUSTERS: tl.constexpr
-):
+    centroids, totals, mean, directions, offsets, C, padded, parts,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CLUSTERS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(0) * CLUSTERS + tl.arange(0, CLUSTERS)
     offs_d = tl.arange(0, BLOCK_D)
     inside = cluster < C
+    part = tl.arange(0, PARTS)
+    mask = (part < parts)[:, None] & (offs_d < D)[None, :]  # [PARTS, BD]
+    total = tl.load(totals + (bh * parts + part)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    centre = tl.sum(total, 0) / C
+    if tl.program_id(0) == 0:
+        tl.store(mean + bh * D + offs_d, centre, mask=offs_d < D)
     mask = inside[:, None] & (offs_d < D)[None, :]  # [CLUSTERS, BD]
     entry = (bh * C + cluster)[:, None] * D + offs_d[None, :]
-    centre = tl.load(mean + bh * D + offs_d, mask=offs_d < D, other=0.0)[None, :]
     value = tl.load(centroids + entry, mask=mask, other=0.0)
-    _direct(value, centre, directions, offsets, entry, bh * padded + cluster, mask, inside)
+    _direct(value, centre[None, :], directions, offsets, entry, bh * padded + cluster, mask, inside)
 
 
 @triton.jit(do_not_specialize=["S", "C", "padded", "chunks"])

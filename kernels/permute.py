@@ -14,7 +14,7 @@ from .target import tl, triton
 INT16_LABELS = 1 << 15
 MAX_COUNTED = 4096  # more clusters are sorted by torch
 CHUNK = 256  # tokens counted together; a byte holds a rank among them
-SCANNED = 16  # clusters a program
+SCANNED, SCANNED_CHUNKS = 16, 64  # clusters a program, and chunks at a time: more would spill
 
 
 def sort_labels(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,12 @@ def place_counted(labels: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Ten
     sizes = torch.empty(*labels.shape[:-1], C, dtype=torch.int32, device=labels.device)
     with target.on_device(labels):
         _scan_kernel[(triton.cdiv(C, SCANNED), rows)](
-            counts, sizes, chunks, C, BLOCK_C=SCANNED, BLOCK=min(512, max(16, triton.next_power_of_2(chunks)))
+            counts,
+            sizes,
+            chunks,
+            C,
+            BLOCK_C=SCANNED,
+            BLOCK=min(SCANNED_CHUNKS, max(16, triton.next_power_of_2(chunks))),
         )
         ends = sizes.cumsum(-1, dtype=torch.int32)
         _place_kernel[(chunks, rows)](

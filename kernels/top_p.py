@@ -73,9 +73,11 @@ def top_p_block_map_reference(
 
 def _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget):
     """Scores [B, H, Cq, Ck], the least number of clusters, and the most tokens int32 [B, H] (None: no budget)."""
-    scores = torch.matmul(q_centroids, k_centroids.transpose(2, 3)) * sm_scale
+    scores = torch.matmul(q_centroids * sm_scale, k_centroids.transpose(2, 3))
     at_least = max(1, math.ceil(min_k_ratio * k_centroids.shape[2] - 1e-9))
-    at_most = None if budget is None else torch.floor(k_sizes.sum(-1).double() * budget + 1e-9).to(torch.int32)
+    at_most = None
+    if budget is not None:
+        at_most = (k_sizes.sum(-1, dtype=torch.float64) * budget + 1e-9).to(torch.int32)  # towards zero: down
     return scores, at_least, at_most
 
 
