@@ -209,13 +209,14 @@ if LOADABLE:
                 s1 = _score(rows1, d_stages, n, STAGES, BLOCK_C, s_layout)
                 offset = gl.load(row + c + columns)
                 best0 = _compare(best0, s0, offset, c, BLOCK_C, layout)
-                s1, best0 = _wait(s1, best0, 0)
+                mbarrier.wait(d_ready.index((n + 1) % STAGES), (n + 1) // STAGES & 1)
+                s0 = _score(rows0, d_stages, n + 1, STAGES, BLOCK_C, s_layout)
+                offset = gl.load(row + c + columns)  # again: no registers for it in between
+                s1, best0 = _wait(s1, best0, 1)
                 mbarrier.arrive(d_empty.index(n % STAGES), count=1)
-                n += 1
-                mbarrier.wait(d_ready.index(n % STAGES), n // STAGES & 1)
-                s0 = _score(rows0, d_stages, n, STAGES, BLOCK_C, s_layout)
                 best1 = _compare(best1, s1, offset, c, BLOCK_C, layout)
                 s0, best1 = _wait(s0, best1, 0)
+                n += 1
             c = (C - 1) // BLOCK_C * BLOCK_C
             s1 = _score(rows1, d_stages, n, STAGES, BLOCK_C, s_layout)
             offset = gl.load(row + c + columns)
