@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from svg.kernels import target
+from svg.kernels import target, training_hopper
 
 import svg
 from svg.bench.run import Bench, bench_ceilings, bench_training
 
 DEVICE = "cuda"
-# Of the relative l2 error at N(0, 1), for gradients summed in INT8 and in bf16.
+# Of the relative l2 error at N(0, 1), for gradients summed in INT8 and in bf16: a fifth above the references' own.
 BARS = {
     "int8": {"out": 0.0195, "dq": 0.020, "dk": 0.024, "dv": 0.018},
     "bf16": {"out": 0.0195, "dq": 0.0145, "dk": 0.0145, "dv": 0.0125},
 }
+HOPPER_BARS = dict.fromkeys(BARS, BARS["bf16"] | {"out": 0.0115})  # P V, too, in bf16; the same kernels for both
 Check = tuple[str, float, float]  # name, measured, largest allowed
 
 
@@ -43,6 +44,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("check_training.py needs a CUDA device: the CPU tests cover the references and the interpreter")
     torch.manual_seed(args.seed)
+    if training_hopper.takes(torch.device(DEVICE)):
+        BARS.update(HOPPER_BARS)
     gpu, triton = torch.cuda.get_device_name(), target.triton.__version__
     print(f"{gpu}, torch {torch.__version__}, triton {triton}, seed {args.seed}")
     bench = Bench(f"python scripts/check_training.py --seed {args.seed}", show_result, print, args.sweep)
