@@ -1,4 +1,4 @@
-"""training_backward.py's two kernels for Hopper, products="bf16": one producer warp and two warpgroups that compute (Gluon).
+"""training_backward.py's two kernels for Hopper, products="bf16": one producer warp and warpgroups that compute (Gluon).
 
 The producer fetches tiles of 64 tokens through the tensor memory accelerator as fast as stages come free. A warpgroup owns 64
 queries (of dQ) or 64 keys (of dK and dV) and computes scores so that these are its rows: P and dS enter their products from
