@@ -1,8 +1,8 @@
 """Block-sparse attention with INT8 Q K^T, and P V in FP8 or 16 bits: `block_sparse_attention`'s tiles, quantised.
 
 Keys and values are quantised while they are gathered into sorted order, one pass each after one read for statistics; a
-tile of queries is quantised by the program that attends with it. Every query and every key has a scale of its own, so
-that runs of keys may start anywhere. V is stored transposed, and its tiles begin at multiples of 16 tokens: the tensor
+tile of queries is quantised by the program that attends with it. Every query and every 16 keys have a scale of their own,
+because runs of keys may start anywhere. V is stored transposed, and its tiles begin at multiples of 16 tokens: the tensor
 memory accelerator takes no others, and wide loads through pointers want the same.
 
 SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all far below the running maximum of all
@@ -16,8 +16,9 @@ from functools import partial
 
 import torch
 
+from . import block_sparse_quantised_hopper as hopper
 from . import target
-from .aligned_tiles import aligned_key_tiles
+from .aligned_tiles import aligned_key_tiles, separate_key_tiles
 from .block_sparse import LOG2_E, block_sparse_attention_reference, check, key_tiles, query_tiles
 from .permute import gather_tokens, gather_tokens_reference
 from .precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
@@ -40,7 +41,7 @@ from .quantize_values import (
 from .rounded_attention import note_failure_reference, rounded_attention, unsmoothed_lse
 from .target import tl, triton
 
-PV_TILE = 64  # keys of a tile that pv_threshold skips, in the specification and on sm90
+PV_TILE = 64  # keys of a tile that pv_threshold skips, in the specification
 
 
 def block_sparse_attention_quantised(
@@ -59,6 +60,7 @@ def block_sparse_attention_quantised(
     smooth_k: bool = True,
     smooth_v: bool = False,
     pv_threshold: torch.Tensor | None = None,
+    key_multiple: int = 1,
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +81,8 @@ def block_sparse_attention_quantised(
         smooth_v: take V's channel means off and add them to the output (FP8 only).
         pv_threshold: fp32 [H], >= 0: skip P V of a tile of keys where in no row of the query tile the tile's largest
             score comes within this many powers of two of the running maximum; None: never.
+        key_multiple: every key cluster that is selected begins at a multiple of it; from 64 on, 64 keys share a scale and
+            not 16, which takes less time.
         failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
         return_lse: also return the log-sum-exp.
 
@@ -109,7 +113,7 @@ def block_sparse_attention_quantised(
     return op(
         q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
         k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-        pv_threshold=pv_threshold, failed=failed, return_lse=return_lse,
+        pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=return_lse,
     )  # fmt: skip
 
 
@@ -129,6 +133,7 @@ def block_sparse_attention_quantised_reference(
     smooth_k: bool = True,
     smooth_v: bool = False,
     pv_threshold: torch.Tensor | None = None,
+    key_multiple: int = 1,
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +147,7 @@ def block_sparse_attention_quantised_reference(
     kind = PRECISIONS[precision]
     stats = statistics_reference(k, v)
     mean = stats.k_mean if smooth_k else None
-    keys = quantize_tokens_reference(k, side="k", mean=mean, permutation=k_permutation)
+    keys = quantize_tokens_reference(k, side="k", groups=key_groups(key_multiple), mean=mean, permutation=k_permutation)
     if kind.fp8:
         channels = quantize_channels_reference(
             v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation
@@ -174,6 +179,15 @@ def block_sparse_attention_quantised_reference(
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+
+
+def key_groups(key_multiple: int) -> str:
+    """Which keys share a scale, as `quantize_tokens` has it: no tile of keys may begin inside of a group.
+
+    Args:
+        key_multiple: tiles begin at multiples of 16, and runs of tiles at multiples of this.
+    """
+    return "warp" if key_multiple % 64 == 0 else "sixteen"
 
 
 def _attend(q, k, v, scale, p_dtype, acc16, threshold=None):
@@ -212,7 +226,8 @@ LAUNCH = {
     89: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
          (True, 64): Launch(64, 32, 4, 3), (True, 128): Launch(128, 32, 8, 3)},
     90: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
-         (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+         (True, 64): Launch(128, 64, 8, 3, tma=True, specialised=True),
+         (True, 128): Launch(128, 64, 8, 3, tma=True, specialised=True)},
     100: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
           (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
     120: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
@@ -222,8 +237,8 @@ LAUNCH = {
 
 def _launch(
     q, k, v, block_map, q_sizes, k_sizes,
-    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, failed,
-    return_lse,
+    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, key_multiple,
+    failed, return_lse,
 ):  # fmt: skip
     kind = PRECISIONS[precision]
     fp8 = kind.fp8
@@ -234,20 +249,30 @@ def _launch(
     row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
     stats = statistics(k, v) if smooth_k or fp8 else None
     mean = stats.k_mean if smooth_k else None
-    keys = quantize_tokens(k, side="k", mean=mean, permutation=k_permutation)
+    keys = quantize_tokens(k, side="k", groups=key_groups(key_multiple), mean=mean, permutation=k_permutation)
+    specialised = hopper.takes(q, kind, row)
     channels = None
     if fp8:
-        channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation)
-    if fp8:
+        channels = quantize_channels(
+            v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation, interleave=specialised
+        )
         values = channels.values
     else:
         values = (v if k_permutation is None else gather_tokens(v, k_permutation)).to(pv_dtype(v))
     out = torch.empty_like(q)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
     with target.on_device(q):
-        q_tiles, q_counts = query_tiles(q_sizes, S, row.block_m)
-        cut = aligned_key_tiles if fp8 else key_tiles
+        q_tiles, q_counts = query_tiles(q_sizes, S, hopper.QUERY_ROWS if specialised else row.block_m)
+        cut = separate_key_tiles if key_multiple % row.block_n == 0 else aligned_key_tiles if fp8 else key_tiles
         k_tiles, k_counts = cut(block_map, k_sizes, Sk, row.block_n)
+    if specialised:
+        lists = q_tiles, q_counts, k_tiles, k_counts
+        hopper.launch(
+            q, keys, channels, out, lse, failed, q_permutation, pv_threshold, map_index, lists, block_map.shape[1],
+            sm_scale * LOG2_E, 64 if key_multiple % 64 == 0 else 16,
+        )  # fmt: skip
+        return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+    with target.on_device(q):
         _sparse_quantised_kernel[(q_tiles.shape[1], B * H)](
             q, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation,

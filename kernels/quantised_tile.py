@@ -20,7 +20,7 @@ class Launch:
         two_level: add each tile's FP8 P V in fp32.
         magic: start the INT8 product at 1.5 * 2^23, whose bits make it a float without a conversion.
         tma: read K and V through tensor descriptors (sm90 and newer).
-        specialised: on sm90, dense calls that quantised_hopper.py takes run there; the other fields are for the rest.
+        specialised: on sm90, calls that the kernels in *_hopper.py take run there; the other fields are for the rest.
     """
 
     block_m: int

@@ -5,6 +5,7 @@
 Groups of tokens that share a scale, within 128 (the paper has 64 keys a block; 128 let a tile of 128 have one scale):
 
     token   each its own          block   all 128          warp    32 consecutive queries, 64 consecutive keys
+    sixteen 16 consecutive keys
     thread  queries {i, 8+i, 16+i, 24+i} of 32; keys {8k+2j, 8k+2j+1 for all k} of 64: what one thread holds
 
 Any mean may be taken from K: it shifts every score of a query alike, and drops out of the softmax. An all-zero group has
@@ -27,7 +28,7 @@ LEVELS = {8: 127.0, 4: 7.0}
 # side -> groups -> 128 tokens as [A, B, C, E]; tokens that differ in B and E alone share a scale.
 GROUPS = {
     "q": {"token": (128, 1, 1, 1), "thread": (4, 4, 8, 1), "warp": (4, 32, 1, 1), "block": (1, 128, 1, 1)},
-    "k": {"token": (128, 1, 1, 1), "thread": (2, 8, 4, 2), "warp": (2, 64, 1, 1), "block": (1, 128, 1, 1)},
+    "k": {"token": (128, 1, 1, 1), "sixteen": (8, 16, 1, 1), "thread": (2, 8, 4, 2), "warp": (2, 64, 1, 1), "block": (1, 128, 1, 1)},
 }
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

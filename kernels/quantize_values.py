@@ -171,7 +171,7 @@ def fp8_values(x: QuantizedChannels, tokens: int, head_dim: int) -> torch.Tensor
 
 # arch -> warps of (statistics, channels). Not measured: chosen by ahead-of-time compile (no spills).
 LAUNCH = {80: (4, 8), 89: (4, 8), 90: (4, 8), 100: (4, 8), 120: (4, 8)}
-STATISTICS_ROWS = 2048  # tokens that one program of the statistics sums
+STATISTICS_ROWS = 512  # tokens that one program of the statistics sums
 
 
 def _statistics(k, v):
@@ -184,20 +184,24 @@ def _statistics(k, v):
             D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=16,
             num_warps=target.launch_row(LAUNCH, k.device)[0],
         )  # fmt: skip
-    k_sum, v_sum, low, high = partial
-    return Statistics(k_sum.sum(2) / S, v_sum.sum(2) / S, low.amin(2), high.amax(2))
+        stats = torch.empty(4, B, H, D, dtype=torch.float32, device=k.device)
+        _join_statistics_kernel[(4, B * H)](
+            partial, stats, B * H, parts, S, D=D, BLOCK_D=padded_head_dim(D), BLOCK_P=32, num_warps=4
+        )
+    return Statistics(*stats)
 
 
 def _quantize_channels(v, stats, *, smooth, limit, permutation, interleave):
     B, H, S, D = v.shape
-    scale, mean = _channel_scales(stats, smooth, limit)
+    block_d = padded_head_dim(D)
     padded = triton.cdiv(S, BLOCK) * BLOCK
-    values = torch.empty(B, H, scale.shape[2], padded, dtype=torch.float8_e4m3fn, device=v.device)
+    values = torch.empty(B, H, block_d, padded, dtype=torch.float8_e4m3fn, device=v.device)
+    scale, mean = torch.empty(2, B, H, block_d, dtype=torch.float32, device=v.device)
     with target.on_device(v):
         _quantize_channels_kernel[(padded // BLOCK, B * H)](
-            v, permutation, scale, mean, values, H, S, padded,
+            v, permutation, stats.v_mean, stats.v_low, stats.v_high, scale, mean, values, H, S, padded,
             *v.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
-            D=D, BLOCK_D=scale.shape[2], BLOCK=BLOCK, LIMIT=limit, INTERLEAVE=interleave,
+            D=D, BLOCK_D=block_d, BLOCK=BLOCK, LIMIT=limit, SMOOTH=smooth, INTERLEAVE=interleave,
             num_warps=target.launch_row(LAUNCH, v.device)[1],
         )  # fmt: skip
     return QuantizedChannels(values, scale, mean if smooth else None)
@@ -235,11 +239,50 @@ def _statistics_kernel(
     tl.store(partial + 3 * stride_part, tl.max(high, 0), mask=real)
 
 
+@triton.jit(do_not_specialize=["heads", "parts", "S"])
+def _join_statistics_kernel(
+    partial, stats, heads, parts, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """One of the four statistics of a head: mean of K, mean, least and largest of V."""
+    which, bh = tl.program_id(0), tl.program_id(1)
+    offs_p, offs_d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
+    partial += (which * heads + bh).to(tl.int64) * parts * D + offs_d[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    low = tl.full([BLOCK_P, BLOCK_D], float("inf"), dtype=tl.float32)
+    high = tl.full([BLOCK_P, BLOCK_D], float("-inf"), dtype=tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        mask = (first + offs_p < parts)[:, None] & (offs_d < D)[None, :]
+        row = tl.load(partial + (first + offs_p)[:, None] * D, mask=mask, other=0.0)
+        total += row
+        low = tl.minimum(low, tl.where(mask, row, float("inf")))
+        high = tl.maximum(high, tl.where(mask, row, float("-inf")))
+    mean = tl.div_rn(tl.sum(total, 0), tl.full([BLOCK_D], 0.0, tl.float32) + S)
+    result = tl.where(which < 2, mean, tl.where(which == 2, tl.min(low, 0), tl.max(high, 0)))
+    tl.store(stats + (which * heads + bh) * D + offs_d, result, mask=offs_d < D)
+
+
+@triton.jit
+def _scales_of_channels(v_mean, v_low, v_high, D: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr):
+    """`_channel_scales` of one head."""
+    offs_d = tl.arange(0, BLOCK_D)
+    real = offs_d < D
+    centre = tl.load(v_mean + offs_d, mask=real, other=0.0)
+    mean = centre if SMOOTH else tl.zeros([BLOCK_D], dtype=tl.float32)
+    largest = tl.maximum(
+        tl.load(v_high + offs_d, mask=real, other=0.0) - mean, mean - tl.load(v_low + offs_d, mask=real, other=0.0)
+    )
+    largest = tl.where(largest <= 1e-30, 1.0, largest)  # quantize.TINY
+    finite = (tl.abs(centre) < float("inf")) & (tl.abs(largest) < float("inf"))
+    scale = tl.where(finite, tl.div_rn(largest, tl.full([BLOCK_D], LIMIT, tl.float32)), float("nan"))
+    return tl.where(real, scale, 1.0), mean
+
+
 @triton.jit(do_not_specialize=["S"])
 def _quantize_channels_kernel(
-    v, permutation, scale, mean, values, H, S, padded,
+    v, permutation, v_mean, v_low, v_high, scale, mean, values, H, S, padded,
     stride_vb, stride_vh, stride_vs, stride_pb, stride_ph, stride_ps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -256,8 +299,12 @@ def _quantize_channels_kernel(
     rows = tl.load(
         v + b * stride_vb + h * stride_vh + token[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0
     )
-    rows = rows.to(tl.float32) - tl.load(mean + bh * BLOCK_D + offs_d)[None, :]
-    size = tl.broadcast_to(tl.load(scale + bh * BLOCK_D + offs_d)[None, :], [BLOCK, BLOCK_D])
+    step, centre = _scales_of_channels(v_mean + bh * D, v_low + bh * D, v_high + bh * D, D, BLOCK_D, LIMIT, SMOOTH)
+    if tl.program_id(0) == 0:
+        tl.store(scale + bh * BLOCK_D + offs_d, step)
+        tl.store(mean + bh * BLOCK_D + offs_d, centre)
+    rows = rows.to(tl.float32) - centre[None, :]
+    size = tl.broadcast_to(step[None, :], [BLOCK, BLOCK_D])
     # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
     rows = tl.where(inside[:, None], tl.clamp(tl.div_rn(rows, size), -LIMIT, LIMIT), 0.0).to(tl.float8e4nv)
     goal = (bh * BLOCK_D + offs_d)[:, None] * padded + offs_s[None, :]

@@ -190,12 +190,12 @@ def presets(name: str | None) -> None:
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(BENCHES), default="all")
+@click.argument("what", type=click.Choice(BENCHES), nargs=-1)
 @click.option("--save", is_flag=True, help="Write docs/benchmarks/<gpu>.json and docs/benchmarks.md.")
 @click.option("--docs", type=click.Path(file_okay=False), default="docs", show_default=True, help="Folder of --save.")
 @click.option("--sweep", is_flag=True, help="Also time other tile sizes, which takes minutes.")
-def bench(what: str, save: bool, docs: str, sweep: bool) -> None:
-    """Time this GPU's ceilings, our kernels, and peers that are installed."""
+def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
+    """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named."""
     from rich.console import Console
 
     from .bench import report
@@ -203,7 +203,8 @@ def bench(what: str, save: bool, docs: str, sweep: bool) -> None:
     from .tables import bench_line
 
     console = Console()
-    command = " ".join(["svg bench", what, *(["--save"] if save else []), *(["--sweep"] if sweep else [])])
+    what = what or ("all",)
+    command = " ".join(["svg bench", *what, *(["--save"] if save else []), *(["--sweep"] if sweep else [])])
     found = Bench(
         command=command,
         show=lambda key, entry: console.print(bench_line(key, entry), highlight=False, soft_wrap=True),

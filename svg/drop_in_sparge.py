@@ -134,6 +134,7 @@ def _attention(
     return block_sparse_attention_quantised(
         q, k, v, *plan, map_index=index, q_permutation=permutation, k_permutation=permutation, sm_scale=scale,
         precision=precision, pv_threshold=None if pv_threshold is None else of_heads(pv_threshold),
+        key_multiple=K_BLOCK,
     )  # fmt: skip
 
 

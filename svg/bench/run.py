@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,23 +101,24 @@ def bench_versions() -> dict[str, str | None]:
     }
 
 
-def run(what: str, bench: Bench) -> None:
-    """Run the ceilings and one section, or all.
+def run(what: Sequence[str], bench: Bench) -> None:
+    """Run the ceilings and some sections, in the order of SECTIONS.
 
     Args:
-        what: a name of SECTIONS, or "all".
+        what: names of SECTIONS, or "all" among them.
         bench: collects the results.
 
     Raises:
         ValueError: there is no CUDA device, or no such section.
     """
-    if what not in (*SECTIONS, "all"):
-        raise ValueError(f"what must be one of {', '.join(SECTIONS)}, all, got {what!r}")
+    for name in what:
+        if name not in (*SECTIONS, "all"):
+            raise ValueError(f"what must be among {', '.join(SECTIONS)}, all, got {name!r}")
     _require_gpu()
     with torch.inference_mode():
         bench_ceilings(bench)
         for name, section in SECTIONS.items():
-            if what in (name, "all"):
+            if name in what or "all" in what:
                 section(bench)
 
 

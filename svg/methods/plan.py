@@ -11,6 +11,8 @@ from svg.kernels.block_sparse import Tail, block_sparse_attention
 from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
 from svg.kernels.permute import gather_tokens
 
+from ..layout import TokenLayout
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -27,6 +29,7 @@ class Plan:
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
         tail: what stands for the blocks that are not computed, or None; for native precision only.
+        key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
     """
@@ -41,6 +44,7 @@ class Plan:
     kind: Tensor | None = None
     pv_threshold: Tensor | None = None
     tail: Tail | None = None
+    key_multiple: int = 1
     share: Tensor | None = None
     reused: bool = False
     _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
@@ -110,6 +114,7 @@ def execute(
             k_permutation=plan.k_permutation,
             precision=precision,
             pv_threshold=plan.pv_threshold,
+            key_multiple=plan.key_multiple,
             failed=failed,
         )
     if plan.k_permutation is not None:
@@ -125,6 +130,19 @@ def execute(
         q_permutation=plan.q_permutation,
         tail=plan.tail,
     )
+
+
+def tile_multiple(tile: int, layout: TokenLayout) -> int:
+    """What selected key clusters begin at multiples of, where the video is cut into tiles and text comes after it.
+
+    Args:
+        tile: keys of a tile; the video's last one may have fewer.
+        layout: where the text is, and how many tokens the video has.
+
+    Returns:
+        The tile, or 1 where the text may begin anywhere.
+    """
+    return tile if not layout.text_tokens or layout.video_tokens % tile == 0 else 1
 
 
 def visible_keys(num: int, video_tokens: int, text_tokens: int, text_mask: Tensor | None, device) -> Tensor:

@@ -27,7 +27,7 @@ from ..layout import TokenLayout
 from ..state import LayerState
 from ..thresholds import Thresholds, thresholds_of
 from .orders import video_order
-from .plan import Plan, visible_keys
+from .plan import Plan, tile_multiple, visible_keys
 
 Q_BLOCK, K_BLOCK = 128, 64
 
@@ -86,6 +86,7 @@ def plan(
         block_map=_with_text(block_map, layout).flatten(0, 1),
         map_index=torch.arange(batch * heads, dtype=torch.int32, device=q.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
+        key_multiple=tile_multiple(K_BLOCK, layout),
         pv_threshold=limits.pv_threshold if filtered and config.precision != "native" else None,
     )
 

@@ -28,7 +28,7 @@ from ..config import SVG2Config
 from ..layout import TokenLayout
 from ..state import LayerState
 from . import reuse
-from .plan import Plan, visible_keys
+from .plan import Plan, tile_multiple, visible_keys
 
 Q_TILE, K_TILE = 128, 64
 
@@ -123,6 +123,7 @@ def _assembled(
         block_map=block_map.flatten(0, 1),
         map_index=torch.arange(batch * heads, dtype=torch.int32, device=k.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
+        key_multiple=tile_multiple(K_TILE, layout) if config.selection == "tiles" else 1,
         tail=_tail(block_map, chosen.k_blocks, means, k, v, layout) if config.compensate else None,
     )
 

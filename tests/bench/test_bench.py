@@ -47,7 +47,7 @@ def test_every_section_runs_and_every_goal_is_measured(small, video):
     shown, said = [], []
     bench = run.Bench(command="svg bench all", show=lambda key, entry: shown.append(key), say=said.append)
     for section in ("attention", "kmeans", "permute", "svg1", "svg2", "sparge", "scale", "step"):
-        run.run(section, bench)
+        run.run([section], bench)
     sizes = {"75600": WAN.total_tokens, "119056": HUNYUAN.total_tokens}
     for goal in (goal for goal in report.GOALS if "int8" not in goal):
         for full, tiny in sizes.items():

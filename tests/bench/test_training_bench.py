@@ -29,7 +29,7 @@ def test_the_section_runs_and_its_goal_is_measured(monkeypatch):
     ):
         monkeypatch.setattr(module, kernel, lambda *args, kernel=kernel: launched.append(kernel))
     bench = run.Bench("svg bench training --sweep", lambda key, entry: None, lambda line: None, sweep=True)
-    run.run("training", bench)
+    run.run(["training"], bench)
     goals = [goal.replace("S32768", "S80") for goal in report.GOALS if goal.startswith("training/")]
     assert goals and set(goals) <= set(bench.results)
     rows = [key for key in bench.results if "/sweep/" in key]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from svg.kernels import target
-from svg.kernels.aligned_tiles import ALIGN, aligned_key_tiles, aligned_key_tiles_reference
+from svg.kernels.aligned_tiles import ALIGN, aligned_key_tiles, aligned_key_tiles_reference, separate_key_tiles
 
 pytestmark = pytest.mark.skipif(not target.INTERPRETED, reason="lists that only the Triton kernels read")
 
@@ -25,3 +25,19 @@ def test_against_the_specification(clusters, block_n):
             assert all(first % ALIGN == 0 and keys == block_n for first, keys in found[:full])
             assert all(first % ALIGN + keys <= block_n for first, keys in found)
             assert not any(first % ALIGN == 0 and keys == block_n for first, keys in found[full:])
+
+
+@pytest.mark.parametrize(("last", "text"), [(64, 0), (1, 0), (64, 200), (64, 33)])
+def test_clusters_that_begin_at_tiles(last, text):
+    sizes = torch.tensor([[64, 64, 64, last, text, 40 if text else 0]] * 2, dtype=torch.int32)
+    tokens = int(sizes[0].sum())
+    block_map = torch.rand(2, 9, 6) < torch.linspace(0, 1, 9)[None, :, None]
+    block_map[..., 5] = False  # padding
+    tiles, counts = separate_key_tiles(block_map, sizes, tokens, 64)
+    right = aligned_key_tiles_reference(block_map, sizes, tokens, 64)
+    for m in range(2):
+        for row in range(9):
+            full, used = counts[m, row].tolist()
+            found = [(entry // 64, entry % 64 + 1) for entry in tiles[m, row, :used].tolist()]
+            assert sorted(found) == right[m][row]
+            assert [keys == 64 for _, keys in found] == [True] * full + [False] * (used - full)

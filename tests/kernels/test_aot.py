@@ -22,7 +22,8 @@ KERNELS = {
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
-    "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_segment_means_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
+    "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_separate_tiles_kernel", "_join_statistics_kernel",
+    "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_segment_means_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
     "_hopper_quantised_kernel", "_hopper_sparse_quantised_kernel", "_hopper_training_kernel", "_hopper_query_gradient_kernel", "_hopper_key_gradient_kernel",
     "_hopper_assign_kernel", "_hopper_assign_few_kernel",
 }  # fmt: skip

@@ -6,6 +6,7 @@ compiled is exactly what the operation would launch. Run as a program, in a proc
     python triton_aot.py ARCH
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -41,6 +42,7 @@ from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
 from svg.kernels.varlen_attention import varlen_attention
+from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
 from svg.kernels.training_backward import LAUNCH as backward_table
 from svg.kernels.training_backward import PLAIN_HOPPER
@@ -81,7 +83,9 @@ def run_operations(arch):
                 DTYPES["bf16"], D, tail, contiguous=True
             )
         for D in (64, 128):
-            yield f"quantised specialised int8-fp8 D={D}", lambda D=D: quantised_specialised(D)
+            yield f"sparse quantised in tiles int8-fp8 D={D}", lambda D=D: sparse_quantised("int8-fp8", D, key_multiple=64)
+        for plain in (quantised_plain, sparse_quantised_plain):
+            yield f"{plain.__name__} int8-fp8", plain
         # the other ways to launch that `svg bench attention --sweep` times
         for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
@@ -170,11 +174,22 @@ def plain_training(D, is_causal, products):
     training_hopper.takes, backward_table[90] = takes, rows
 
 
-def quantised_specialised(D):
-    table = quantised_table[90]
-    kept, table[True, D] = table[True, D], dataclasses.replace(table[True, D], specialised=True)
-    quantised("int8-fp8", D)
-    table[True, D] = kept
+def quantised_plain():
+    with not_specialised(quantised_table):
+        quantised("int8-fp8", 128)
+
+
+def sparse_quantised_plain():
+    with not_specialised(sparse_table):
+        sparse_quantised("int8-fp8", 128)
+
+
+@contextlib.contextmanager
+def not_specialised(table):
+    kept = table[90][True, 128]
+    table[90][True, 128] = dataclasses.replace(kept, specialised=False)
+    yield
+    table[90][True, 128] = kept
 
 
 def attention_launched(row):
@@ -228,10 +243,11 @@ def elementwise():
 
 
 def clustering(dtype, padding=0):
-    x = torch.zeros(1, 2, 256, 128 + padding, dtype=dtype)[..., :128]
+    tokens = 16_640  # the scan over chunks is as wide as it gets
+    x = torch.zeros(1, 2, tokens, 128 + padding, dtype=dtype)[..., :128]
     for clusters in (32, 1000):
         kmeans(x, torch.zeros(1, 2, clusters, 128), 2)
-    kmeans_update(x, torch.zeros(1, 2, 256, dtype=torch.int32), torch.zeros(1, 2, 32, 128))
+    kmeans_update(x, torch.zeros(1, 2, tokens, dtype=torch.int32), torch.zeros(1, 2, 32, 128))
 
 
 def top_p(clusters, budget, share=0.9):
