@@ -19,8 +19,7 @@ from .quantised_hopper import LOADABLE
 QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
-ONES = False
-AHEAD = False
+ONES = False  # row sums of rounded P as products with ones, not of P as additions: faster, not yet checked on a GPU
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
@@ -72,7 +71,7 @@ def launch(q, keys, channels, out, lse, failed, permutation, pv_threshold, map_i
             k_desc, v_desc, q, keys.scale, channels.scale, channels.mean, out, lse, failed, permutation, pv_threshold,
             map_index.contiguous(), q_tiles, q_counts, key_tiles, key_counts, scale_log2, tiles, H, S, Sk, Cq,
             q_tiles.shape[1], key_tiles.shape[2], *q.stride()[:3], *out.stride()[:3], *strides,
-            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES, ONES=ONES, AHEAD=AHEAD, HAS_PERMUTATION=permutation is not None,
+            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES, ONES=ONES, HAS_PERMUTATION=permutation is not None,
             HAS_MEAN=channels.mean is not None, HAS_LSE=lse is not None, HAS_FAILED=failed is not None,
             HAS_FLOOR=pv_threshold is not None, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -92,7 +91,7 @@ if LOADABLE:
 
     from .block_sparse_hopper import _keys_of as keys_of
     from .block_sparse_hopper import _tile_of as tile_of
-    from .quantised_hopper import by_sixteens, in_values_range, integer_scores, own_sum, to_bytes
+    from .quantised_hopper import by_sixteens, in_values_range, integer_scores, own_sum, store_ones, to_bytes
 
     @gluon.jit
     def _produce(
@@ -126,9 +125,9 @@ if LOADABLE:
 
     @gluon.jit
     def _starts(tiles, i, total):
-        """List entries i and i + 1: first key and keys of each; no keys where there is no second one. Past the end, the last."""
-        first = gl.load(tiles + gl.minimum(i, total - 1), mask=total > 0, other=0)
-        second = gl.load(tiles + gl.minimum(i + 1, total - 1), mask=total > 0, other=0)
+        """List entries i and i + 1: first key and keys of each; no keys where there is no second one."""
+        first = gl.load(tiles + i)
+        second = gl.load(tiles + gl.minimum(i + 1, total - 1))
         return first // 64, first % 64 + 1, second // 64, gl.where(i + 1 < total, second % 64 + 1, 0)
 
     @gluon.jit
@@ -201,22 +200,17 @@ if LOADABLE:
 
     @gluon.jit
     def _step(
-        q, starts, scales, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n, k_stages, v_boxes,
-        barriers, PART: gl.constexpr, MASKED: gl.constexpr, HAS_FLOOR: gl.constexpr, ONES: gl.constexpr, AHEAD: gl.constexpr, SUM: gl.constexpr,
+        q, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n, k_stages, v_boxes,
+        barriers, PART: gl.constexpr, MASKED: gl.constexpr, HAS_FLOOR: gl.constexpr, ONES: gl.constexpr, SUM: gl.constexpr,
         GROUPS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, o_layout: gl.constexpr,
     ):  # fmt: skip
-        """One stage, the n-th of this consumer: what the next one needs of its list; running output, maximum and sums."""
+        """One stage, the n-th of this consumer: running output, maximum and sums."""
         ready, empty = barriers
         stage = PART * STAGES + n % STAGES
         mbarrier.wait(ready.index(stage), n // STAGES & 1)
         s = integer_scores(q, k_stages.index(stage), s_layout)
-        if AHEAD:
-            next_starts = _starts(tiles, i + 2, total)
-            next_scales = _scales_of(k_scale, next_starts, Sk, GROUPS, gl.SliceLayout(0, s_layout))
-        else:
-            starts = _starts(tiles, i, total)
-            scales = _scales_of(k_scale, starts, Sk, GROUPS, gl.SliceLayout(0, s_layout))
-            next_starts, next_scales = starts, scales
+        starts = _starts(tiles, i, total)
+        scales = _scales_of(k_scale, starts, Sk, GROUPS, gl.SliceLayout(0, s_layout))
         s = warpgroup_mma_wait(0, deps=[s])
         x = s.to(gl.float32, bitcast=True)
         if MASKED:
@@ -229,7 +223,7 @@ if LOADABLE:
         else:
             acc, t_i = _add_values(p, alpha, acc, t_i, ones, v_boxes, stage, ONES, BLOCK_D, o_layout)
         mbarrier.arrive(empty.index(stage), count=1)
-        return next_starts, next_scales, acc, m_new, l_i, t_i
+        return acc, m_new, l_i, t_i
 
     @gluon.jit
     def _quantise(q, q_shared, scale_log2, s_layout: gl.constexpr):
@@ -258,7 +252,7 @@ if LOADABLE:
     def _consume(
         PART: gl.constexpr, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-        ONES: gl.constexpr, AHEAD: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
+        ONES: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
         HAS_FLOOR: gl.constexpr,
     ):  # fmt: skip
         q, k_scales, v_scale, v_mean, out, lse, failed, permutation, pv_threshold = tensors
@@ -297,19 +291,17 @@ if LOADABLE:
                 if HAS_FLOOR:
                     there = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) < gl.load(tile + 2)
                     floor = gl.where(there, -gl.load(pv_threshold + h), float("inf"))  # the others ask for nothing
-                starts = _starts(tiles, 0, total)
-                scales = _scales_of(k_scale, starts, Sk, GROUPS, gl.SliceLayout(0, s_layout))
                 whole = full // 2 * 2
                 for i in range(0, whole, 2):
-                    starts, scales, acc, m_i, l_i, t_i = _step(
-                        q_shared, starts, scales, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n,
-                        k_stages, v_boxes, barriers, PART, False, HAS_FLOOR, ONES, AHEAD, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
+                    acc, m_i, l_i, t_i = _step(
+                        q_shared, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n,
+                        k_stages, v_boxes, barriers, PART, False, HAS_FLOOR, ONES, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
                     )  # fmt: skip
                     n += 1
                 for i in range(whole, total, 2):
-                    starts, scales, acc, m_i, l_i, t_i = _step(
-                        q_shared, starts, scales, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n,
-                        k_stages, v_boxes, barriers, PART, True, HAS_FLOOR, ONES, AHEAD, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
+                    acc, m_i, l_i, t_i = _step(
+                        q_shared, acc, m_i, l_i, t_i, ones, row_scale, floor, k_scale, tiles, i, total, Sk, n,
+                        k_stages, v_boxes, barriers, PART, True, HAS_FLOOR, ONES, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
                     )  # fmt: skip
                     n += 1
 
@@ -340,7 +332,7 @@ if LOADABLE:
         q_counts, key_tiles, key_counts, scale_log2, count, H, S, Sk, Cq, query_width, key_width,
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-        ONES: gl.constexpr, AHEAD: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
+        ONES: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
         HAS_FLOOR: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         RINGS: gl.constexpr = CONSUMERS * STAGES
@@ -357,8 +349,7 @@ if LOADABLE:
         barriers = (ready, empty)
         ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 64], gl.NVMMASharedLayout(64, 8))
         if ONES:
-            ones.store(gl.full([8, 64], 1.0, gl.float32, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])).to(gl.float8e4nv))
-            fence_async_shared()
+            store_ones(ones, 64)
         stages, boxes, descriptors = (q_stages, k_stages, v_boxes, ones), (k_boxes, v_boxes), (k_desc, v_desc)
         tensors = (q, k_scale, v_scale, v_mean, out, lse, failed, permutation, pv_threshold)
         lists = (q_tiles, q_counts, key_tiles, key_counts, map_index)
@@ -368,11 +359,11 @@ if LOADABLE:
         gl.warp_specialize(
             [
                 (_consume, (0, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, AHEAD, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
                 (_consume, (1, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, AHEAD, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
                 (_consume, (2, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, AHEAD, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
                 (_produce, (0, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),
                 (_produce, (1, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),
                 (_produce, (2, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),

@@ -184,10 +184,10 @@ if LOADABLE:
         acc = warpgroup_mma(p16, v_boxes.index(before), acc, is_async=True)
         scale = scale_boxes.index(i % STAGES).load(gl.SliceLayout(0, s_layout))
         s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
         p, alpha, m_i, l_i = _softmax(s, scale, row_scale, i, keys, position, m_i, l_i, MASKED, CAUSAL, s_layout)
         # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the softmax.
         scratch.store(l_i)
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)  # not earlier: an arrival does not wait for loads, here of the scale
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
@@ -231,8 +231,8 @@ if LOADABLE:
             s = _scores(q, k_boxes, k_ready, 0, STAGES, s_layout)
             scale = scale_boxes.index(0).load(gl.SliceLayout(0, s_layout))
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(0), count=1)
             p, _, m_i, l_i = _softmax(s, scale, row_scale, 0, keys, position, m_i, l_i, True, CAUSAL, s_layout)
+            mbarrier.arrive(k_empty.index(0), count=1)
             for i in range(1, full):
                 p, acc, m_i, l_i = _step(
                     q, p, acc, m_i, l_i, row_scale, i, keys, position, boxes, scratch, barriers, False, CAUSAL, STAGES,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svg.kernels.block_sparse import Tail
-from svg.kernels.kmeans import Clustering, cluster_means, kmeans
+from svg.kernels.kmeans import Clustering, cluster_means, kmeans, kmeans_and_tiles
 from svg.kernels.neighbours import neighbour_order
 from svg.kernels.top_p import top_p_block_map
 
@@ -176,16 +176,18 @@ class Blocks(NamedTuple):
 
 
 def _blocks(x: Tensor, clusters: int, tile: int, name: str, config: SVG2Config, state: LayerState) -> Blocks:
-    found = _cluster(x, clusters, name, config, state)
-    if config.selection == "clusters":
+    found, means = _cluster(x, clusters, name, config, state, tile if config.selection == "tiles" else None)
+    if means is None:
         return Blocks(found.permutation, found.sizes, found.centroids)
     starts = torch.arange(0, x.shape[2], tile, device=x.device)
     sizes = (x.shape[2] - starts).clamp_max(tile).to(torch.int32).expand(*x.shape[:2], -1)  # [B, H, N]
-    nothing = found.centroids.new_zeros(*sizes.shape, x.shape[3])
-    return Blocks(found.permutation, sizes, cluster_means(x, found.permutation, sizes, nothing))
+    return Blocks(found.permutation, sizes, means)
 
 
-def _cluster(x: Tensor, clusters: int, name: str, config: SVG2Config, state: LayerState) -> Clustering:
+def _cluster(
+    x: Tensor, clusters: int, name: str, config: SVG2Config, state: LayerState, tile: int | None
+) -> tuple[Clustering, Tensor | None]:
+    """The clustering, and the means of tiles of its sorted tokens where `tile` is given."""
     centroids = state.cache.get(name)
     iterations = config.iterations
     if centroids is None:
@@ -196,9 +198,12 @@ def _cluster(x: Tensor, clusters: int, name: str, config: SVG2Config, state: Lay
             centroids = kmeans(x, centroids, config.first_iterations - 1).centroids
         # Later calls start from these centroids, so they keep the order.
         centroids = centroids.gather(2, neighbour_order(centroids).long()[..., None].expand_as(centroids))
-    found = kmeans(x, centroids, iterations)
+    if tile is None:
+        found, means = kmeans(x, centroids, iterations), None
+    else:
+        found, means = kmeans_and_tiles(x, centroids, iterations, tile)
     state.cache[name] = found.centroids
-    return found
+    return found, means
 
 
 def _with_text_tokens(blocks: Blocks, layout: TokenLayout, text_mask: Tensor | None) -> tuple[Tensor, Tensor]:

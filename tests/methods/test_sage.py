@@ -40,7 +40,7 @@ def test_close_to_dense_with_text_masks(method, layout, make_qkv, make_state, ma
     assert out.shape == expected.shape and out.dtype == expected.dtype
     assert 0 < relative(out, expected) < (0.2 if method == "sage3" else 0.06)
     report = summarise(state)
-    assert report["calls"] == {"total": 1, "dense": 0, "sparse": 1} and report["density"]["all_calls"] == 1
+    assert report["calls"] == {"total": 1, "dense": 0, "sparse": 1, "reused": 0} and report["density"]["all_calls"] == 1
     assert report["quantised"]["guard"]["recomputed"] == 0 and report["quantised"]["guard"]["probed_calls"] == 1
     assert report["quantised"]["guard"]["least_cosine"] > 0.98
     json.dumps(report)

@@ -291,7 +291,7 @@ def describe(binary):
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
         "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
-        "stale": re.findall(r"F2FP\S*MERGE_C R\d+, RZ, RZ, R\d+", assembly),
+        "stale": re.findall(r"F2FP\S*MERGE_C R\d+, (R[Z\d]+), \1, R\d+", assembly),
         "instructions": sorted(set(re.findall(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b", assembly))),
     }
 
