@@ -104,6 +104,8 @@ def block_sparse_attention_quantised(
             f"pv_threshold must be fp32 [H] = [{q.shape[1]}], got {pv_threshold.dtype} {tuple(pv_threshold.shape)}"
         )
     find_precision(precision, SPARSE_PRECISIONS, smooth_v)
+    if key_multiple < 1:
+        raise ValueError(f"key_multiple must be 1 or more, got {key_multiple}")
     if k_permutation is not None and k_permutation.shape != k.shape[:3]:
         raise ValueError(
             f"k_permutation must be [B, H, Sk] = {tuple(k.shape[:3])}, got {tuple(k_permutation.shape)}: expand it"

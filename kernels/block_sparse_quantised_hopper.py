@@ -19,7 +19,7 @@ from .quantised_hopper import LOADABLE
 QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
-ONES = False  # row sums of rounded P as products with ones, not of P as additions: faster, not yet checked on a GPU
+ONES = {64: False, 128: False}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
@@ -71,7 +71,7 @@ def launch(q, keys, channels, out, lse, failed, permutation, pv_threshold, map_i
             k_desc, v_desc, q, keys.scale, channels.scale, channels.mean, out, lse, failed, permutation, pv_threshold,
             map_index.contiguous(), q_tiles, q_counts, key_tiles, key_counts, scale_log2, tiles, H, S, Sk, Cq,
             q_tiles.shape[1], key_tiles.shape[2], *q.stride()[:3], *out.stride()[:3], *strides,
-            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES, ONES=ONES, HAS_PERMUTATION=permutation is not None,
+            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES, ONES=ONES[block_d], HAS_PERMUTATION=permutation is not None,
             HAS_MEAN=channels.mean is not None, HAS_LSE=lse is not None, HAS_FAILED=failed is not None,
             HAS_FLOOR=pv_threshold is not None, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip

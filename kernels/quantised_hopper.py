@@ -12,6 +12,7 @@ within every 16 (`quantize_channels(..., interleave=True)`), so nothing is shuff
 Source: SageAttention2 (arXiv 2411.10958); roles and operand order: FlashAttention-3 (arXiv 2407.08608, section 3).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,21 @@ class Launch:
     of_a_consumer: int
     ones: bool = False  # row sums of rounded P as products with ones: faster, not yet checked on a GPU
 
+    def name(self) -> str:
+        """Such as 3_consumers_s6_ones."""
+        return f"{self.consumers}_consumers_s{self.stages}{'_ones' if self.ones else ''}"
+
 
 # Padded head dim -> how the work is split. 65536 registers are for all warps, at first and when the producer has given its own up.
 LAUNCH = {64: Launch(4, 6, 96, 112), 128: Launch(3, 6, 128, 160)}
+
+
+def candidates() -> Iterator[Launch]:
+    """Rows worth timing."""
+    for ones in (False, True):
+        yield Launch(3, 6, 128, 160, ones)
+        yield Launch(3, 3, 128, 160, ones)
+        yield Launch(4, 6, 96, 112, ones)  # at head dim 128 it spills
 
 
 def takes(device: torch.device, kind) -> bool:

@@ -40,6 +40,8 @@ from svg.kernels import (
     target,
     varlen_attention,
 )
+from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
+from svg.kernels import quantised_hopper
 from svg.kernels.block_sparse_quantised import LAUNCH as SPARSE_LAUNCH
 
 import svg
@@ -179,7 +181,7 @@ def check_quantisation() -> Iterator[Check]:
         stats, expected = statistics(x, v), statistics_reference(x, v)
         yield f"statistics S={S} D={D}: means", (stats.k_mean - expected.k_mean).abs().max(), 1e-4
         yield f"statistics S={S} D={D}: extremes", differences(stats.v_high, expected.v_high), 0
-        for side, groups in itertools.product("qk", ("token", "thread", "warp", "block")):
+        for side, groups in (*itertools.product("qk", ("token", "thread", "warp", "block")), ("k", "sixteen")):
             poison_memory()
             options = {"side": side, "groups": groups, "permutation": order}
             got, right = quantize_tokens(x, **options), quantize_tokens_reference(x, **options)
@@ -252,10 +254,58 @@ def check_alignment() -> Iterator[Check]:
     if not target.has_fp8(torch.device(DEVICE)):
         return
     table = target.launch_row(SPARSE_LAUNCH, torch.device(DEVICE))
+    yield from check_starts("as launched")
     for tma in (False, True):
         row = table[True, 128]
-        with replaced(table, (True, 128), dataclasses.replace(row, tma=tma)):
+        with replaced(table, (True, 128), dataclasses.replace(row, tma=tma, specialised=False)):
             yield from check_starts("descriptors" if tma else "pointers")
+
+
+def check_specialised() -> Iterator[Check]:
+    """Every way to launch the kernels that only Hopper has, against the plain ones."""
+    if target.arch(torch.device(DEVICE)) != 90:
+        return
+    for D in (64, 128):
+        q, k, v = outliers(2049, 3000, D)
+        right, _ = exact(q, k, v)
+        for row in quantised_hopper.candidates():
+            with replaced(quantised_hopper.LAUNCH, D, row):
+                poison_memory()
+                out, again = (quantised_attention(q, k, v) for _ in range(2))
+                with_lse, _ = quantised_attention(q, k, v, return_lse=True)
+            name = f"specialised {row.name()} D={D}"
+            yield f"{name}: 1 - cosine", lost_cosine(out, right), 1e-4
+            yield f"{name}: largest share of a row's norm", row_errors(out, right), 0.1
+            yield f"{name}: bits that differ in a second run", differences(out, again), 0
+            yield f"{name}: bits that differ where the lse is asked for", differences(out, with_lse), 0
+        for ones, multiple in itertools.product((False, True), (1, 64)):
+            with replaced(sparse_hopper.ONES, D, ones):
+                yield from check_tiles(D, multiple, f"specialised sparse{' ones' if ones else ''} D={D} multiple of {multiple}")
+
+
+def row_errors(out, right):
+    return ((out - right).norm(dim=-1) / right.norm(dim=-1)).max()
+
+
+def check_tiles(D: int, multiple: int, name: str) -> Iterator[Check]:
+    """Tiles of 64 keys, the last one short."""
+    S, Sk = 1000, 3000
+    q, k, v = outliers(S, Sk, D)
+    k_sizes = torch.full((2, 47), 64, device=DEVICE, dtype=torch.int32)
+    k_sizes[:, -1] = Sk - 46 * 64
+    q_sizes = torch.tensor([[100, 0, 500, 400]] * 2, device=DEVICE, dtype=torch.int32)
+    block_map = torch.rand(2, 4, 47, device=DEVICE) < 0.4
+    index = torch.arange(2, device=DEVICE).view(1, 2)
+    call = (q, k, v, block_map, q_sizes, k_sizes)
+    poison_memory()
+    out, again = (
+        block_sparse_attention_quantised(*call, map_index=index, key_multiple=multiple) for _ in range(2)
+    )
+    seen = block_map.repeat_interleave(q_sizes[0].long(), 1).repeat_interleave(k_sizes[0].long(), 2)[None]
+    right, _ = exact(q, k, v, seen=seen)
+    yield f"{name}: 1 - cosine", lost_cosine(out, right), 1e-4
+    yield f"{name}: largest share of a row's norm", row_errors(out, right), 0.1
+    yield f"{name}: bits that differ in a second run", differences(out, again), 0
 
 
 def check_starts(how: str) -> Iterator[Check]:
@@ -435,6 +485,7 @@ GROUPS = {
     "failures": check_failures,
     "sparse": check_sparse,
     "alignment": check_alignment,
+    "specialised": check_specialised,
     "compile": check_compile,
     "large": check_large,
 }

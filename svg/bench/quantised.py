@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from svg.kernels import block_sparse_quantised as sparse_module
-from svg.kernels import quantised_tile, target
+from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
+from svg.kernels import quantised_hopper, quantised_tile, target
 from svg.kernels.precision import PRECISIONS, SPARSE_PRECISIONS
 from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
 
@@ -93,6 +94,12 @@ def _alone(
     bench.note(f"{key}/tops", flops / ms / 1e9, "TOPS", shape, **about)
     if not bench.sweep or PRECISIONS[precision].acc16:
         return
+    if interleave:
+        for row in quantised_hopper.candidates():
+            with replaced(quantised_hopper.LAUNCH, 64 if q.shape[-1] <= 64 else 128, row):
+                ms = time_or_none(lambda: attend_quantized(ready, out, False, scale, False))
+            if ms is not None:
+                bench.note(f"{key}/sweep/{row.name()}/tops", flops / ms / 1e9, "TOPS", shape, **about)
     table = target.launch_row(LAUNCH, q.device)
     ready = quantize_inputs(q, k, v, precision=precision, sm_scale=scale, interleave=False, **options)
     for row in quantised_tile.candidates():
@@ -135,6 +142,11 @@ def _sweep_sparse(
     bench, plan: Plan, qkv: tuple, precision: str, key: str, flops: float, shape: str, about: dict
 ) -> None:
     table = target.launch_row(sparse_module.LAUNCH, qkv[0].device)
+    if precision == "int8-fp8" and target.launch_row(sparse_module.LAUNCH, qkv[0].device)[True, 128].specialised:
+        with replaced(sparse_hopper.ONES, 64 if qkv[0].shape[-1] <= 64 else 128, True):
+            ms = time_or_none(lambda: execute(plan, *qkv, precision))
+        if ms is not None:
+            bench.note(f"{key}/sweep/ones/tops_with_quantisation", flops / ms / 1e9, "TOPS", shape, **about)
     for row in quantised_tile.candidates():
         with replaced(table, (precision == "int8-fp8", 64 if qkv[0].shape[-1] <= 64 else 128), row):
             ms = time_or_none(lambda: execute(plan, *qkv, precision))

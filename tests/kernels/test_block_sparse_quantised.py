@@ -85,6 +85,17 @@ def test_options():
     assert_accurate(arguments, plan, 0.99, smooth_k=False)
 
 
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+@pytest.mark.parametrize("last", [64, 9])
+def test_keys_in_tiles(last, precision):
+    S = 4 * 64 + last
+    (q, k, v, _, q_sizes, _), plan = problem(S)
+    k_sizes = torch.tensor([[64, 64, 64, 64, last]] * 2, dtype=torch.int32)
+    block_map = torch.rand(2, 4, 5) < 0.6
+    block_map[..., 1] = True
+    assert_accurate((q, k, v, block_map, q_sizes, k_sizes), plan, precision=precision, key_multiple=64)
+
+
 def test_keys_already_in_order():
     (q, k, v, *maps), plan = problem(111)
     k_order = plan.pop("k_permutation").long()[..., None].expand_as(k)
@@ -134,6 +145,7 @@ def test_every_way_to_launch(row, monkeypatch):
         (ValueError, "precision must be one of int8-fp8, int8-fp8-acc16, int8-fp16, got 'int4-fp8'", {"precision": "int4-fp8"}),
         (ValueError, "smooth_v needs FP8", {"smooth_v": True, "precision": "int8-fp16"}),
         (ValueError, "k_permutation must be", {"k_permutation": torch.zeros(1, 2, 5)}),
+        (ValueError, "key_multiple must be 1 or more, got 0", {"key_multiple": 0}),
         (ValueError, "sm_scale must be positive", {"sm_scale": 0.0}),
     ],
 )
