@@ -71,7 +71,9 @@ def launch(q, keys, channels, out, lse, failed, permutation, pv_threshold, map_i
             k_desc, v_desc, q, keys.scale, channels.scale, channels.mean, out, lse, failed, permutation, pv_threshold,
             map_index.contiguous(), q_tiles, q_counts, key_tiles, key_counts, scale_log2, tiles, H, S, Sk, Cq,
             q_tiles.shape[1], key_tiles.shape[2], *q.stride()[:3], *out.stride()[:3], *strides,
-            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES, ONES=ONES[block_d], HAS_PERMUTATION=permutation is not None,
+            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES,
+            ONES=ONES[block_d] and pv_threshold is None,  # what P V leaves out still counts in the sums
+            HAS_PERMUTATION=permutation is not None,
             HAS_MEAN=channels.mean is not None, HAS_LSE=lse is not None, HAS_FAILED=failed is not None,
             HAS_FLOOR=pv_threshold is not None, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -131,12 +133,18 @@ if LOADABLE:
         return first // 64, first % 64 + 1, second // 64, gl.where(i + 1 < total, second % 64 + 1, 0)
 
     @gluon.jit
-    def _scales_of(k_scale, starts, Sk, GROUPS: gl.constexpr, layout: gl.constexpr):
-        """Scales of the groups of keys of a stage."""
+    def _scales_of(k_scale, starts, Sk, MASKED: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
+        """Scales of the groups of keys of a stage; 1 for a group that is hidden, whose own may be NaN."""
+        SIZE: gl.constexpr = 128 // GROUPS
         group = gl.arange(0, GROUPS, layout)
-        key = gl.where(group < GROUPS // 2, starts[0] // 16 * 16, starts[2] // 16 * 16)
-        key += group % (GROUPS // 2) * (128 // GROUPS)
-        return gl.load(k_scale + key, mask=key < Sk, other=1.0)
+        first = gl.where(group < GROUPS // 2, starts[0], starts[2])
+        place = group % (GROUPS // 2) * SIZE
+        key = first // 16 * 16 + place
+        seen = key < Sk
+        if MASKED:
+            keys = gl.where(group < GROUPS // 2, starts[1], starts[3])
+            seen = seen & (place + SIZE > first % 16) & (place < first % 16 + keys)
+        return gl.load(k_scale + key, mask=seen, other=1.0)
 
     @gluon.jit
     def _mask(x, starts, s_layout: gl.constexpr):
@@ -210,7 +218,7 @@ if LOADABLE:
         mbarrier.wait(ready.index(stage), n // STAGES & 1)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         starts = _starts(tiles, i, total)
-        scales = _scales_of(k_scale, starts, Sk, GROUPS, gl.SliceLayout(0, s_layout))
+        scales = _scales_of(k_scale, starts, Sk, MASKED, GROUPS, gl.SliceLayout(0, s_layout))
         s = warpgroup_mma_wait(0, deps=[s])
         x = s.to(gl.float32, bitcast=True)
         if MASKED:

@@ -296,6 +296,7 @@ if LOADABLE:
         sizes = (programs, H, HEADS_PER_KEY, S, Sk)
         strides = (sob, soh, sos)
         ROWS: gl.constexpr = 64 * CONSUMERS
+        gl.static_assert(CONSUMERS == 3 or CONSUMERS == 4)
         if CONSUMERS == 3:
             gl.warp_specialize(
                 [

@@ -121,7 +121,7 @@ if LOADABLE:
         T, Tk, HEADS_PER_KEY = sizes
         n, first, _, start, stop = query_place(tables[0], tables[1], tables[2], 64 * CONSUMERS, CAUSAL)
         h = gl.program_id(1)
-        if n >= 0:
+        if (n >= 0) & (stop > 0):  # nobody waits for queries that see no key
             mbarrier.expect(q_ready, 64 * CONSUMERS * BLOCK_D)
             for part in gl.static_range(CONSUMERS):
                 tma.async_copy_global_to_shared(q_desc, [h * T + first + part * 64, 0], q_ready, q_boxes.index(part))
@@ -206,12 +206,12 @@ if LOADABLE:
         s = warpgroup_mma_wait(0, deps=[s])
         scale = scale_boxes.index(stage).load(gl.SliceLayout(0, s_layout))
         p, alpha, m_i, l_i = _softmax(s, scale, row_scale, i, keys, position, m_i, l_i, MASKED, CAUSAL, s_layout)
-        mbarrier.arrive(k_empty.index(stage), count=1)
         p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         mbarrier.wait(v_ready.index(stage), i // STAGES & 1)
         acc = warpgroup_mma(p16, v_boxes.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(k_empty.index(stage), count=1)  # not earlier: an arrival does not wait for loads, here of the scale
         mbarrier.arrive(v_empty.index(stage), count=1)
         return acc, m_i, l_i
 
@@ -232,6 +232,7 @@ if LOADABLE:
             scale = scale_boxes.index(0).load(gl.SliceLayout(0, s_layout))
             s = warpgroup_mma_wait(0, deps=[s])
             p, _, m_i, l_i = _softmax(s, scale, row_scale, 0, keys, position, m_i, l_i, True, CAUSAL, s_layout)
+            scratch.store(l_i)  # as in `_step`: the scale is loaded before its buffer is released
             mbarrier.arrive(k_empty.index(0), count=1)
             for i in range(1, full):
                 p, acc, m_i, l_i = _step(

@@ -82,8 +82,6 @@ def run_operations(arch):
             yield f"block_sparse specialised D={D} tail={tail}", lambda D=D, tail=tail: attention(
                 DTYPES["bf16"], D, tail, contiguous=True
             )
-        for D in (64, 128):
-            yield f"sparse quantised in tiles int8-fp8 D={D}", lambda D=D: sparse_quantised("int8-fp8", D, key_multiple=64)
         for plain in (quantised_plain, sparse_quantised_plain):
             yield f"{plain.__name__} int8-fp8", plain
         # the other ways to launch that `svg bench attention --sweep` times
@@ -99,6 +97,8 @@ def run_operations(arch):
             yield f"quantised {precision} D={D}", lambda p=precision, D=D: quantised(p, D)
             yield f"sparse quantised {precision} D={D}", lambda p=precision, D=D: sparse_quantised(p, D)
     best = "int8-fp8" if fp8 else "int8-fp16"
+    for D in (64, 128):
+        yield f"sparse quantised in tiles {best} D={D}", lambda D=D: sparse_quantised(best, D, key_multiple=64)
     yield f"sparse quantised {best} D=128 pv", lambda: sparse_quantised(best, 128, pv_threshold=torch.zeros(2))
     if fp8:
         yield "quantised fp8 acc16 D=64", lambda: quantised("int8-fp8-acc16", 64)
