@@ -67,8 +67,9 @@ def test_every_kernel_compiles_within_the_limits(arch):
     missing = (FP8_ONLY if arch not in FP8 else set()) | (HOPPER_ONLY if arch != 90 else set())
     assert {row["kernel"] for row in rows} == KERNELS - missing
     for row in rows:
-        # The specialised kernels keep a few scalars of a query tile in local memory, outside their loops.
-        assert row["spills"] <= (96 if row["kernel"] in HOPPER_ONLY else 0), row
+        # The specialised kernels take every register there is: what is spilled are a tile's scalars, and more consumers pay for them.
+        assert row["spills"] <= (256 if row["kernel"] in HOPPER_ONLY else 0), row
+        assert row["reloads"] <= 40, row  # in loops of 500 to 1 000 instructions
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert not row["stale"], row
 

@@ -51,6 +51,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX = re.compile(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -277,9 +278,9 @@ def compile_all(arch):
 
 @cache
 def describe(binary):
-    """Registers, bytes spilled a thread, matrix instructions, and what ptxas 12.8 got wrong, of a cubin.
+    """Registers, bytes spilled a thread, reloads of them in a loop, matrix instructions, and what ptxas 12.8 got wrong, of a cubin.
 
-    It packs two constant zeros into FP8 beside whatever a register holds, the stack pointer for one.
+    It packs two equal constants into FP8 beside whatever a register holds, the stack pointer for one.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(binary)
@@ -290,10 +291,28 @@ def describe(binary):
     return {
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
+        "reloads": max(map(loads_of_spilled, innermost_loops(assembly)), default=0),
         "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
         "stale": re.findall(r"F2FP\S*MERGE_C R\d+, (R[Z\d]+), \1, R\d+", assembly),
-        "instructions": sorted(set(re.findall(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b", assembly))),
+        "instructions": sorted(set(MATRIX.findall(assembly))),
     }
+
+
+def innermost_loops(assembly):
+    """Lines of every loop with matrix instructions in which there is no other such loop."""
+    lines, labels, found = assembly.splitlines(), {}, []
+    for at, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = at
+        back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if back and labels.get(back[1], at) < at and MATRIX.search("\n".join(lines[labels[back[1]] : at])):
+            found.append((labels[back[1]], at))
+    inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
+    return [lines[a:b] for a, b in inner]
+
+
+def loads_of_spilled(lines):
+    return sum(bool(re.search(r"\bLDL\b", line)) for line in lines)
 
 
 def tool_output(tool, *arguments):
