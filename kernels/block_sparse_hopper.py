@@ -69,14 +69,14 @@ if LOADABLE:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     @gluon.jit
-    def _tile_of(t, q_tiles, q_counts, map_index, query_width):
+    def tile_of(t, q_tiles, q_counts, map_index, query_width):
         """Batch-head, map, entry and whether there is such a query tile."""
         bh = t // query_width
         m = gl.load(map_index + bh).to(gl.int64)
         return bh, m, t % query_width, t % query_width < gl.load(q_counts + m)
 
     @gluon.jit
-    def _keys_of(m, entry, q_tiles, key_counts, Cq, query_width):
+    def keys_of(m, entry, q_tiles, key_counts, Cq, query_width):
         """The map row of a query tile, how many of its key tiles are full, how many there are."""
         row = m * Cq + gl.load(q_tiles + (m * query_width + entry) * 3)
         return row, gl.load(key_counts + row * 2), gl.load(key_counts + row * 2 + 1)
@@ -101,9 +101,9 @@ if LOADABLE:
         programs, Sk, Cq, query_width, key_width, C = sizes
         n = 0
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
-            bh, m, entry, exists = _tile_of(t, q_tiles, q_counts, map_index, query_width)
+            bh, m, entry, exists = tile_of(t, q_tiles, q_counts, map_index, query_width)
             if exists:
-                row, _, total = _keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
+                row, _, total = keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
                 tiles = key_tiles + row * key_width
                 for i in range(0, total, 2):
                     first = bh * Sk + gl.load(tiles + i) // 64
@@ -259,9 +259,9 @@ if LOADABLE:
         offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
         n = 0
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
-            bh, m, entry, exists = _tile_of(t, q_tiles, q_counts, map_index, query_width)
+            bh, m, entry, exists = tile_of(t, q_tiles, q_counts, map_index, query_width)
             if exists:
-                row, full, total = _keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
+                row, full, total = keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
                 b = (bh // H).to(gl.int64)
                 h = (bh % H).to(gl.int64)
                 tile = q_tiles + (m * query_width + entry) * 3

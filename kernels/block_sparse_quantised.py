@@ -151,9 +151,7 @@ def block_sparse_attention_quantised_reference(
     mean = stats.k_mean if smooth_k else None
     keys = quantize_tokens_reference(k, side="k", groups=key_groups(key_multiple), mean=mean, permutation=k_permutation)
     if kind.fp8:
-        channels = quantize_channels_reference(
-            v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation
-        )
+        channels = quantize_channels_reference(v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation)
         values = fp8_values(channels, v.shape[2], D)
     else:
         values = v if k_permutation is None else gather_tokens_reference(v, k_permutation)

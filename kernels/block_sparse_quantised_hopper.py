@@ -37,7 +37,9 @@ def takes(q: torch.Tensor, kind, row) -> bool:
     )  # fmt: skip
 
 
-def launch(q, keys, channels, out, lse, failed, permutation, pv_threshold, map_index, lists, Cq, scale_log2, group) -> None:
+def launch(
+    q, keys, channels, out, lse, failed, permutation, pv_threshold, map_index, lists, Cq, scale_log2, group
+) -> None:
     """Attention over tile lists.
 
     Args:
@@ -91,8 +93,7 @@ if LOADABLE:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .block_sparse_hopper import _keys_of as keys_of
-    from .block_sparse_hopper import _tile_of as tile_of
+    from .block_sparse_hopper import keys_of, tile_of
     from .quantised_hopper import by_sixteens, in_values_range, integer_scores, own_sum, store_ones, to_bytes
 
     @gluon.jit
@@ -190,7 +191,9 @@ if LOADABLE:
         return to_bytes(first, layout), to_bytes(second, layout)
 
     @gluon.jit
-    def _add_values(p, alpha, acc, t_i, ones, v_boxes, stage, ONES: gl.constexpr, BLOCK_D: gl.constexpr, o_layout: gl.constexpr):
+    def _add_values(
+        p, alpha, acc, t_i, ones, v_boxes, stage, ONES: gl.constexpr, BLOCK_D: gl.constexpr, o_layout: gl.constexpr
+    ):
         """alpha acc + P V of a stage, and the same for a V of ones."""
         first, second = _halves(p, gl.DotOperandLayout(0, o_layout, 4))
         part = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
@@ -330,7 +333,9 @@ if LOADABLE:
                 out_ptr = out + b * sob + h * soh + token[:, None] * sos + column[None, :]
                 gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
                 if HAS_LSE:
-                    natural = (m_i + gl.log2(gl.where(l_i == 0, 1.0, l_i)) - 8.807354922057604) * 0.6931471805599453  # ln 2
+                    natural = (
+                        m_i + gl.log2(gl.where(l_i == 0, 1.0, l_i)) - 8.807354922057604
+                    ) * 0.6931471805599453  # ln 2
                     natural = gl.convert_layout(gl.where(l_i == 0, float("-inf"), natural), by_row)
                     gl.store(lse + bh.to(gl.int64) * S + token, natural, mask=inside)
 

@@ -22,7 +22,6 @@ from . import target
 LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 
 
-
 @dataclass(frozen=True)
 class Launch:
     """Warpgroups of 64 query rows, K and V buffers of 128 keys, registers a thread at first and of a consumer later."""
@@ -252,7 +251,9 @@ if LOADABLE:
                 divisor = gl.convert_layout(gl.max(t_i, 1), gl.SliceLayout(1, s_layout))
             acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
             channel = bh // HEADS_PER_KEY * BLOCK_D
-            acc = in_values_range(acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout)
+            acc = in_values_range(
+                acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout
+            )
             column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
             if HAS_MEAN:
                 acc += gl.load(v_mean + channel + column)[None, :]

@@ -28,7 +28,13 @@ LEVELS = {8: 127.0, 4: 7.0}
 # side -> groups -> 128 tokens as [A, B, C, E]; tokens that differ in B and E alone share a scale.
 GROUPS = {
     "q": {"token": (128, 1, 1, 1), "thread": (4, 4, 8, 1), "warp": (4, 32, 1, 1), "block": (1, 128, 1, 1)},
-    "k": {"token": (128, 1, 1, 1), "sixteen": (8, 16, 1, 1), "thread": (2, 8, 4, 2), "warp": (2, 64, 1, 1), "block": (1, 128, 1, 1)},
+    "k": {
+        "token": (128, 1, 1, 1),
+        "sixteen": (8, 16, 1, 1),
+        "thread": (2, 8, 4, 2),
+        "warp": (2, 64, 1, 1),
+        "block": (1, 128, 1, 1),
+    },
 }
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -206,6 +212,8 @@ def check(name: str, x: torch.Tensor, permutation: torch.Tensor | None = None) -
 
 # arch -> warps. Not measured: chosen by ahead-of-time compile (no spills).
 LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
+
+
 def _quantize_tokens(x, *, side, groups, bits, mean, own_mean, permutation):
     B, H, S, D = x.shape
     blocks, block_d = triton.cdiv(S, BLOCK), padded_head_dim(D)

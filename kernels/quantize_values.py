@@ -262,7 +262,9 @@ def _join_statistics_kernel(
 
 
 @triton.jit
-def _scales_of_channels(v_mean, v_low, v_high, D: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr):
+def _scales_of_channels(
+    v_mean, v_low, v_high, D: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr
+):
     """`_channel_scales` of one head."""
     offs_d = tl.arange(0, BLOCK_D)
     real = offs_d < D

@@ -29,6 +29,7 @@ from svg.kernels import (
     fp4_attention_reference,
     quantised_attention,
     quantised_attention_reference,
+    quantised_hopper,
     quantize_channels,
     quantize_channels_reference,
     quantize_nvfp4,
@@ -41,7 +42,6 @@ from svg.kernels import (
     varlen_attention,
 )
 from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
-from svg.kernels import quantised_hopper
 from svg.kernels.block_sparse_quantised import LAUNCH as SPARSE_LAUNCH
 
 import svg
@@ -99,8 +99,11 @@ def run_apart(names: list[str], seed: int) -> Iterator[dict]:
         for name in names:
             out = Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, "--here", "--no-timing", "--groups", name, "--seed", str(seed)]
-            runs[name] = out, subprocess.Popen(
-                [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            runs[name] = (
+                out,
+                subprocess.Popen(
+                    [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                ),
             )
         for name, (out, process) in runs.items():
             print(process.communicate()[0], end="", flush=True)
@@ -192,7 +195,11 @@ def check_quantisation() -> Iterator[Check]:
             poison_memory()
             got = quantize_channels(v, expected, permutation=order)
             right = quantize_channels_reference(v, expected, permutation=order)
-            yield f"quantize_channels S={S} D={D}: padding that is not zero", got.values[:, :, D:].float().abs().sum(), 0
+            yield (
+                f"quantize_channels S={S} D={D}: padding that is not zero",
+                got.values[:, :, D:].float().abs().sum(),
+                0,
+            )
             yield (
                 f"quantize_channels S={S} D={D}: share that differs",
                 differences(got.values, right.values) / right.values.numel(),
@@ -280,7 +287,9 @@ def check_specialised() -> Iterator[Check]:
             yield f"{name}: bits that differ where the lse is asked for", differences(out, with_lse), 0
         for ones, multiple in itertools.product((False, True), (1, 64)):
             with replaced(sparse_hopper.ONES, D, ones):
-                yield from check_tiles(D, multiple, f"specialised sparse{' ones' if ones else ''} D={D} multiple of {multiple}")
+                yield from check_tiles(
+                    D, multiple, f"specialised sparse{' ones' if ones else ''} D={D} multiple of {multiple}"
+                )
 
 
 def row_errors(out, right):
@@ -298,9 +307,7 @@ def check_tiles(D: int, multiple: int, name: str) -> Iterator[Check]:
     index = torch.arange(2, device=DEVICE).view(1, 2)
     call = (q, k, v, block_map, q_sizes, k_sizes)
     poison_memory()
-    out, again = (
-        block_sparse_attention_quantised(*call, map_index=index, key_multiple=multiple) for _ in range(2)
-    )
+    out, again = (block_sparse_attention_quantised(*call, map_index=index, key_multiple=multiple) for _ in range(2))
     seen = block_map.repeat_interleave(q_sizes[0].long(), 1).repeat_interleave(k_sizes[0].long(), 2)[None]
     right, _ = exact(q, k, v, seen=seen)
     yield f"{name}: 1 - cosine", lost_cosine(out, right), 1e-4
@@ -407,9 +414,7 @@ def check_fp4() -> Iterator[Check]:
         yield f"{name}: lse", (lse - right_lse)[seen].abs().sum() / seen.sum().clamp_min(1), 0.1
     x = outliers(300, 300, 96)[0]
     for packed, transposed in itertools.product((False, native), (False, True)):
-        got, right = (
-            op(x, packed=packed, transposed=transposed) for op in (quantize_nvfp4, quantize_nvfp4_reference)
-        )
+        got, right = (op(x, packed=packed, transposed=transposed) for op in (quantize_nvfp4, quantize_nvfp4_reference))
         name = f"quantize_nvfp4 {'packed' if packed else 'fp16'}{' transposed' if transposed else ''}"
         yield f"{name}: share that differs", differences(got.values, right.values) / right.values.numel(), 1e-3
 

@@ -57,7 +57,9 @@ def cli() -> None:
 @click.option("--thresholds", type=click.Path(), help="sparge: file of `svg sparge-tune`, thresholds of every head.")
 @click.option("--warmup-steps", type=float, help="Share of the steps kept dense, in [0, 1].")
 @click.option("--warmup-layers", type=float, help="Share of the layers kept dense, in [0, 1].")
-@click.option("--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several.")
+@click.option(
+    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
+)
 @click.option("--dense-backend", help="Backend of dense attention: auto, cudnn, flash, efficient, math.")
 @click.option("--height", type=int)
 @click.option("--width", type=int)
@@ -108,9 +110,7 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every frame's numbers here.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write a table of them here, a row a frame.")
-def evaluate(
-    reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None
-) -> int:
+def evaluate(reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None) -> int:
     """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
 
     Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
@@ -155,7 +155,9 @@ cli.add_command(adapt)
 @cli.command()
 @click.argument("folder", type=click.Path())
 @click.option("--plots", is_flag=True, help="Also write pareto.png and pareto.svg (needs matplotlib).")
-@click.option("--metric", default="psnr", show_default=True, help="Of the plots: psnr, ssim, lpips, temporal_psnr, vmaf.")
+@click.option(
+    "--metric", default="psnr", show_default=True, help="Of the plots: psnr, ssim, lpips, temporal_psnr, vmaf."
+)
 def page(folder: str, plots: bool, metric: str) -> None:
     """Build report.html in FOLDER, the results of a run or a sweep, to look at in a browser, offline too.
 

@@ -22,12 +22,12 @@ from svg.kernels import (
     block_sparse_attention,
     block_sparse_attention_quantised,
     block_statistics,
+    gate_residual,
     gather_tokens,
     kmeans,
     kmeans_update,
-    neighbour_order,
-    gate_residual,
     modulate,
+    neighbour_order,
     norm_rope,
     probe_attention,
     quantised_attention,
@@ -39,13 +39,13 @@ from svg.kernels import (
     training_hopper,
 )
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
+from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
-from svg.kernels.varlen_attention import varlen_attention
-from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
 from svg.kernels.training_backward import LAUNCH as backward_table
 from svg.kernels.training_backward import PLAIN_HOPPER
+from svg.kernels.varlen_attention import varlen_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -80,8 +80,9 @@ def run_operations(arch):
         yield f"block_sparse {name} D={D}", lambda name=name, D=D: attention(DTYPES[name], D)
     if arch == 90:
         for D, tail in ((64, 0), (96, 0), (128, 0), (64, 5), (128, 5)):
-            yield f"block_sparse specialised D={D} tail={tail}", lambda D=D, tail=tail: attention(
-                DTYPES["bf16"], D, tail, contiguous=True
+            yield (
+                f"block_sparse specialised D={D} tail={tail}",
+                lambda D=D, tail=tail: attention(DTYPES["bf16"], D, tail, contiguous=True),
             )
         for plain in (quantised_plain, sparse_quantised_plain):
             yield f"{plain.__name__} int8-fp8", plain
@@ -162,9 +163,7 @@ def training(D, is_causal, products, group=1):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     k = q[:, : 2 // group]
     out, kept = training_attention(q, k, k, is_causal=is_causal)
-    training_attention_backward(
-        out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1, products=products
-    )
+    training_attention_backward(out, out, kept, key_tokens=256, is_causal=is_causal, sm_scale=0.1, products=products)
 
 
 def plain_training(D, is_causal, products):
