@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,13 @@ if target.INTERPRETED:
 
 
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="runs inside the interpreter's own process")
-SUITES = (
+SUITES = (  # the longest first
+    "test_quantised_attention.py",
+    "test_kmeans.py",
+    "test_block_sparse.py",
+    "test_training_attention.py",
     "test_permute.py",
     "test_heads.py",
-    "test_block_sparse.py",
-    "test_kmeans.py",
     "test_probe.py",
     "test_norm_rope.py",
     "test_top_p.py",
@@ -42,22 +45,32 @@ SUITES = (
     "test_neighbours.py",
     "test_aligned_tiles.py",
     "test_quantize.py",
-    "test_quantised_attention.py",
     "test_varlen_attention.py",
     "test_nvfp4.py",
     "test_fp4_attention.py",
     "test_block_sparse_quantised.py",
-    "test_training_attention.py",
     "test_interpreter.py",
 )
 
 
-@pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")
-@pytest.mark.parametrize("suite", SUITES)
-def test_kernels_pass_the_same_tests_as_their_references(suite):
+@pytest.fixture(scope="module")
+def runs():
+    """All suites, as many at once as there are cores; those that nobody asked for are not started."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    yield {suite: pool.submit(interpreted, suite) for suite in SUITES}
+    pool.shutdown(cancel_futures=True)
+
+
+def interpreted(suite):
     command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", str(Path(__file__).with_name(suite))]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")
+@pytest.mark.parametrize("suite", SUITES)
+def test_kernels_pass_the_same_tests_as_their_references(suite, runs):
+    run = runs[suite].result()
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
