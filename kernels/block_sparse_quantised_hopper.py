@@ -19,7 +19,7 @@ from .quantised_hopper import LOADABLE
 QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
-ONES = {64: False, 128: False}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
+ONES = {64: True, 128: True}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 

@@ -30,7 +30,7 @@ class Launch:
     stages: int
     at_first: int
     of_a_consumer: int
-    ones: bool = False  # row sums of rounded P as products with ones: faster, not yet checked on a GPU
+    ones: bool = False  # row sums of rounded P as products with ones
 
     def name(self) -> str:
         """Such as 3_consumers_s6_ones."""
@@ -38,7 +38,7 @@ class Launch:
 
 
 # Padded head dim -> how the work is split. 65536 registers are for all warps, at first and when the producer has given its own up.
-LAUNCH = {64: Launch(4, 6, 96, 112), 128: Launch(3, 6, 128, 160)}
+LAUNCH = {64: Launch(4, 6, 96, 112, True), 128: Launch(3, 6, 128, 160, True)}
 
 
 def candidates() -> Iterator[Launch]:
