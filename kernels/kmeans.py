@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from . import kmeans_hopper, target
-from .permute import CHUNK, MAX_COUNTED, place_counted, sort_labels
+from .permute import CHUNK, MAX_COUNTED, Counters, new_counters, place_counted, sort_labels
 from .target import tl, triton
 
 MAX_HEAD_DIM = 128
@@ -119,9 +119,11 @@ def _kmeans(
     _check_triton("kmeans", x)
     scored = _centred(x, centroids)
     fused = tile is not None and PART_ROWS[x.element_size()] % tile == 0
+    B, H, C, _ = centroids.shape
+    counters = new_counters(B * H, x.shape[2], C, x.device) if C <= MAX_COUNTED else None
     for i in range(iterations):
         last = i + 1 == iterations
-        labels, permutation, sizes, ends = _assign_and_sort(x, scored)
+        labels, permutation, sizes, ends = _assign_and_sort(x, scored, counters)
         centroids, tiles = _means(
             x, permutation, ends, centroids, None if last else scored, tile if fused and last else None
         )
@@ -157,7 +159,7 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     if not target.use_triton(x):
         return kmeans_assign_reference(x, centroids)
     _check_triton("kmeans_assign", x)
-    return _assign(x, _centred(x, centroids), count=False)[0]
+    return _assign(x, _centred(x, centroids))
 
 
 def kmeans_assign_reference(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -208,22 +210,21 @@ def _centred(x: torch.Tensor, centroids: torch.Tensor) -> Scored:
     return scored
 
 
-def _assign_and_sort(x: torch.Tensor, scored: Scored) -> tuple[torch.Tensor, ...]:
+def _assign_and_sort(x: torch.Tensor, scored: Scored, counters: Counters | None) -> tuple[torch.Tensor, ...]:
     """Labels, the permutation that sorts them, cluster sizes and their running sum."""
-    C = scored.directions.shape[2]
-    labels, counts = _assign(x, scored, count=C <= MAX_COUNTED)
-    if counts is not None:
-        return labels, *place_counted(labels, counts)
-    permutation, sizes = sort_labels(labels, C)
+    if counters is not None:
+        labels = _assign(x, scored, counters.counts)
+        return labels, *place_counted(labels, counters)
+    labels = _assign(x, scored)
+    permutation, sizes = sort_labels(labels, scored.directions.shape[2])
     return labels, permutation, sizes, sizes.cumsum(-1, dtype=torch.int32)
 
 
-def _assign(x: torch.Tensor, scored: Scored, count: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Labels int32 [B, H, S], and how often each chunk has each, int32 [B * H, chunks, C]."""
+def _assign(x: torch.Tensor, scored: Scored, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """Labels int32 [B, H, S]; how often each chunk has each is added to `counts`, int32 [B * H, chunks, C]."""
     B, H, S, D = x.shape
     C, padded = scored.directions.shape[2], scored.offsets.shape[2]
     labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
-    counts = torch.zeros(B * H, triton.cdiv(S, CHUNK), C, dtype=torch.int32, device=x.device) if count else None
     row = target.launch_row(LAUNCH, x.device)[x.element_size()]
     with target.on_device(x):
         if row.specialised and kmeans_hopper.takes(x):
@@ -236,7 +237,7 @@ def _assign(x: torch.Tensor, scored: Scored, count: bool = True) -> tuple[torch.
                 PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
                 num_warps=row.num_warps, num_stages=row.num_stages,
             )  # fmt: skip
-    return labels, counts
+    return labels
 
 
 def kmeans_update(x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -335,12 +336,12 @@ def _means(
             x, permutation, ends, sums, tiles, H, S, C, *x.stride()[:3],
             D=D, BLOCK_D=block_d, ROWS=rows, TILE=tile or rows, CLUSTERS=SUMMED,
             STEP=max(2, triton.next_power_of_2(triton.cdiv(C, 128))),
-            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4,
+            PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4, **target.overlapped(x.device),
         )  # fmt: skip
         _mean_kernel[(triton.cdiv(C, CENTRED), B * H)](
             sums, ends, centroids, means, *(scored or (None, None, None)), C, parts,
             0 if scored is None else scored.offsets.shape[2],
-            D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=CENTRED,
+            D=D, BLOCK_D=block_d, ROWS=rows, CLUSTERS=CENTRED, **target.overlapped(x.device),
         )  # fmt: skip
     return means, tiles
 
@@ -489,13 +490,14 @@ def _first_beyond(ends, C, place, STEP: tl.constexpr):
 def _sum_kernel(
     x, permutation, ends, sums, tiles, H, S, C, stride_xb, stride_xh, stride_xs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, CLUSTERS: tl.constexpr,
-    STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Means of a part's tiles, and sums of its clusters.
 
     Row c of sums is cluster c where it lies in one part; else row C + 2 part is what a part has of a cluster that began
     before it, and the row after that what it has of one that it does not finish.
     """
+    target.follow(EARLY)
     part = tl.program_id(0)
     bh = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)  # the cache still has the last heads that were scored
     first = part * ROWS
@@ -533,9 +535,10 @@ def _sum_kernel(
 @triton.jit(do_not_specialize=["C", "parts", "padded"])
 def _mean_kernel(
     sums, ends, old, new, mean, directions, offsets, C, parts, padded,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CLUSTERS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Means from the sums of parts, and the directions of the next scores."""
+    target.follow(EARLY)
     bh = tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(0) * CLUSTERS + tl.arange(0, CLUSTERS)
     offs_d = tl.arange(0, BLOCK_D)

@@ -6,6 +6,8 @@
 Any dtype, any head dim, sm80 and newer. Offsets are 64-bit; inputs may be strided (last dim contiguous).
 """
 
+from typing import NamedTuple
+
 import torch
 
 from . import target
@@ -57,42 +59,58 @@ def _count_and_place(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Ten
     labels = labels.contiguous()
     S = labels.shape[-1]
     flat = labels.view(-1, S)
-    chunks = triton.cdiv(S, CHUNK)
-    counts = torch.empty(flat.shape[0], chunks, num_clusters, dtype=torch.int32, device=labels.device)
+    counters = new_counters(flat.shape[0], S, num_clusters, labels.device)
     with target.on_device(labels):
-        _count_kernel[(chunks, flat.shape[0])](
-            flat, counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
+        _count_kernel[(counters.counts.shape[1], flat.shape[0])](
+            flat, counters.counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
         )
-    return place_counted(labels, counts)[:2]
+    return place_counted(labels, counters)[:2]
 
 
-def place_counted(labels: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Counters(NamedTuple):
+    """What a counting sort counts in; zero before and after it.
+
+    Args:
+        counts: int32 [rows, chunks, C], how often each CHUNK tokens have each label.
+        tickets: int32 [rows], how many programs have finished a row.
+    """
+
+    counts: torch.Tensor
+    tickets: torch.Tensor
+
+
+def new_counters(rows: int, S: int, num_clusters: int, device: torch.device) -> Counters:
+    """Zeros for sorts of [rows, S] labels."""
+    chunks = triton.cdiv(S, CHUNK)
+    zeros = torch.zeros(rows * (chunks * num_clusters + 1), dtype=torch.int32, device=device)
+    return Counters(zeros[:-rows].view(rows, chunks, num_clusters), zeros[-rows:])
+
+
+def place_counted(labels: torch.Tensor, counters: Counters) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The second half of a counting sort, on the Triton path.
 
     Args:
         labels: int [..., S], contiguous.
-        counts: int32 [rows, chunks, C], how often each CHUNK tokens have each label; overwritten.
+        counters: with the labels' counts; zero again afterwards.
 
     Returns:
         permutation int32 [..., S]; sizes and their running sum, int32 [..., C].
     """
     S = labels.shape[-1]
-    rows, chunks, C = counts.shape
+    rows, chunks, C = counters.counts.shape
     permutation = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
-    sizes = torch.empty(*labels.shape[:-1], C, dtype=torch.int32, device=labels.device)
+    sizes, ends = (torch.empty(*labels.shape[:-1], C, dtype=torch.int32, device=labels.device) for _ in range(2))
+    early = target.overlapped(labels.device)
     with target.on_device(labels):
         _scan_kernel[(triton.cdiv(C, SCANNED), rows)](
-            counts,
-            sizes,
-            chunks,
-            C,
-            BLOCK_C=SCANNED,
-            BLOCK=min(SCANNED_CHUNKS, max(16, triton.next_power_of_2(chunks))),
-        )
-        ends = sizes.cumsum(-1, dtype=torch.int32)
+            *counters, sizes, ends, chunks, C,
+            BLOCK_C=SCANNED, BLOCK=min(SCANNED_CHUNKS, max(16, triton.next_power_of_2(chunks))), SUMMED=1024,
+            **early,
+        )  # fmt: skip
         _place_kernel[(chunks, rows)](
-            labels, counts, sizes, ends, permutation, S, C, CHUNK=CHUNK, BITS=max(1, (C - 1).bit_length())
-        )
+            labels, counters.counts, sizes, ends, permutation, S, C,
+            CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(C)), BITS=max(1, (C - 1).bit_length()), **early,
+        )  # fmt: skip
     return permutation, sizes, ends
 
 
@@ -205,9 +223,23 @@ def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr, BLOCK_C: tl.constex
     tl.store(counts + (row * tl.num_programs(0) + chunk) * C + offs_c, count, mask=offs_c < C)
 
 
-@triton.jit(do_not_specialize=["chunks", "C"])
-def _scan_kernel(counts, sizes, chunks, C, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts of each chunk become those of the chunks before it."""
+@triton.jit
+def _sum_up(sizes, ends, C, SUMMED: tl.constexpr):
+    before = 0
+    for first in range(0, C, SUMMED):
+        cluster = first + tl.arange(0, SUMMED)
+        size = tl.load(sizes + cluster, mask=cluster < C, other=0, cache_modifier=".cg")
+        tl.store(ends + cluster, before + tl.cumsum(size, 0), mask=cluster < C)
+        before += tl.sum(size, 0)
+
+
+@triton.jit(do_not_specialize=["tickets", "chunks", "C"])
+def _scan_kernel(
+    counts, tickets, sizes, ends, chunks, C,
+    BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Counts of each chunk become those of the chunks before it; a row's last program sums the sizes up."""
+    target.follow(EARLY)
     row = tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_C], dtype=tl.int32)
@@ -219,6 +251,10 @@ def _scan_kernel(counts, sizes, chunks, C, BLOCK_C: tl.constexpr, BLOCK: tl.cons
         tl.store(entry, total[None, :] + tl.cumsum(count, 0) - count, mask=mask)
         total += tl.sum(count, 0)
     tl.store(sizes + row * C + cluster, total, mask=cluster < C)
+    tl.debug_barrier()  # the ticket is one thread's, the sizes are all threads'
+    if tl.atomic_add(tickets + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        _sum_up(sizes + row * C, ends + row * C, C, SUMMED)
+        tl.store(tickets + row, 0)
 
 
 @triton.jit
@@ -241,13 +277,21 @@ def _rank(label, word_label, CHUNK: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["S", "C"])
-def _place_kernel(labels, before, sizes, ends, permutation, S, C, CHUNK: tl.constexpr, BITS: tl.constexpr):
+def _place_kernel(
+    labels, before, sizes, ends, permutation, S, C,
+    CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    target.follow(EARLY)
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = token < S
     label = tl.load(labels + row * S + token, mask=inside, other=0).to(tl.int32)  # [CHUNK]
     start = tl.load(ends + row * C + label) - tl.load(sizes + row * C + label)
-    start += tl.load(before + (row * tl.num_programs(0) + chunk) * C + label)
+    before += (row * tl.num_programs(0) + chunk) * C
+    start += tl.load(before + label)
+    tl.debug_barrier()
+    cluster = tl.arange(0, BLOCK_C)
+    tl.store(before + cluster, tl.zeros([BLOCK_C], tl.int32), mask=cluster < C)
     words = chunk * CHUNK + tl.arange(0, CHUNK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     word_label = tl.load(labels + row * S + words, mask=words < S, other=0).to(tl.int32)
     tl.store(permutation + row * S + start + _rank(label, word_label, CHUNK, BITS), token, mask=inside)

@@ -107,6 +107,19 @@ def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+OVERLAP = True  # whether kernels that follow each other are set up early
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """Options of a launch whose kernel calls `follow` first: its set-up overlaps the kernel before it (Hopper and newer).
+
+    Args:
+        device: where the tensors are.
+    """
+    early = OVERLAP and not INTERPRETED and arch(device) >= 90
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether FP8 products run on a device: compute capability 8.9 and newer, and everywhere in plain torch.
 
@@ -195,3 +208,11 @@ def refuse_gradients(op: str, *tensors: torch.Tensor) -> None:
             f"{op} has no backward pass, and an input requires a gradient: call it under torch.no_grad(), "
             "detach the inputs, or train with svg.training_attention"
         )
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Waits until the kernel before has ended, and lets the one behind be set up."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

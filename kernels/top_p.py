@@ -19,6 +19,7 @@ from . import target
 from .target import tl, triton
 
 MAX_CLUSTERS = 8192
+SCORES = 1 << 24  # of as many heads at a time as have no more: all heads' would grow with the square of the tiles
 
 
 def top_p_block_map(
@@ -52,9 +53,9 @@ def top_p_block_map(
     Source: arXiv 2505.18875, section 4.3 (centroid-based top-p selection).
     """
     _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget)
-    scores, at_least, at_most = _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget)
-    select = _select if target.use_triton(scores) else _select_reference
-    return select(scores, k_sizes, top_p, at_least, at_most)
+    if not target.use_triton(q_centroids):
+        return top_p_block_map_reference(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, sm_scale, budget)
+    return _select(q_centroids * sm_scale, k_centroids, k_sizes, top_p, *_limits(k_sizes, min_k_ratio, budget))
 
 
 def top_p_block_map_reference(
@@ -67,18 +68,17 @@ def top_p_block_map_reference(
     budget: float | None = None,
 ) -> torch.Tensor:
     """Specification of `top_p_block_map` in plain torch; same arguments and result."""
-    scores, at_least, at_most = _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget)
-    return _select_reference(scores, k_sizes, top_p, at_least, at_most)
-
-
-def _limits(q_centroids, k_centroids, k_sizes, min_k_ratio, sm_scale, budget):
-    """Scores [B, H, Cq, Ck], the least number of clusters, and the most tokens int32 [B, H] (None: no budget)."""
     scores = torch.matmul(q_centroids * sm_scale, k_centroids.transpose(2, 3))
-    at_least = max(1, math.ceil(min_k_ratio * k_centroids.shape[2] - 1e-9))
+    return _select_reference(scores, k_sizes, top_p, *_limits(k_sizes, min_k_ratio, budget))
+
+
+def _limits(k_sizes, min_k_ratio, budget):
+    """The least number of clusters, and the most tokens int32 [B, H] (None: no budget)."""
+    at_least = max(1, math.ceil(min_k_ratio * k_sizes.shape[2] - 1e-9))
     at_most = None
     if budget is not None:
         at_most = (k_sizes.sum(-1, dtype=torch.float64) * budget + 1e-9).to(torch.int32)  # towards zero: down
-    return scores, at_least, at_most
+    return at_least, at_most
 
 
 def _select_reference(scores, k_sizes, top_p, at_least, at_most):
@@ -125,21 +125,26 @@ def _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget):
 LAUNCH = {80: 4, 89: 4, 90: 4, 100: 4, 120: 4}
 
 
-def _select(scores, k_sizes, top_p, at_least, at_most):
-    B, H, Cq, Ck = scores.shape
+def _select(queries, k_centroids, k_sizes, top_p, at_least, at_most):
+    B, H, Cq, _ = queries.shape
+    Ck = k_centroids.shape[2]
     if Ck > MAX_CLUSTERS:
         raise NotImplementedError(
             f"top_p needs at most {MAX_CLUSTERS} key clusters, got {Ck}: use fewer num_k_clusters"
         )
-    block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=scores.device)
-    num_warps = target.launch_row(LAUNCH, scores.device) * (1 if Ck <= 2048 else 4)
+    block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=queries.device)
+    num_warps = target.launch_row(LAUNCH, queries.device) * (1 if Ck <= 2048 else 4)
     head_top_p = top_p.contiguous() if isinstance(top_p, torch.Tensor) else None
-    with target.on_device(scores):
-        _select_kernel[(Cq, B * H)](
-            scores.contiguous(), k_sizes.contiguous(), at_most, block_map.view(torch.uint8), Cq, Ck,
-            1.0 if head_top_p is not None else float(top_p), head_top_p, H, at_least,
-            BLOCK_C=max(16, triton.next_power_of_2(Ck)), num_warps=num_warps,
-        )  # fmt: skip
+    queries, keys, k_sizes = queries.flatten(0, 1), k_centroids.flatten(0, 1).mT, k_sizes.contiguous()
+    heads = max(1, SCORES // (Cq * Ck))
+    with target.on_device(queries):
+        for first in range(0, B * H, heads):
+            scores = queries[first : first + heads] @ keys[first : first + heads]
+            _select_kernel[(Cq, scores.shape[0])](
+                scores, k_sizes, at_most, block_map.view(torch.uint8), first, Cq, Ck,
+                1.0 if head_top_p is not None else float(top_p), head_top_p, H, at_least,
+                BLOCK_C=max(16, triton.next_power_of_2(Ck)), num_warps=num_warps,
+            )  # fmt: skip
     return block_map
 
 
@@ -170,16 +175,18 @@ def _between(low, high):
     return tl.maximum(tl.minimum(middle, high - 1), low)
 
 
-@triton.jit(do_not_specialize=["Cq", "Ck", "top_p", "H", "at_least"])
-def _select_kernel(scores, sizes, at_most, block_map, Cq, Ck, top_p, head_top_p, H, at_least, BLOCK_C: tl.constexpr):
-    bh = tl.program_id(1).to(tl.int64)
+@triton.jit(do_not_specialize=["first_head", "Cq", "Ck", "top_p", "H", "at_least"])
+def _select_kernel(
+    scores, sizes, at_most, block_map, first_head, Cq, Ck, top_p, head_top_p, H, at_least, BLOCK_C: tl.constexpr
+):
+    bh = first_head + tl.program_id(1).to(tl.int64)
     if head_top_p is not None:
         top_p = tl.load(head_top_p + bh % H)
     row = bh * Cq + tl.program_id(0)
     offs = tl.arange(0, BLOCK_C)  # [BC]
     n = tl.load(sizes + bh * Ck + offs, mask=offs < Ck, other=0)
     real = n > 0
-    score = tl.load(scores + row * Ck + offs, mask=offs < Ck, other=0.0)
+    score = tl.load(scores + (row - first_head * Cq) * Ck + offs, mask=offs < Ck, other=0.0)
     logit = tl.where(real, score + tl.log(tl.maximum(n, 1).to(tl.float32)), float("-inf"))
     p = tl.exp(logit - tl.max(logit, 0))
     p = p / tl.sum(p, 0)

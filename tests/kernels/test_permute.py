@@ -1,6 +1,7 @@
 import pytest
 import torch
 from svg.kernels import gather_tokens, inverse_permutation, scatter_tokens, sort_labels, target
+from svg.kernels.permute import CHUNK, new_counters, place_counted
 
 ODD_LENGTHS = (1, 63, 111, 129)
 
@@ -77,3 +78,18 @@ def test_gradients_are_refused():
         gather_tokens(x, random_permutation(1, 1, 4))
     with torch.no_grad():
         gather_tokens(x, random_permutation(1, 1, 4))
+
+
+@pytest.mark.skipif(not target.INTERPRETED and not torch.cuda.is_available(), reason="kernels, not references")
+@pytest.mark.parametrize("clusters", [1, 40, 2500])
+def test_counters_are_zero_after_a_sort(clusters):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    labels = torch.randint(0, clusters, (2, 700), dtype=torch.int32, device=device)
+    counters = new_counters(2, 700, clusters, labels.device)
+    for row in range(2):
+        for chunk, part in enumerate(labels[row].split(CHUNK)):
+            counters.counts[row, chunk] = torch.bincount(part, minlength=clusters)
+    permutation, sizes, ends = place_counted(labels, counters)
+    assert torch.equal(permutation, labels.sort(stable=True).indices.int())
+    assert torch.equal(ends, sizes.cumsum(1))
+    assert not counters.counts.any() and not counters.tickets.any()

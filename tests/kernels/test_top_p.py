@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from svg.kernels import target, top_p_block_map
+from svg.kernels import target, top_p, top_p_block_map
 
 
 def problem(B=2, H=2, Cq=3, Ck=21, D=32):
@@ -53,6 +53,14 @@ def test_a_head_of_its_own():
         assert torch.equal(block_map[:, head, None], top_p_block_map(*part, share, 0.1, 0.5, 0.8))
     with pytest.raises(ValueError, match=r"top_p must be fp32 \[H\] = \[4\]"):
         top_p_block_map(q, k, sizes, shares[:3], 0.1, 0.5)
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 3])
+def test_heads_in_turn_give_the_same_map(monkeypatch, heads_at_a_time):
+    q, k, sizes = problem(B=2, H=2)
+    together = top_p_block_map(q, k, sizes, torch.tensor([0.5, 0.9]), 0.1, 0.5, 0.8)
+    monkeypatch.setattr(top_p, "SCORES", heads_at_a_time * 3 * 21)
+    assert torch.equal(top_p_block_map(q, k, sizes, torch.tensor([0.5, 0.9]), 0.1, 0.5, 0.8), together)
 
 
 def test_top_p_one_keeps_every_non_empty_cluster():

@@ -1,5 +1,7 @@
 """Whole methods on a GPU, with inputs of more than 2^31 elements; skipped elsewhere."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,6 +67,39 @@ def inputs():
 def test_offsets_beyond_2_31_elements(inputs, config):
     assert target.use_triton(inputs[0])
     assert differences(config, inputs) == 0
+
+
+CAPTURED = {
+    "svg1": SVG1Config(density=0.3, **ALWAYS),
+    **{name: replace(config, budget=0.3) for name, config in CONFIGS.items() if isinstance(config, SVG2Config)},
+    "svg2 int8-fp8": SVG2Config(precision="int8-fp8", guard=False, **{**SVG2, "budget": 0.3}),
+    "sparge": SpargeConfig(topk=0.3, **ALWAYS),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", CAPTURED.values(), ids=CAPTURED.keys())
+def test_a_call_is_captured_in_a_cuda_graph(config):
+    """The plan included: a replay on other inputs gives what a call gives."""
+    layout = TokenLayout(5, 16, 20)
+    first, second = (torch.randn(3, 1, layout.total_tokens, 4, 128, device="cuda").bfloat16() for _ in range(2))
+
+    def begun():
+        state = RunState(config, num_layers=1)
+        state.begin_forward(0, 2, "cond", layout)
+        attend(*first, state, 0)  # compiles, and clusters from nothing
+        state.begin_forward(1, 2, "cond", layout)
+        return state
+
+    right = attend(*second, begun(), 0)
+    state, static, graph = begun(), first.clone(), torch.cuda.CUDAGraph()
+    graph.register_generator_state(state.generator(0, first.device))
+    with torch.cuda.graph(graph):
+        out = attend(*static, state, 0)
+    static.copy_(second)
+    graph.replay()
+    assert torch.equal(out, right)
 
 
 def test_the_check_itself():
