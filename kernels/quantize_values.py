@@ -135,8 +135,9 @@ def _channel_scales(stats, smooth, limit):
     mean = stats.v_mean if smooth else torch.zeros_like(stats.v_mean)
     largest = torch.maximum(stats.v_high - mean, mean - stats.v_low)
     largest = torch.where(largest <= TINY, 1.0, largest)
+    step = largest / torch.full_like(largest, limit)  # by a number a GPU multiplies by its reciprocal
     # Minimum and maximum may skip NaN; the mean never does.
-    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / limit, torch.nan)
+    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), step, torch.nan)
     padding = (0, padded_head_dim(mean.shape[-1]) - mean.shape[-1])
     return F.pad(scale, padding, value=1.0), F.pad(mean, padding)
 
