@@ -1,14 +1,16 @@
 """Time a full-size Wan 2.1 1.3B end to end: random weights, saved to disk in hub format and loaded like a hub model.
 
-Random weights say nothing about quality and have no sparsity to find, so SVG1's and SVG2's density is forced; what is measured is
-time, memory and that every part runs at full size. `--layers` and a small size make a rehearsal on a CPU.
+Random weights say nothing about quality and have no sparsity to find, so densities are forced; what is measured is time, memory and
+that every part runs at full size, after a short run that compiles. No step or layer is dense, so speed-ups are upper bounds of a run with
+warm-up. `--layers` and a small size make a rehearsal on a CPU.
 
-    python scripts/bench_wan.py --out wan-1.3b.json
+    python scripts/bench_wan.py --size 81x720x1280 --out wan-1.3b-720p.json [--methods dense,svg2]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.resources
 import json
@@ -44,12 +46,17 @@ def save_random_wan(folder: Path, layers: int, vae_dim: int, device: str) -> Non
 
 
 def configs(density: float) -> dict:
+    always = {"warmup_steps": 0.0, "warmup_layers": 0.0, "fused": True}
+    svg2 = {**always, "budget": density, "top_p": 1.0, "min_k_ratio": 0.0, "selection": "tiles", "first_iterations": 10}
     return {
         "dense": svg.DenseConfig(),
-        "svg1": svg.SVG1Config(density=density, warmup_steps=0.0, warmup_layers=0.0),
-        "svg2": svg.SVG2Config(budget=density, top_p=1.0, num_q_clusters=100, num_k_clusters=500, min_k_ratio=0.0,
-                               warmup_steps=0.0, warmup_layers=0.0),
-    }  # fmt: skip
+        "dense, fused": svg.DenseConfig(fused=True),
+        "svg1": svg.SVG1Config(density=density, **always),
+        "svg2": svg.SVG2Config(**svg2),
+        "svg2 int8-fp8": svg.SVG2Config(precision="int8-fp8", **svg2),
+        "sparge int8-fp8": svg.SpargeConfig(topk=density, precision="int8-fp8", **always),
+        "sage2": svg.Sage2Config(**always),
+    }
 
 
 def measure(pipe, config, request) -> dict:
@@ -69,12 +76,18 @@ def main() -> None:
     parser.add_argument("--size", default="81x480x832", help="frames x height x width")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--density", type=float, default=0.25)
+    parser.add_argument("--methods", help="some of them, with commas [default: all]")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--vae-dim", type=int, default=96)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     frames, height, width = map(int, args.size.split("x"))
+    known = configs(args.density)
+    chosen = args.methods.split(",") if args.methods else list(known)
+    for name in chosen:
+        if name not in known:
+            parser.error(f"--methods must be among {', '.join(known)}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         save_random_wan(Path(folder), args.layers, args.vae_dim, device)
@@ -88,9 +101,9 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
-    for name, config in configs(args.density).items():
-        measure(pipe, config, request)  # warms up: kernels compile, layouts are built
-        result[name] = measure(pipe, config, request)
+    for name in chosen:
+        measure(pipe, known[name], dataclasses.replace(request, steps=2))  # kernels compile, layouts are built
+        result[name] = measure(pipe, known[name], request)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
         print(name, json.dumps(result[name]), flush=True)
 
