@@ -315,7 +315,7 @@ def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, s
     perm_strides = (0, 0, 0) if q_permutation is None else q_permutation.stride()
     with target.on_device(q):
         q_tiles, query_counts = query_tiles(q_sizes, S, row.block_m)
-        k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n)
+        k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n, q_sizes)
         lists = (q_tiles, query_counts, k_tiles, key_counts)
         tail = None if tail is None else Tail(*(x.contiguous() for x in tail))
         if row.specialised and block_sparse_hopper.takes(q, k, v, row):
@@ -357,7 +357,7 @@ def query_tiles(q_sizes: torch.Tensor, tokens: int, block_m: int) -> tuple[torch
 
 
 def key_tiles(
-    block_map: torch.Tensor, k_sizes: torch.Tensor, tokens: int, block_n: int
+    block_map: torch.Tensor, k_sizes: torch.Tensor, tokens: int, block_n: int, q_sizes: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs of selected key clusters cut into tiles of block_n keys, full tiles first.
 
@@ -366,6 +366,7 @@ def key_tiles(
         k_sizes: int32 [M, Ck], tokens in each key cluster.
         tokens: Sk.
         block_n: keys of a tile.
+        q_sizes: int32 [M, Cq]: rows of empty query clusters are left unwritten; None: all are written.
 
     Returns:
         int32 [M, Cq, W] of first key * block_n + keys - 1, and int32 [M, Cq, 2], how many are full and how many in all.
@@ -379,8 +380,8 @@ def key_tiles(
     tiles = torch.empty(M, Cq, tokens // block_n + (Ck + 1) // 2, dtype=torch.int32, device=block_map.device)
     counts = torch.empty(M, Cq, 2, dtype=torch.int32, device=block_map.device)
     _key_tiles_kernel[(Cq, M)](
-        block_map.contiguous().view(torch.uint8), k_sizes.contiguous(), tiles, counts,
-        Cq, Ck, tokens, tiles.shape[2], BLOCK_N=block_n, BLOCK_C=_block_c(Ck),
+        block_map.contiguous().view(torch.uint8), None if q_sizes is None else q_sizes.contiguous(), k_sizes.contiguous(),
+        tiles, counts, Cq, Ck, tokens, tiles.shape[2], BLOCK_N=block_n, BLOCK_C=_block_c(Ck),
     )  # fmt: skip
     return tiles, counts
 
@@ -418,9 +419,12 @@ def _query_tiles_kernel(sizes, tiles, counts, Cq, width, BLOCK_M: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["Cq", "Ck", "tokens", "width"])
 def _key_tiles_kernel(
-    block_map, sizes, tiles, counts, Cq, Ck, tokens, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    block_map, q_sizes, sizes, tiles, counts, Cq, Ck, tokens, width, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     row = tl.program_id(1).to(tl.int64) * Cq + tl.program_id(0)
+    if q_sizes is not None:
+        if tl.load(q_sizes + row) == 0:
+            return
     cluster = tl.arange(0, BLOCK_C)  # [BC]
     n = tl.load(sizes + tl.program_id(1) * Ck + cluster, mask=cluster < Ck, other=0)
     picked = tl.load(block_map + row * Ck + cluster, mask=cluster < Ck, other=0) != 0

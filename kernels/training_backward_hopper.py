@@ -15,8 +15,8 @@ from .training_hopper import Launch
 LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 STEP = 64  # queries, or keys, of a stage
 # Of dQ, and of dK and dV, whose sums leave no registers for a third warpgroup.
-TWO, THREE, KEYS = Launch(2, 4, False, 168, 240), Launch(3, 3, False, 128, 160), Launch(2, 4, False, 168, 240)
-QUERIES = TWO
+TWO, THREE, KEYS = Launch(2, 4, False, 168, 240), Launch(3, 2, False, 128, 160), Launch(2, 4, False, 168, 240)
+QUERIES = THREE
 
 
 def query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale, launch: Launch | None = None) -> None:

@@ -41,7 +41,7 @@ class Launch:
 
 
 # Registers: 65536 for all warps, in the end of the consumers and of a producer of one warp.
-TWO, THREE = Launch(2, 2, True, 168, 240), Launch(3, 4, False, 128, 160)
+TWO, THREE = Launch(2, 3, True, 168, 240), Launch(3, 4, False, 128, 160)
 LAUNCH = TWO
 
 

@@ -144,19 +144,24 @@ def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
     Args:
         plan: a plan.
         chosen: int32 [B, H], not 0 for a chosen head.
-        skip: the empty map has no queries at all, so that no program starts and the heads' output is not written;
-            otherwise its queries see nothing and their output is zeros.
+        skip: maps that no chosen head uses have no queries at all, so that no program starts and the other heads' output
+            is not written; otherwise their queries see nothing and their output is zeros.
 
     Returns:
         The plan; its k_permutation is dropped.
     """
-    none = torch.zeros_like(plan.block_map[:1])
-    queries = plan.q_sizes[:1]
+    maps = plan.block_map.shape[0]
+    map_index = torch.where(chosen != 0, plan.map_index, maps)
+    q_sizes = torch.cat([plan.q_sizes, plan.q_sizes[:1]])
+    if skip:
+        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(0, map_index.flatten().long(), True)
+        used[maps] = False
+        q_sizes = torch.where(used[:, None], q_sizes, 0)
     return dataclasses.replace(
         plan,
-        block_map=torch.cat([plan.block_map, none]),
-        q_sizes=torch.cat([plan.q_sizes, torch.zeros_like(queries) if skip else queries]),
+        block_map=torch.cat([plan.block_map, torch.zeros_like(plan.block_map[:1])]),
+        q_sizes=q_sizes,
         k_sizes=torch.cat([plan.k_sizes, plan.k_sizes[:1]]),
-        map_index=torch.where(chosen != 0, plan.map_index, plan.block_map.shape[0]).to(torch.int32),
+        map_index=map_index.to(torch.int32),
         k_permutation=None,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from svg.kernels.block_sparse import Tail, block_sparse_attention
 from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
+from svg.kernels.computed_pairs import computed_pairs
 from svg.kernels.permute import gather_tokens
 
 from ..layout import TokenLayout
@@ -80,10 +81,7 @@ def map_shares(
     block_map: Tensor, q_sizes: Tensor, k_sizes: Tensor, visible_keys: Tensor, tail: Tail | None = None
 ) -> Tensor:
     """Density of each map of a plan, float32 [M]; arguments as `Plan` has them."""
-    seen = torch.where(block_map, k_sizes[:, None, :], 0).sum(-1)  # [M, Cq]
-    if tail is not None:
-        seen = seen + tail.bias.isfinite().sum(-1)
-    area = (seen * q_sizes).sum(-1)  # [M], int64: exact
+    area = computed_pairs(block_map, q_sizes, k_sizes, 0 if tail is None else tail.bias.shape[2])
     return (area.double() / (q_sizes.sum(-1) * visible_keys)).float()
 
 

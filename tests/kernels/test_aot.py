@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_37
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_sum_kernel", "_mean_kernel", "_total_kernel",
-    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_chain_kernel", "_probe_kernel",
+    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_pairs_kernel", "_chain_kernel", "_probe_kernel",
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",

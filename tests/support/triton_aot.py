@@ -40,6 +40,7 @@ from svg.kernels import (
 )
 from svg.kernels.block_sparse import LAUNCH, Launch, Tail
 from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
+from svg.kernels.computed_pairs import computed_pairs
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
@@ -251,7 +252,9 @@ def clustering(dtype, padding=0):
 
 def top_p(clusters, budget, share=0.9):
     centroids = torch.zeros(1, 2, clusters, 64)
-    top_p_block_map(centroids[:, :, :300], centroids, torch.ones(1, 2, clusters).int(), share, 0.1, 1.0, budget)
+    sizes = torch.ones(1, 2, clusters).int()
+    block_map = top_p_block_map(centroids[:, :, :300], centroids, sizes, share, 0.1, 1.0, budget)
+    computed_pairs(block_map[0], torch.ones(2, min(300, clusters)).int(), sizes[0])
 
 
 def compile_all(arch):
