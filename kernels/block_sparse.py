@@ -252,7 +252,7 @@ class Launch:
         tma: load K and V through descriptors (Hopper and newer); rows that are no multiple of 16 bytes take pointers.
         lazy: keep a row's stale maximum until it is 2^8 too small, and rescale only then.
         specialised: on sm90, tiles of 128 x 64 and contiguous k and v take block_sparse_hopper.py's kernel with this many
-            stages; what it cannot take runs as the other fields say.
+            stages (k and v are copied where there are few keys a query); what it cannot take runs as the other fields say.
     """
 
     block_m: int
@@ -318,6 +318,8 @@ def _launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, s
         k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n, q_sizes)
         lists = (q_tiles, query_counts, k_tiles, key_counts)
         tail = None if tail is None else Tail(*(x.contiguous() for x in tail))
+        if row.specialised and 4 * S >= k.shape[2]:
+            k, v = k.contiguous(), v.contiguous()  # a copy costs a fiftieth of the call, the other kernel half as much again
         if row.specialised and block_sparse_hopper.takes(q, k, v, row):
             scale = sm_scale * LOG2_E
             block_sparse_hopper.launch(q, k, v, out, lse, q_permutation, map_index, lists, Cq, scale, row.num_stages, tail)

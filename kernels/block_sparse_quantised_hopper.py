@@ -94,7 +94,13 @@ if LOADABLE:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .block_sparse_hopper import keys_of, tile_of
-    from .quantised_hopper import by_sixteens, in_values_range, integer_scores, own_sum, store_ones, to_bytes
+    from .quantised_hopper import by_sixteens, in_values_range, integer_scores, one_column, own_sum, store_ones, to_bytes
+
+    @gluon.jit
+    def _place(n, PART: gl.constexpr, STAGES: gl.constexpr):
+        """Where a consumer's n-th stage is, and the parity of its turn."""
+        n = n.to(gl.uint32)  # a sign would cost instructions
+        return PART * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
 
     @gluon.jit
     def _produce(
@@ -114,11 +120,11 @@ if LOADABLE:
                 row, _, total = keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
                 tiles = key_tiles + row * key_width
                 for i in range(0, total, 2):
-                    stage = PART * STAGES + n % STAGES
-                    first = gl.load(tiles + i) // 64 // 16 * 16
-                    second = gl.load(tiles + gl.minimum(i + 1, total - 1)) // 64 // 16 * 16
+                    stage, phase = _place(n, PART, STAGES)
+                    first = gl.load(tiles + i) >> 10 << 4
+                    second = gl.load(tiles + gl.minimum(i + 1, total - 1)) >> 10 << 4
                     bar = ready.index(stage)
-                    mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+                    mbarrier.wait(empty.index(stage), phase ^ 1)
                     mbarrier.expect(bar, 2 * 128 * BLOCK_D)
                     tma.async_copy_global_to_shared(k_desc, [bh * Sk + first, 0], bar, k_boxes.index(2 * stage))
                     tma.async_copy_global_to_shared(k_desc, [bh * Sk + second, 0], bar, k_boxes.index(2 * stage + 1))
@@ -127,11 +133,16 @@ if LOADABLE:
                     n += 1
 
     @gluon.jit
-    def _starts(tiles, i, total):
+    def _starts(tiles, i, total, MASKED: gl.constexpr):
         """List entries i and i + 1: first key and keys of each; no keys where there is no second one."""
         first = gl.load(tiles + i)
-        second = gl.load(tiles + gl.minimum(i + 1, total - 1))
-        return first // 64, first % 64 + 1, second // 64, gl.where(i + 1 < total, second % 64 + 1, 0)
+        if MASKED:
+            second = gl.load(tiles + gl.minimum(i + 1, total - 1))
+            more = gl.where(i + 1 < total, (second & 63) + 1, 0)
+        else:
+            second = gl.load(tiles + i + 1)
+            more = 64
+        return first >> 6, (first & 63) + 1, second >> 6, more
 
     @gluon.jit
     def _scales_of(k_scale, starts, Sk, MASKED: gl.constexpr, GROUPS: gl.constexpr, layout: gl.constexpr):
@@ -140,20 +151,23 @@ if LOADABLE:
         group = gl.arange(0, GROUPS, layout)
         first = gl.where(group < GROUPS // 2, starts[0], starts[2])
         place = group % (GROUPS // 2) * SIZE
-        key = first // 16 * 16 + place
-        seen = key < Sk
         if MASKED:
+            before = first & 15
             keys = gl.where(group < GROUPS // 2, starts[1], starts[3])
-            seen = seen & (place + SIZE > first % 16) & (place < first % 16 + keys)
-        return gl.load(k_scale + key, mask=seen, other=1.0)
+            key = first - before + place
+            seen = (key < Sk) & (place + SIZE > before) & (place < before + keys)
+            return gl.load(k_scale + key, mask=seen, other=1.0)
+        else:  # full tiles begin at multiples of 16
+            return gl.load(k_scale + first + place)
 
     @gluon.jit
     def _mask(x, starts, s_layout: gl.constexpr):
         """Scores outside the entries' keys become -inf."""
         first, keys, second, more = starts
         column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
-        place = column % 64 - gl.where(column < 64, first % 16, second % 16)
-        inside = (place >= 0) & (place < gl.where(column < 64, keys, more))
+        low = gl.where(column < 64, first & 15, second & 15) - (column & 6)  # the bits that differ between threads
+        high = low + gl.where(column < 64, keys, more)
+        inside = ((column & 57) >= low) & ((column & 57) < high)
         return gl.where(inside[None, :], x, float("-inf"))
 
     @gluon.jit
@@ -200,11 +214,11 @@ if LOADABLE:
         part = warpgroup_mma(first, v_boxes.index(2 * stage).permute((1, 0)), part, use_acc=False, is_async=True)
         part = warpgroup_mma(second, v_boxes.index(2 * stage + 1).permute((1, 0)), part, is_async=True)
         if ONES:
-            total = gl.zeros_like(t_i)
+            total = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
             total = warpgroup_mma(first, ones.permute((1, 0)), total, use_acc=False, is_async=True)
             total = warpgroup_mma(second, ones.permute((1, 0)), total, is_async=True)
             part, total = warpgroup_mma_wait(0, deps=[part, total])
-            t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + total
+            t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + one_column(total)
         else:
             part = warpgroup_mma_wait(0, deps=[part])
         return acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + part, t_i
@@ -217,10 +231,10 @@ if LOADABLE:
     ):  # fmt: skip
         """One stage, the n-th of this consumer: running output, maximum and sums."""
         ready, empty = barriers
-        stage = PART * STAGES + n % STAGES
-        mbarrier.wait(ready.index(stage), n // STAGES & 1)
+        stage, phase = _place(n, PART, STAGES)
+        mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
-        starts = _starts(tiles, i, total)
+        starts = _starts(tiles, i, total, MASKED)
         scales = _scales_of(k_scale, starts, Sk, MASKED, GROUPS, gl.SliceLayout(0, s_layout))
         s = warpgroup_mma_wait(0, deps=[s])
         x = s.to(gl.float32, bitcast=True)
@@ -297,7 +311,7 @@ if LOADABLE:
                 acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
                 m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
                 l_i = own_sum(gl.zeros([64, 128], gl.float32, s_layout))
-                t_i = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
+                t_i = one_column(gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])))
                 floor = m_i
                 if HAS_FLOOR:
                     there = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) < gl.load(tile + 2)
@@ -343,7 +357,8 @@ if LOADABLE:
     def _hopper_sparse_quantised_kernel(
         k_desc, v_desc, q, k_scale, v_scale, v_mean, out, lse, failed, permutation, pv_threshold, map_index, q_tiles,
         q_counts, key_tiles, key_counts, scale_log2, count, H, S, Sk, Cq, query_width, key_width,
-        sqb, sqh, sqs, sob, soh, sos, spb, sph, sps,
+        sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
+        spb: gl.int64, sph: gl.int64, sps: gl.int64,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
         ONES: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
         HAS_FLOOR: gl.constexpr, num_warps: gl.constexpr,

@@ -5,7 +5,7 @@ import torch
 from . import target
 from .target import tl, triton
 
-ROWS, COLUMNS = 16, 1024  # query and key clusters of a program's step
+ROWS, COLUMNS = 16, 256  # query and key clusters of a program's step
 
 
 def computed_pairs(

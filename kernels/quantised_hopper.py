@@ -112,9 +112,9 @@ if LOADABLE:
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
             kv = t // gl.cdiv(S, ROWS) // HEADS_PER_KEY
             for first in range(0, Sk, 128):
-                stage = n % STAGES
+                stage, phase = n % STAGES, n // STAGES & 1
                 bar = ready.index(stage)
-                mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+                mbarrier.wait(empty.index(stage), phase ^ 1)
                 mbarrier.expect(bar, 2 * 128 * BLOCK_D)
                 tma.async_copy_global_to_shared(k_desc, [kv * Sk + first, 0], bar, k_stages.index(stage))
                 tma.async_copy_global_to_shared(v_desc, [kv * BLOCK_D, first], bar, v_stages.index(stage))
@@ -140,6 +140,11 @@ if LOADABLE:
         return gl.sum(gl.sum(gl.sum(by_sixteens(p), 4), 2), 1)
 
     @gluon.jit
+    def one_column(total):
+        """Of a product with ones, whose columns are equal, one of the two columns that a thread has: [64, 4]."""
+        return total.reshape([64, 4, 2]).split()[0]
+
+    @gluon.jit
     def store_ones(ones, KEYS: gl.constexpr):
         """Fills an operand [8, KEYS], by its bits: ptxas 12.8 packs converted constants beside a stale register."""
         bits = gl.full([8, KEYS], 0x38, gl.int8, gl.BlockedLayout([1, KEYS // 16], [2, 16], [4, 1], [1, 0]))
@@ -161,7 +166,7 @@ if LOADABLE:
         x = s.to(gl.float32, bitcast=True)
         if MASKED:
             column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
-            x = gl.where((column < left)[None, :], x, float("-inf"))
+            x = gl.where(((column & 120) < left - (column & 7))[None, :], x, float("-inf"))
         m_new = gl.maximum(m_i, (gl.max(x, 1) - 12582912.0) * scale)
         alpha = gl.exp2(m_i - m_new)
         # 448 in P and in l cancels; the largest P then takes FP8's whole range. The constant of the scores' bits goes with it.
@@ -178,9 +183,9 @@ if LOADABLE:
     ):  # fmt: skip
         """One tile of keys, the n-th of this program: running output, maximum and sums."""
         ready, empty = barriers
-        stage = n % STAGES
+        stage, phase = n % STAGES, n // STAGES & 1
         p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
-        mbarrier.wait(ready.index(stage), n // STAGES & 1)
+        mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         scale = row_scale * gl.load(k_scale + i)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -189,9 +194,10 @@ if LOADABLE:
         zero = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         part = warpgroup_mma(p, v_stages.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         if ONES:
-            total = warpgroup_mma(p, ones.permute((1, 0)), gl.zeros_like(t_i), use_acc=False, is_async=True)
+            total = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
+            total = warpgroup_mma(p, ones.permute((1, 0)), total, use_acc=False, is_async=True)
             part, total = warpgroup_mma_wait(0, deps=[part, total])
-            t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + total
+            t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + one_column(total)
         else:
             part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(empty.index(stage), count=1)
@@ -214,33 +220,35 @@ if LOADABLE:
         across: gl.constexpr = BLOCK_D // 16
         rows_layout: gl.constexpr = gl.BlockedLayout([1, 16], [32 // across, across], [4, 1], [1, 0])
         q_shared = q_stages.index(PART)
-        blocks = gl.cdiv(Sk, 128)
+        whole, blocks = Sk >> 7, (Sk + 127) >> 7
         n = 0
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
-            bh = (t // gl.cdiv(S, ROWS)).to(gl.int64)
+            of_head = t // gl.cdiv(S, ROWS)
+            bh, kv = of_head.to(gl.int64), (of_head // HEADS_PER_KEY).to(gl.int64)
             start = t % gl.cdiv(S, ROWS) * ROWS + PART * 64
-            k_scale = k_scales + bh // HEADS_PER_KEY * blocks
-            row = start + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
-            offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
-            q_ptr = q + (bh * S + row)[:, None] * BLOCK_D + offs_d[None, :]
-            q_shared.store(gl.load(q_ptr, mask=(row < S)[:, None], other=0))
+            k_scale = k_scales + kv * blocks
+            first = bh * S + start
+            row = gl.arange(0, 64, gl.SliceLayout(1, rows_layout))[:, None]
+            q_ptr = q + first * BLOCK_D + row * BLOCK_D + gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))[None, :]
+            q_shared.store(gl.load(q_ptr, mask=row < S - start, other=0))
             fence_async_shared()
-            s_row = start + gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-            row_scale = gl.load(q_scale + bh * S + s_row, mask=s_row < S, other=1.0) * scale_log2
+            s_row = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
+            scale = gl.load(q_scale + first + s_row, mask=s_row < S - start, other=1.0)
+            row_scale = scale * scale_log2
 
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
             l_i = own_sum(gl.zeros([64, 128], gl.float32, s_layout))
-            t_i = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
-            for i in range(Sk // 128):
+            t_i = one_column(gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])))
+            for i in range(whole):
                 acc, m_i, l_i, t_i = _step(
                     q_shared, acc, m_i, l_i, t_i, ones, row_scale, k_scale, i, 128, n, k_stages, v_stages, barriers,
                     False, ONES, SUM, BLOCK_D, STAGES, s_layout, o_layout,
                 )  # fmt: skip
                 n += 1
-            for i in range(Sk // 128, blocks):
+            if Sk % 128 > 0:
                 acc, m_i, l_i, t_i = _step(
-                    q_shared, acc, m_i, l_i, t_i, ones, row_scale, k_scale, i, Sk - i * 128, n, k_stages, v_stages, barriers,
+                    q_shared, acc, m_i, l_i, t_i, ones, row_scale, k_scale, whole, Sk % 128, n, k_stages, v_stages, barriers,
                     True, ONES, SUM, BLOCK_D, STAGES, s_layout, o_layout,
                 )  # fmt: skip
                 n += 1
@@ -250,33 +258,34 @@ if LOADABLE:
             if ONES:
                 divisor = gl.convert_layout(gl.max(t_i, 1), gl.SliceLayout(1, s_layout))
             acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
-            channel = bh // HEADS_PER_KEY * BLOCK_D
+            channel = kv * BLOCK_D
             acc = in_values_range(
                 acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout
             )
             column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
             if HAS_MEAN:
                 acc += gl.load(v_mean + channel + column)[None, :]
-            o_row = start + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
-            out_ptr = out + (bh // H) * sob + (bh % H) * soh + o_row.to(gl.int64)[:, None] * sos + column[None, :]
-            gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=(o_row < S)[:, None] & (column < D)[None, :])
+            row = gl.arange(0, 64, gl.SliceLayout(1, o_layout))[:, None]
+            b, h = (of_head // H).to(gl.int64), (of_head % H).to(gl.int64)
+            out_ptr = out + b * sob + h * soh + (start + row).to(gl.int64) * sos + column[None, :]
+            gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=(row < S - start) & (column < D)[None, :])
             if HAS_LSE:
                 total = m_i + gl.log2(l_i) - 8.807354922057604
-                gl.store(lse + bh * S + s_row, total * 0.6931471805599453, mask=s_row < S)  # ln 2
+                gl.store(lse + bh * S + (start + s_row), total * 0.6931471805599453, mask=start + s_row < S)  # ln 2
 
     @gluon.jit
     def in_values_range(acc, v_scale, failed, BLOCK_D: gl.constexpr, HAS_FAILED: gl.constexpr, layout: gl.constexpr):
         """Weighted means of quantised V, clamped and in V's units; sets the flag where they left V's range."""
         if HAS_FAILED:
-            if gl.max(gl.max(gl.where(gl.abs(acc) <= 1.07 * 448.0, 0, 1), 1), 0) > 0:  # e4m3 rounds P by 6.25 % at most
-                gl.store(failed, 1)
+            bad = gl.max(gl.where(gl.abs(acc) <= 1.07 * 448.0, 0, 1), 1)  # e4m3 rounds P by 6.25 % at most
+            gl.store(failed + gl.zeros_like(bad), bad, mask=bad > 0)  # by row: rows of other warps need not be waited for
         acc = gl.where(acc > 448.0, 448.0, gl.where(acc < -448.0, -448.0, acc))  # NaN stays
         return acc * gl.load(v_scale + gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout)))[None, :]
 
     @gluon.jit(do_not_specialize=["programs", "S", "Sk"])
     def _hopper_quantised_kernel(
         k_desc, v_desc, q, q_scale, k_scales, v_scale, v_mean, out, lse, failed,
-        scale_log2, programs, H, HEADS_PER_KEY, S, Sk, sob, soh, sos,
+        scale_log2, programs, H, HEADS_PER_KEY, S, Sk, sob: gl.int64, soh: gl.int64, sos: gl.int64,
         D: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
         ONES: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
