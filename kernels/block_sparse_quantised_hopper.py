@@ -94,7 +94,15 @@ if LOADABLE:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .block_sparse_hopper import keys_of, tile_of
-    from .quantised_hopper import by_sixteens, in_values_range, integer_scores, one_column, own_sum, store_ones, to_bytes
+    from .quantised_hopper import (
+        by_sixteens,
+        in_values_range,
+        integer_scores,
+        one_column,
+        own_sum,
+        store_ones,
+        to_bytes,
+    )
 
     @gluon.jit
     def _place(n, PART: gl.constexpr, STAGES: gl.constexpr):
@@ -165,7 +173,8 @@ if LOADABLE:
         """Scores outside the entries' keys become -inf."""
         first, keys, second, more = starts
         column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
-        low = gl.where(column < 64, first & 15, second & 15) - (column & 6)  # the bits that differ between threads
+        # Only the low bits of a column differ between threads: registers for them, constants for the rest.
+        low = gl.where(column < 64, first & 15, second & 15) - (column & 6)
         high = low + gl.where(column < 64, keys, more)
         inside = ((column & 57) >= low) & ((column & 57) < high)
         return gl.where(inside[None, :], x, float("-inf"))

@@ -107,14 +107,14 @@ if LOADABLE:
         k_desc, v_desc = descriptors
         _, k_stages, v_stages, _ = stages
         ready, empty = barriers
-        programs, H, HEADS_PER_KEY, S, Sk = sizes
+        programs, _, HEADS_PER_KEY, S, Sk = sizes
         n = 0
         for t in range(gl.program_id(0), programs, gl.num_programs(0)):
             kv = t // gl.cdiv(S, ROWS) // HEADS_PER_KEY
             for first in range(0, Sk, 128):
-                stage, phase = n % STAGES, n // STAGES & 1
+                stage = n % STAGES
                 bar = ready.index(stage)
-                mbarrier.wait(empty.index(stage), phase ^ 1)
+                mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
                 mbarrier.expect(bar, 2 * 128 * BLOCK_D)
                 tma.async_copy_global_to_shared(k_desc, [kv * Sk + first, 0], bar, k_stages.index(stage))
                 tma.async_copy_global_to_shared(v_desc, [kv * BLOCK_D, first], bar, v_stages.index(stage))
@@ -166,6 +166,7 @@ if LOADABLE:
         x = s.to(gl.float32, bitcast=True)
         if MASKED:
             column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
+            # column < left; only the low bits differ between threads: two registers and constants, not 32 columns.
             x = gl.where(((column & 120) < left - (column & 7))[None, :], x, float("-inf"))
         m_new = gl.maximum(m_i, (gl.max(x, 1) - 12582912.0) * scale)
         alpha = gl.exp2(m_i - m_new)
@@ -183,9 +184,9 @@ if LOADABLE:
     ):  # fmt: skip
         """One tile of keys, the n-th of this program: running output, maximum and sums."""
         ready, empty = barriers
-        stage, phase = n % STAGES, n // STAGES & 1
+        stage = n % STAGES
         p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
-        mbarrier.wait(ready.index(stage), phase)
+        mbarrier.wait(ready.index(stage), n // STAGES & 1)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         scale = row_scale * gl.load(k_scale + i)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -233,8 +234,7 @@ if LOADABLE:
             q_shared.store(gl.load(q_ptr, mask=row < S - start, other=0))
             fence_async_shared()
             s_row = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-            scale = gl.load(q_scale + first + s_row, mask=s_row < S - start, other=1.0)
-            row_scale = scale * scale_log2
+            row_scale = gl.load(q_scale + first + s_row, mask=s_row < S - start, other=1.0) * scale_log2
 
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
@@ -277,8 +277,9 @@ if LOADABLE:
     def in_values_range(acc, v_scale, failed, BLOCK_D: gl.constexpr, HAS_FAILED: gl.constexpr, layout: gl.constexpr):
         """Weighted means of quantised V, clamped and in V's units; sets the flag where they left V's range."""
         if HAS_FAILED:
-            bad = gl.max(gl.where(gl.abs(acc) <= 1.07 * 448.0, 0, 1), 1)  # e4m3 rounds P by 6.25 % at most
-            gl.store(failed + gl.zeros_like(bad), bad, mask=bad > 0)  # by row: rows of other warps need not be waited for
+            # e4m3 rounds P by 6.25 % at most. Row by row: nobody waits for other warps' rows.
+            bad = gl.max(gl.where(gl.abs(acc) <= 1.07 * 448.0, 0, 1), 1)
+            gl.store(failed + gl.zeros_like(bad), bad, mask=bad > 0)
         acc = gl.where(acc > 448.0, 448.0, gl.where(acc < -448.0, -448.0, acc))  # NaN stays
         return acc * gl.load(v_scale + gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout)))[None, :]
 

@@ -172,7 +172,7 @@ def fp8_values(x: QuantizedChannels, tokens: int, head_dim: int) -> torch.Tensor
 
 # arch -> warps of (statistics, channels). Not measured: chosen by ahead-of-time compile (no spills).
 LAUNCH = {80: (4, 8), 89: (4, 8), 90: (4, 8), 100: (4, 8), 120: (4, 8)}
-STATISTICS_ROWS = 512  # tokens that one program of the statistics sums
+STATISTICS_ROWS, STATISTICS_STEP = 512, 16  # tokens that one program of the statistics sums, and those of a step
 
 
 def _statistics(k, v):
@@ -182,7 +182,7 @@ def _statistics(k, v):
     with target.on_device(k):
         _statistics_kernel[(parts, B * H)](
             k, v, partial, partial.stride(0), H, S, parts, *k.stride()[:3], *v.stride()[:3],
-            D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=16,
+            D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=STATISTICS_STEP,
             num_warps=target.launch_row(LAUNCH, k.device)[0],
         )  # fmt: skip
         stats = torch.empty(4, B, H, D, dtype=torch.float32, device=k.device)
