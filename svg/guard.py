@@ -19,7 +19,7 @@ from svg.kernels.block_sparse import block_sparse_attention
 from svg.kernels.heads import move_heads
 from svg.kernels.permute import gather_tokens
 
-from .methods.plan import Plan
+from .methods.plan import Plan, head_groups
 
 PROBE_ROWS = 64
 
@@ -124,6 +124,11 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
     """
     if not q.is_cuda and not failed.any():
         return
+    groups = head_groups(plan)
+    if len(groups) > 1:
+        for group in groups:
+            repair(plan.of_heads(group), *(x[group] for x in (q, k, v, out, failed)))
+        return
     if plan.k_permutation is not None:
         new = torch.empty_like if q.is_cuda else torch.zeros_like
         sorted_k, sorted_v = new(k), new(v)
@@ -154,7 +159,9 @@ def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
     map_index = torch.where(chosen != 0, plan.map_index, maps)
     q_sizes = torch.cat([plan.q_sizes, plan.q_sizes[:1]])
     if skip:
-        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(0, map_index.flatten().long(), True)
+        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(
+            0, map_index.flatten().long(), True
+        )
         used[maps] = False
         q_sizes = torch.where(used[:, None], q_sizes, 0)
     return dataclasses.replace(

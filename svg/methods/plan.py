@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,6 +14,9 @@ from svg.kernels.computed_pairs import computed_pairs
 from svg.kernels.permute import gather_tokens
 
 from ..layout import TokenLayout
+
+# Blocks of all heads that run at once: lists have 4 to 6 bytes for each, and with tiles they grow with S^2.
+LISTED_BLOCKS = 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Plan:
         key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
+        own_maps: whether each head of each sample has a map of its own, in order, so that heads can run in turn.
     """
 
     q_permutation: Tensor | None
@@ -48,6 +53,7 @@ class Plan:
     key_multiple: int = 1
     share: Tensor | None = None
     reused: bool = False
+    own_maps: bool = False
     _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
 
     def again(self, means: tuple[Tensor, Tensor] | None) -> Plan:
@@ -62,6 +68,37 @@ class Plan:
         plan = replace(self, tail=None if means is None else Tail(*means, self.tail.bias), reused=True)
         plan._density.extend(self._density)
         return plan
+
+    def of_heads(self, group: tuple[slice, slice]) -> Plan:
+        """The plan of some heads of one sample, where they have maps of their own.
+
+        Args:
+            group: of `head_groups`.
+
+        Returns:
+            A plan for tensors [1, heads, S, D].
+        """
+        sample, heads = group
+        first = sample.start * self.map_index.shape[1] + heads.start
+        maps = slice(first, first + heads.stop - heads.start)
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[group]
+
+        return replace(
+            self,
+            q_permutation=part(self.q_permutation),
+            k_permutation=part(self.k_permutation),
+            q_sizes=self.q_sizes[maps],
+            k_sizes=self.k_sizes[maps],
+            block_map=self.block_map[maps],
+            map_index=self.map_index[group] - first,
+            visible_keys=self.visible_keys[maps],
+            kind=part(self.kind),
+            pv_threshold=None if self.pv_threshold is None else self.pv_threshold[heads],
+            tail=None if self.tail is None else Tail(part(self.tail.k), part(self.tail.v), self.tail.bias[maps]),
+            share=None if self.share is None else self.share[maps],
+        )
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
@@ -88,7 +125,7 @@ def map_shares(
 def execute(
     plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
 ) -> Tensor:
-    """Block-sparse attention as planned.
+    """Block-sparse attention as planned, of some heads at a time where lists of all heads' blocks would be large.
 
     Args:
         plan: the plan of this call.
@@ -99,6 +136,34 @@ def execute(
     Returns:
         [B, H, S, D] in original order and q's dtype.
     """
+    groups = head_groups(plan)
+    if len(groups) == 1:
+        return _execute(plan, q, k, v, precision, failed)
+    out = torch.empty_like(q)
+    for group in groups:
+        part = plan.of_heads(group)
+        out[group] = _execute(part, q[group], k[group], v[group], precision, None if failed is None else failed[group])
+    return out
+
+
+def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
+    """Which samples and heads run at once: all, or as many heads of a sample as keep lists of their blocks small.
+
+    Args:
+        plan: of a call.
+
+    Returns:
+        Indices into [B, H], that `Plan.of_heads` takes where there are several.
+    """
+    B, H = plan.map_index.shape
+    at_once = max(1, LISTED_BLOCKS // plan.block_map[0].numel())
+    if not plan.own_maps or at_once >= B * H:
+        return [(slice(0, B), slice(0, H))]
+    starts = itertools.product(range(B), range(0, H, at_once))
+    return [(slice(sample, sample + 1), slice(first, min(first + at_once, H))) for sample, first in starts]
+
+
+def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
     if precision != "native":
         return block_sparse_attention_quantised(
             q,

@@ -125,6 +125,7 @@ def _assembled(
         visible_keys=visible.repeat_interleave(heads),
         key_multiple=tile_multiple(K_TILE, layout) if config.selection == "tiles" else 1,
         tail=_tail(block_map, chosen.k_blocks, means, k, v, layout) if config.compensate else None,
+        own_maps=True,
     )
 
 
