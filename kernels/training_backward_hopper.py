@@ -60,7 +60,7 @@ def _numbers(x: torch.Tensor):
 
 
 if LOADABLE:
-    own_sums, query_place = training_hopper.own_sums, training_hopper.query_place
+    own_sums, query_place, seen_keys = training_hopper.own_sums, training_hopper.query_place, training_hopper.seen_keys
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -159,13 +159,9 @@ if LOADABLE:
         scale = scale_boxes.index(stage).load(gl.SliceLayout(0, s_layout))[None, :]
         s = warpgroup_mma_wait(1, deps=[s])
         x = _times(s, row_scale) * scale - lse[:, None]
-        if MASKED:
-            key = i * 64 + gl.arange(0, 64, gl.SliceLayout(0, s_layout))
-            seen = (key < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
-            x = gl.where(seen, x, float("-inf"))
         p = gl.exp2(x)
+        if MASKED:  # not x: what is to be hidden would be known, and kept, long before
+            p = gl.where(seen_keys(i * 64, 64, keys, position, CAUSAL, s_layout), p, 0.0)
         # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the exponentials.
         scratch.store(own_sums(p))
         dp = warpgroup_mma_wait(0, deps=[dp])
@@ -218,6 +214,9 @@ if LOADABLE:
                     q, grad, own, boxes, scratches.index(PART), barriers, i, keys, place + local, acc, True, CAUSAL, STAGES,
                     s_layout, dp_layout, ds_layout,
                 )  # fmt: skip
+            # Once more: none of it keeps a register over the loop.
+            n, first, place, _, _ = query_place(programs, rows, columns, 64 * CONSUMERS, CAUSAL)
+            place, count = place + PART * 64, gl.load(rows + n * 4 + 2)
             local = gl.arange(0, 64, gl.SliceLayout(1, o_layout))
             offs = h.to(gl.int64) * T + first + PART * 64 + local
             acc = acc * (sm_scale * gl.load(g_scale + offs, mask=place + local < count, other=0.0))[:, None]
@@ -309,8 +308,9 @@ if LOADABLE:
             - lse_boxes.index(stage).load(across)[None, :]
         )
         if MASKED:
-            query = first + gl.arange(0, 64, across)
-            x = gl.where(position[:, None] <= query[None, :], x, float("-inf"))
+            query = gl.arange(0, 64, across)  # low bits and the rest as in `seen_keys`
+            seen = (query & -7)[None, :] >= (position - first)[:, None] - (query & 6)[None, :]
+            x = gl.where(seen, x, float("-inf"))
         p = gl.exp2(x)  # zero in padding, whose lse is infinity
         p16 = gl.convert_layout(p.to(gl.bfloat16), p_layout)
         acc_v = warpgroup_mma(p16, g_boxes.index(stage), acc_v, is_async=True)
@@ -363,6 +363,8 @@ if LOADABLE:
                         s_layout, dp_layout, p_layout,
                     )  # fmt: skip
                     i += 1
+            n = gl.load(owner + gl.program_id(0))  # once more: it keeps no register over the loop
+            place = column - gl.load(columns + n * 4 + 3)
             local = PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
             scale = gl.load(k_scale + kv.to(gl.int64) * Tk + column + local)
             acc_k = acc_k * (0.6931471805599453 / scale)[:, None]  # ln 2

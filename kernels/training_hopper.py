@@ -151,6 +151,16 @@ if LOADABLE:
         return gl.sum(gl.sum(p.reshape([64, p.shape[1] // 8, 4, 2]), 3), 1)
 
     @gluon.jit
+    def seen_keys(first, KEYS: gl.constexpr, keys, position, CAUSAL: gl.constexpr, s_layout: gl.constexpr):
+        """Whether a query, one a row, sees a key, of those from `first` on."""
+        column = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+        last = keys - 1 - first + gl.zeros_like(position)
+        if CAUSAL:
+            last = gl.minimum(last, position - first)
+        # column <= last; only the low bits differ between threads: registers for them, constants for the rest.
+        return (column & -7)[None, :] <= last[:, None] - (column & 6)[None, :]
+
+    @gluon.jit
     def _softmax(
         s, scale, row_scale, i, keys, position, m_i, l_i, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
         s_layout: gl.constexpr,
@@ -158,11 +168,7 @@ if LOADABLE:
         """P, what scales the sums so far, maximum and sum."""
         x = s.to(gl.float32, bitcast=True) * scale[None, :] - (scale * 12582912.0)[None, :]
         if MASKED:
-            key = i * 128 + gl.arange(0, 128, gl.SliceLayout(0, s_layout))
-            seen = (key < keys)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= position[:, None])
-            x = gl.where(seen, x, float("-inf"))
+            x = gl.where(seen_keys(i * 128, 128, keys, position, CAUSAL, s_layout), x, float("-inf"))
         m_new = gl.maximum(m_i, gl.max(x, 1) * row_scale)  # m_i is finite from the start: no difference of infinities
         alpha = gl.exp2(m_i - m_new)
         p = gl.exp2(x * row_scale[:, None] - m_new[:, None])
@@ -187,7 +193,8 @@ if LOADABLE:
         p, alpha, m_i, l_i = _softmax(s, scale, row_scale, i, keys, position, m_i, l_i, MASKED, CAUSAL, s_layout)
         # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the softmax.
         scratch.store(l_i)
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)  # not earlier: an arrival does not wait for loads, here of the scale
+        # Not earlier: an arrival does not wait for loads, here of the scale.
+        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
@@ -211,7 +218,8 @@ if LOADABLE:
         mbarrier.wait(v_ready.index(stage), i // STAGES & 1)
         acc = warpgroup_mma(p16, v_boxes.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(k_empty.index(stage), count=1)  # not earlier: an arrival does not wait for loads, here of the scale
+        # Not earlier: an arrival does not wait for loads, here of the scale.
+        mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index(stage), count=1)
         return acc, m_i, l_i
 
@@ -276,9 +284,8 @@ if LOADABLE:
         if n >= 0:
             place += PART * 64
             local = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-            row = h * T + first + PART * 64 + local
             count = gl.load(rows + n * 4 + 2)
-            row_scale = gl.load(q_scale + row, mask=place + local < count, other=1.0)
+            row_scale = gl.load(q_scale + (h * T + first + PART * 64) + local, mask=place + local < count, other=1.0)
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
             l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
@@ -289,8 +296,11 @@ if LOADABLE:
                     boxes[0].index(PART), row_scale, keys, stop, place, place + local, boxes, boxes[4].index(PART), barriers,
                     BLOCK_D, CAUSAL, STAGES, OVERLAP, s_layout, o_layout,
                 )  # fmt: skip
+            # Once more: none of it keeps a register over the loop.
+            n, first, place, _, _ = query_place(programs, rows, columns, 64 * CONSUMERS, CAUSAL)
+            place, count = place + PART * 64, gl.load(rows + n * 4 + 2)
             total = gl.where((place + local < count) & (l_i != 0), m_i + gl.log2(l_i), float("inf"))
-            gl.store(lse + row, total, mask=place + local < gl.cdiv(count, 128) * 128)
+            gl.store(lse + (h * T + first + PART * 64) + local, total, mask=place + local < gl.cdiv(count, 128) * 128)
             l_i = gl.convert_layout(l_i, gl.SliceLayout(1, o_layout))
             batch, token = gl.load(rows + n * 4).to(gl.int64), gl.load(rows + n * 4 + 1).to(gl.int64)
             column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
