@@ -133,9 +133,10 @@ if LOADABLE:
     def _mask(s, tiles, i, total, s_layout: gl.constexpr):
         """Scores outside list entries i and i + 1 become -inf."""
         column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
-        first = gl.load(tiles + i) % 64
-        second = gl.where(i + 1 < total, gl.load(tiles + gl.minimum(i + 1, total - 1)) % 64, -1)
-        inside = gl.where(column < 64, column <= first, column - 64 <= second)
+        first = gl.load(tiles + i) & 63
+        second = gl.where(i + 1 < total, gl.load(tiles + gl.minimum(i + 1, total - 1)) & 63, -1)
+        # Only the low bits of a column differ between threads: registers for them, constants for the rest.
+        inside = (column & 57) <= gl.where(column < 64, first, second) - (column & 6)
         return gl.where(inside[None, :], s, float("-inf"))
 
     @gluon.jit
@@ -247,7 +248,7 @@ if LOADABLE:
         q, permutation, out, lse, bias = tensors
         q_stages, k_stages, v_stages = stages
         q_tiles, q_counts, key_tiles, key_counts, map_index = lists
-        programs, Sk, Cq, query_width, key_width, C = sizes
+        programs, _, Cq, query_width, key_width, C = sizes
         H, S = shape
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps = strides
         s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -262,8 +263,7 @@ if LOADABLE:
             bh, m, entry, exists = tile_of(t, q_tiles, q_counts, map_index, query_width)
             if exists:
                 row, full, total = keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
-                b = (bh // H).to(gl.int64)
-                h = (bh % H).to(gl.int64)
+                b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
                 tile = q_tiles + (m * query_width + entry) * 3
                 order = permutation + b * spb + h * sph if HAS_PERMUTATION else permutation
                 token, inside = _tokens(tile, HALF, order, sps, HAS_PERMUTATION, rows_layout)
@@ -278,19 +278,23 @@ if LOADABLE:
                 divisor = gl.where(l_i == 0, 1.0, l_i)  # a row with nothing selected gives zeros
                 acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
                 q_shared.store(acc.to(out.dtype.element_ty))  # through shared memory: whole rows to global memory
+                # Once more: no registers for it over the loops.
+                _, inside = _tokens(tile, HALF, order, sps, False, rows_layout)
+                mask = inside[:, None] & (offs_d < D)[None, :]
                 out_ptr = out + b * sob + h * soh + token[:, None] * sos + offs_d[None, :]
                 gl.store(out_ptr, q_shared.load(rows_layout), mask=mask)
                 if HAS_LSE:
                     natural = (m_i + gl.log2(divisor)) * 0.6931471805599453  # ln 2
                     natural = gl.where(l_i == 0, float("-inf"), natural)
                     natural = gl.convert_layout(natural, gl.SliceLayout(1, rows_layout))
-                    gl.store(lse + bh.to(gl.int64) * S + token, natural, mask=inside)
+                    gl.store(lse + (b * H + h) * S + token, natural, mask=inside)
 
     @gluon.jit(do_not_specialize=["programs", "S", "Sk", "Cq", "query_width", "key_width", "C"])
     def _hopper_attention_kernel(
         k_desc, v_desc, k_tail, v_tail, q, out, lse, bias, permutation, map_index, q_tiles, q_counts, key_tiles,
-        key_counts, scale_log2, programs, H, S, Sk, Cq, query_width, key_width, C,
-        sqb, sqh, sqs, sob, soh, sos, spb, sph, sps,
+        key_counts, scale_log2, programs, H, S: gl.int64, Sk, Cq: gl.int64, query_width, key_width: gl.int64, C,
+        sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
+        spb: gl.int64, sph: gl.int64, sps: gl.int64,
         D: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, HAS_PERMUTATION: gl.constexpr,
         HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
