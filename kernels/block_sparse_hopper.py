@@ -279,7 +279,7 @@ if LOADABLE:
                 acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
                 q_shared.store(acc.to(out.dtype.element_ty))  # through shared memory: whole rows to global memory
                 # Once more: no registers for it over the loops.
-                _, inside = _tokens(tile, HALF, order, sps, False, rows_layout)
+                inside = _tokens(tile, HALF, order, sps, False, rows_layout)[1]
                 mask = inside[:, None] & (offs_d < D)[None, :]
                 out_ptr = out + b * sob + h * soh + token[:, None] * sos + offs_d[None, :]
                 gl.store(out_ptr, q_shared.load(rows_layout), mask=mask)
