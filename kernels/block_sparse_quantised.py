@@ -38,7 +38,7 @@ from .quantize_values import (
     statistics,
     statistics_reference,
 )
-from .rounded_attention import note_failure_reference, rounded_attention, unsmoothed_lse
+from .rounded_attention import note_failure_reference, rounded_attention, unsmoothed_lse, unsmoothed_lse_reference
 from .target import tl, triton
 
 PV_TILE = 64  # keys of a tile that pv_threshold skips, in the specification
@@ -178,7 +178,7 @@ def block_sparse_attention_quantised_reference(
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + channels.mean[:, :, None, :D])
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
-    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+    return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
 
 
 def key_groups(key_multiple: int) -> str:

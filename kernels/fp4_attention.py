@@ -28,7 +28,7 @@ from .nvfp4 import (
 from .quantised_attention import LOG2_E
 from .quantised_tile import Launch, hide, note_failure
 from .quantize_values import statistics, statistics_reference
-from .rounded_attention import SCORE_CHUNK, check_inputs, mean_scores, note_failure_reference, unsmoothed_lse
+from .rounded_attention import SCORE_CHUNK, check_inputs, mean_scores, note_failure_reference, unsmoothed_lse, unsmoothed_lse_reference
 from .rounded_attention import hide as hide_reference
 from .target import tl, triton
 
@@ -128,7 +128,7 @@ def fp4_attention_reference(
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out)
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
-    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+    return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
 
 
 def _rounded(p: torch.Tensor, width: int) -> torch.Tensor:

@@ -49,6 +49,7 @@ from .rounded_attention import (
     note_failure_reference,
     rounded_attention,
     unsmoothed_lse,
+    unsmoothed_lse_reference,
 )
 from .target import tl, triton
 
@@ -165,7 +166,7 @@ def quantised_attention_reference(
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + mean_out)
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
-    return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+    return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
 
 
 # arch -> (P V in FP8, padded head dim) -> tile sizes. sm90 was measured on an H100, the others were not: chosen by ahead-of-time

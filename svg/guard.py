@@ -110,7 +110,11 @@ def _attend_rows(plan: Plan, rows: Tensor, k: Tensor, v: Tensor, cluster: int, c
     sizes = torch.stack([count, PROBE_ROWS - count], 1).to(torch.int32)
     seen = plan.block_map[:, cluster : cluster + 1]
     seen = torch.cat([seen, torch.zeros_like(seen)], 1)
-    return block_sparse_attention(rows, k, v, seen, sizes, plan.k_sizes, map_index=plan.map_index)
+    tail = plan.tail
+    if tail is not None:
+        bias = tail.bias[:, cluster : cluster + 1]
+        tail = tail._replace(bias=torch.cat([bias, torch.full_like(bias, -torch.inf)], 1))
+    return block_sparse_attention(rows, k, v, seen, sizes, plan.k_sizes, map_index=plan.map_index, tail=tail)
 
 
 def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
@@ -138,7 +142,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
     only = only_heads(plan, failed, q.is_cuda)
     again = block_sparse_attention(
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
-        map_index=only.map_index, q_permutation=plan.q_permutation,
+        map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail,
     )  # fmt: skip
     move_heads(again, out, failed)
 
@@ -164,6 +168,9 @@ def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
         )
         used[maps] = False
         q_sizes = torch.where(used[:, None], q_sizes, 0)
+    tail = plan.tail
+    if tail is not None:
+        tail = tail._replace(bias=torch.cat([tail.bias, torch.full_like(tail.bias[:1], -torch.inf)]))
     return dataclasses.replace(
         plan,
         block_map=torch.cat([plan.block_map, torch.zeros_like(plan.block_map[:1])]),
@@ -171,4 +178,5 @@ def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
         k_sizes=torch.cat([plan.k_sizes, plan.k_sizes[:1]]),
         map_index=map_index.to(torch.int32),
         k_permutation=None,
+        tail=tail,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from svg.kernels.block_sparse import Tail, block_sparse_attention
 from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
 from svg.kernels.computed_pairs import computed_pairs
+from svg.kernels.merge import merge_attention
 from svg.kernels.permute import gather_tokens
 
 from ..layout import TokenLayout
@@ -33,7 +34,7 @@ class Plan:
         visible_keys: int [M], keys that dense attention would see (all but padding text).
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
-        tail: what stands for the blocks that are not computed, or None; for native precision only.
+        tail: what stands for the blocks that are not computed, or None; never quantised.
         key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
@@ -165,21 +166,7 @@ def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
 
 def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
     if precision != "native":
-        return block_sparse_attention_quantised(
-            q,
-            k,
-            v,
-            plan.block_map,
-            plan.q_sizes,
-            plan.k_sizes,
-            map_index=plan.map_index,
-            q_permutation=plan.q_permutation,
-            k_permutation=plan.k_permutation,
-            precision=precision,
-            pv_threshold=plan.pv_threshold,
-            key_multiple=plan.key_multiple,
-            failed=failed,
-        )
+        return _execute_quantised(plan, q, k, v, precision, failed)
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
     return block_sparse_attention(
@@ -191,6 +178,48 @@ def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed
         plan.k_sizes,
         map_index=plan.map_index,
         q_permutation=plan.q_permutation,
+        tail=plan.tail,
+    )
+
+
+def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
+    found = block_sparse_attention_quantised(
+        q,
+        k,
+        v,
+        plan.block_map,
+        plan.q_sizes,
+        plan.k_sizes,
+        map_index=plan.map_index,
+        q_permutation=plan.q_permutation,
+        k_permutation=plan.k_permutation,
+        precision=precision,
+        pv_threshold=plan.pv_threshold,
+        key_multiple=plan.key_multiple,
+        failed=failed,
+        return_lse=plan.tail is not None,
+    )
+    if plan.tail is None:
+        return found
+    merge_attention(*found, *_attend_tail(plan, q))
+    return found[0]
+
+
+def _attend_tail(plan: Plan, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to the tail alone, without quantisation, and its log-sum-exp."""
+    maps, clusters = plan.q_sizes.shape
+    nothing = torch.zeros(maps, clusters, 1, dtype=torch.bool, device=q.device)
+    k_sizes = torch.full((maps, 1), plan.tail.k.shape[2], dtype=torch.int32, device=q.device)
+    return block_sparse_attention(
+        q,
+        plan.tail.k,
+        plan.tail.v,
+        nothing,
+        plan.q_sizes,
+        k_sizes,
+        map_index=plan.map_index,
+        q_permutation=plan.q_permutation,
+        return_lse=True,
         tail=plan.tail,
     )
 

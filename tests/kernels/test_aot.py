@@ -18,7 +18,7 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_37
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_sum_kernel", "_mean_kernel", "_total_kernel",
-    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_pairs_kernel", "_chain_kernel", "_probe_kernel",
+    "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_pairs_kernel", "_merge_kernel", "_mean_score_kernel", "_chain_kernel", "_probe_kernel",
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
@@ -28,6 +28,11 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
+# Bytes a thread may spill; the rest none. docs/kernels.md says what they are.
+SPILLS = {
+    "_hopper_quantised_kernel": 64, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
+    "_hopper_query_gradient_kernel": 56, "_hopper_assign_kernel": 8, "_hopper_assign_few_kernel": 8,
+}  # fmt: skip
 ON_TENSOR_CORES = {"_attention_kernel", "_assign_kernel", "_hopper_attention_kernel", "_hopper_assign_kernel", "_hopper_assign_few_kernel"}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
 INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
@@ -67,9 +72,8 @@ def test_every_kernel_compiles_within_the_limits(arch):
     missing = (FP8_ONLY if arch not in FP8 else set()) | (HOPPER_ONLY if arch != 90 else set())
     assert {row["kernel"] for row in rows} == KERNELS - missing
     for row in rows:
-        # The specialised kernels take every register there is: what is spilled are a tile's scalars, and more consumers pay for them.
-        assert row["spills"] <= (256 if row["kernel"] in HOPPER_ONLY else 0), row
-        assert row["reloads"] <= 40, row  # in loops of 500 to 1 000 instructions
+        assert row["spills"] <= SPILLS.get(row["kernel"], 0), row
+        assert row["reloads"] <= 12, row  # in loops of 300 to 900 instructions
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert not row["stale"], row
 

@@ -45,6 +45,7 @@ SUITES = (  # the longest first
     "test_neighbours.py",
     "test_aligned_tiles.py",
     "test_computed_pairs.py",
+    "test_merge.py",
     "test_quantize.py",
     "test_varlen_attention.py",
     "test_nvfp4.py",

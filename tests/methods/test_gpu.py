@@ -72,6 +72,9 @@ def test_offsets_beyond_2_31_elements(inputs, config):
 CAPTURED = {
     "svg1": SVG1Config(density=0.3, **ALWAYS),
     **{name: replace(config, budget=0.3) for name, config in CONFIGS.items() if isinstance(config, SVG2Config)},
+    "svg2 int8-fp8 compensate": SVG2Config(
+        precision="int8-fp8", compensate=True, guard=False, **{**SVG2, "budget": 0.3}
+    ),
     "svg2 int8-fp8": SVG2Config(precision="int8-fp8", guard=False, **{**SVG2, "budget": 0.3}),
     "sparge": SpargeConfig(topk=0.3, **ALWAYS),
 }

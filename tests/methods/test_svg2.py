@@ -284,9 +284,33 @@ def test_compensation_at_full_density_is_dense(layout, make_qkv, make_mask):
     torch.testing.assert_close(attend(*inputs, state, 0, mask), dense, atol=2e-5, rtol=0)
 
 
-def test_compensation_in_8_bits_is_refused():
-    with pytest.raises(ValueError, match="compensate needs precision"):
-        SVG2Config(compensate=True, precision="int8-fp8")
+def one_call(inputs, mask, layout, **settings):
+    state = RunState(SVG2Config(**{**SMALL, "top_p": 0.4, "min_k_ratio": 0.0, **settings}), 1)
+    state.begin_forward(0, 1, "cond", layout)
+    return attend(*inputs, state, 0, mask), state
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+def test_compensation_in_8_bits(layout, make_qkv, make_mask, precision):
+    inputs, mask = make_qkv(layout), make_mask(layout)
+    native, _ = one_call(inputs, mask, layout, compensate=True)
+    plain, _ = one_call(inputs, mask, layout, precision=precision)
+    out, state = one_call(inputs, mask, layout, compensate=True, precision=precision)
+    assert torch.linalg.norm(out - native) < 0.2 * torch.linalg.norm(plain - native)
+    assert torch.equal(out, one_call(inputs, mask, layout, compensate=True, precision=precision)[0])
+    assert not state.records[-1].guarded.failed.any()
+
+
+def test_compensation_in_8_bits_is_probed_and_repaired(layout, make_qkv, make_mask):
+    inputs, mask = make_qkv(layout), make_mask(layout)
+    native, _ = one_call(inputs, mask, layout, compensate=True)
+    for settings in ({}, {"selection": "tiles"}):
+        options = {"compensate": True, "precision": "int8-fp8", "probe_every": 1, **settings}
+        assert not one_call(inputs, mask, layout, tolerance=0.2, **options)[1].records[-1].guarded.failed.any()
+    repaired, state = one_call(inputs, mask, layout, **{**options, "selection": "clusters", "tolerance": 1e-9})
+    assert state.records[-1].guarded.failed.any()
+    failed = state.records[-1].guarded.failed != 0  # [B, H]
+    torch.testing.assert_close(repaired.transpose(1, 2)[failed], native.transpose(1, 2)[failed], rtol=1e-5, atol=1e-5)
 
 
 def test_refresh_keeps_map_and_order_and_renews_the_means(layout, make_qkv, make_mask, make_state):
@@ -381,7 +405,11 @@ def test_a_run_with_a_bound_on_drift_repeats_bit_for_bit(layout, make_qkv):
     first, second = (drifting_run(layout, make_qkv, DRIFTING, speeds) for _ in range(2))
     assert {plan.reused for plan in first} == {False, True}
     for a, b in zip(first, second):
-        assert a.reused == b.reused and torch.equal(a.block_map, b.block_map) and torch.equal(a.k_permutation, b.k_permutation)
+        assert (
+            a.reused == b.reused
+            and torch.equal(a.block_map, b.block_map)
+            and torch.equal(a.k_permutation, b.k_permutation)
+        )
 
 
 def test_a_drift_that_is_not_a_number_clusters_anew(make_qkv):

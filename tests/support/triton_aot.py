@@ -43,7 +43,9 @@ from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
 from svg.kernels.computed_pairs import computed_pairs
 from svg.kernels.fp4_attention import fp4_attention
 from svg.kernels.heads import move_heads
+from svg.kernels.merge import merge_attention
 from svg.kernels.quantised_attention import LAUNCH as quantised_table
+from svg.kernels.rounded_attention import unsmoothed_lse
 from svg.kernels.training_backward import LAUNCH as backward_table
 from svg.kernels.training_backward import PLAIN_HOPPER
 from svg.kernels.varlen_attention import varlen_attention
@@ -122,6 +124,8 @@ def run_operations(arch):
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
     yield "elementwise", elementwise
+    for name in ("bf16", "fp32"):
+        yield f"merge {name}", lambda name=name: merging(DTYPES[name])
     yield "sparge 1182 blocks", lambda: sparge(75_600)
     yield "sparge 4096 blocks", lambda: sparge(4096 * 64)
     yield "heads", heads
@@ -240,6 +244,12 @@ def elementwise():
     norm_rope(x.unflatten(2, (40, 128)), row[0, 0, :128], row[0, 0, :128], 1e-6, angle, angle, rms=False)
     modulate(x, row, row, 1e-6)
     gate_residual(x, x, row)
+
+
+def merging(dtype):
+    x, lse = torch.zeros(1, 64, 2, 128, dtype=dtype).transpose(1, 2), torch.zeros(1, 2, 64)
+    merge_attention(x, lse, x, lse)
+    unsmoothed_lse(lse, x, torch.zeros(1, 2, 128), 1.0)
 
 
 def clustering(dtype, padding=0):
