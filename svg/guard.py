@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from svg.kernels.block_sparse import block_sparse_attention
@@ -163,11 +164,9 @@ def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
     map_index = torch.where(chosen != 0, plan.map_index, maps)
     q_sizes = torch.cat([plan.q_sizes, plan.q_sizes[:1]])
     if skip:
-        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(
-            0, map_index.flatten().long(), True
-        )
-        used[maps] = False
-        q_sizes = torch.where(used[:, None], q_sizes, 0)
+        # One more map is marked, and left off: writing its mark would wait for the device.
+        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(0, map_index.flatten().long(), True)
+        q_sizes = F.pad(torch.where(used[:maps, None], plan.q_sizes, 0), (0, 0, 0, 1))
     tail = plan.tail
     if tail is not None:
         tail = tail._replace(bias=torch.cat([tail.bias, torch.full_like(tail.bias[:1], -torch.inf)]))
