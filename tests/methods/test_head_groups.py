@@ -5,7 +5,7 @@ import torch
 
 from svg.attend import attend
 from svg.config import SpargeConfig, SVG2Config
-from svg.guard import repair
+from svg.guard import only_heads, repair
 from svg.layout import TokenLayout
 from svg.methods import plan as plans
 from svg.state import RunState
@@ -68,3 +68,25 @@ def test_a_repair_in_turn(monkeypatch):
     repair(plan, q, k, v, apart, failed)
     torch.testing.assert_close(apart, together, rtol=1e-5, atol=1e-6)
     assert torch.equal(apart.abs().amax((2, 3)) > 0, failed != 0)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_maps_that_no_failed_head_uses_have_no_queries(own):
+    sizes = torch.tensor([[3, 5], [4, 4], [1, 7], [8, 0]], dtype=torch.int32)
+    maps = 4 if own else 2
+    plan = plans.Plan(
+        q_permutation=None,
+        k_permutation=None,
+        q_sizes=sizes[:maps],
+        k_sizes=sizes[:maps],
+        block_map=torch.ones(maps, 2, 2, dtype=torch.bool),
+        map_index=torch.tensor([[0, 1], [2, 3]] if own else [[0, 1], [1, 0]], dtype=torch.int32),
+        visible_keys=torch.full((maps,), 8),
+    )
+    only = only_heads(plan, torch.tensor([[0, 0], [0, 1]], dtype=torch.int32), skip=True)
+    used = 3 if own else 0
+    assert only.map_index.tolist() == [[maps, maps], [maps, used]]
+    expected = torch.zeros(maps + 1, 2, dtype=torch.int32)
+    expected[used] = sizes[used]
+    assert torch.equal(only.q_sizes, expected)
+    assert only.block_map.shape[0] == only.k_sizes.shape[0] == maps + 1 and not only.block_map[maps].any()
