@@ -9,6 +9,8 @@ SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all 
 rows of the query tile still counts in the row sums and maxima, but its P V is skipped. Which tiles those are depends on
 the order of the keys and on the tile sizes of the launch.
 
+A `Tail` is an attention of its own, in the inputs' precision, and the two are put together by their log-sum-exps.
+
 Precisions, dtypes, head dims and archs as in `quantised_attention`, but no INT4: its smoothing of Q needs fixed blocks.
 """
 
@@ -19,7 +21,17 @@ import torch
 from . import block_sparse_quantised_hopper as hopper
 from . import target
 from .aligned_tiles import aligned_key_tiles, separate_key_tiles
-from .block_sparse import LOG2_E, block_sparse_attention_reference, check, key_tiles, query_tiles
+from .block_sparse import (
+    LOG2_E,
+    Tail,
+    _check_tail,
+    block_sparse_attention,
+    block_sparse_attention_reference,
+    check,
+    key_tiles,
+    query_tiles,
+)
+from .merge import merge_attention, merge_attention_reference
 from .permute import gather_tokens, gather_tokens_reference
 from .precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
 from .quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
@@ -63,6 +75,7 @@ def block_sparse_attention_quantised(
     key_multiple: int = 1,
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
+    tail: Tail | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in 8 bits in which each query cluster sees only the key clusters its map row selects.
 
@@ -85,6 +98,7 @@ def block_sparse_attention_quantised(
             not 16, which takes less time.
         failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
         return_lse: also return the log-sum-exp.
+        tail: what stands for the clusters that are not selected, or None: they are left out.
 
     Returns:
         out [B, H, S, D] in q's original order, dtype and memory layout; with return_lse also lse fp32 [B, H, S],
@@ -99,6 +113,7 @@ def block_sparse_attention_quantised(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
+    _check_tail(q, q_sizes, tail)
     if pv_threshold is not None and (pv_threshold.shape != q.shape[1:2] or pv_threshold.dtype != torch.float32):
         raise ValueError(
             f"pv_threshold must be fp32 [H] = [{q.shape[1]}], got {pv_threshold.dtype} {tuple(pv_threshold.shape)}"
@@ -111,11 +126,13 @@ def block_sparse_attention_quantised(
             f"k_permutation must be [B, H, Sk] = {tuple(k.shape[:3])}, got {tuple(k_permutation.shape)}: expand it"
         )
     target.refuse_gradients("block_sparse_attention_quantised", q, k, v)
+    if tail is not None and tail.bias.shape[2] == 0:
+        tail = None
     op = _launch if target.use_triton(q) else block_sparse_attention_quantised_reference
     return op(
         q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
         k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-        pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=return_lse,
+        pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=return_lse, tail=tail,
     )  # fmt: skip
 
 
@@ -138,12 +155,22 @@ def block_sparse_attention_quantised_reference(
     key_multiple: int = 1,
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
+    tail: Tail | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention_quantised` in plain torch; same arguments and result.
 
     Quantised and turned back into fp32, then the unquantised specification with P rounded in its attention. For
-    pv_threshold a query cluster is one query tile, and each PV_TILE of its selected keys one tile of keys.
+    pv_threshold a query cluster is one query tile, and each PV_TILE of its selected keys one tile of keys. The tail is
+    not quantised.
     """
+    if tail is not None:
+        found = block_sparse_attention_quantised_reference(
+            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
+            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
+            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True,
+        )  # fmt: skip
+        other = _attend_tail(block_sparse_attention_reference, q, q_sizes, map_index, q_permutation, sm_scale, tail)
+        return _merge(merge_attention_reference, found, other, return_lse)
     D = q.shape[-1]
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
     kind = PRECISIONS[precision]
@@ -179,6 +206,24 @@ def block_sparse_attention_quantised_reference(
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)
     return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
+
+
+def _attend_tail(op, q, q_sizes, map_index, q_permutation, sm_scale, tail):
+    """Attention to the tail alone, without quantisation, and its log-sum-exp."""
+    maps, clusters = q_sizes.shape
+    nothing = torch.zeros(maps, clusters, 1, dtype=torch.bool, device=q.device)
+    k_sizes = torch.full((maps, 1), tail.k.shape[2], dtype=torch.int32, device=q.device)
+    return op(
+        q, tail.k, tail.v, nothing, q_sizes, k_sizes,
+        map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale, return_lse=True, tail=tail,
+    )  # fmt: skip
+
+
+def _merge(op, found, other, return_lse):
+    """One attention of the selected keys' and the tail's, each an output and a log-sum-exp."""
+    (out, lse), (_, other_lse) = found, other
+    op(out, lse, *other)
+    return (out, torch.logaddexp(lse, other_lse)) if return_lse else out
 
 
 def key_groups(key_multiple: int) -> str:
@@ -238,8 +283,16 @@ LAUNCH = {
 def _launch(
     q, k, v, block_map, q_sizes, k_sizes,
     *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, key_multiple,
-    failed, return_lse,
+    failed, return_lse, tail,
 ):  # fmt: skip
+    if tail is not None:
+        found = _launch(
+            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
+            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
+            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True, tail=None,
+        )  # fmt: skip
+        other = _attend_tail(block_sparse_attention, q, q_sizes, map_index, q_permutation, sm_scale, tail)
+        return _merge(merge_attention, found, other, return_lse)
     kind = PRECISIONS[precision]
     fp8 = kind.fp8
     if fp8:

@@ -11,7 +11,6 @@ from torch import Tensor
 from svg.kernels.block_sparse import Tail, block_sparse_attention
 from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
 from svg.kernels.computed_pairs import computed_pairs
-from svg.kernels.merge import merge_attention
 from svg.kernels.permute import gather_tokens
 
 from ..layout import TokenLayout
@@ -183,7 +182,7 @@ def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed
 
 
 def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
-    found = block_sparse_attention_quantised(
+    return block_sparse_attention_quantised(
         q,
         k,
         v,
@@ -197,29 +196,6 @@ def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: s
         pv_threshold=plan.pv_threshold,
         key_multiple=plan.key_multiple,
         failed=failed,
-        return_lse=plan.tail is not None,
-    )
-    if plan.tail is None:
-        return found
-    merge_attention(*found, *_attend_tail(plan, q))
-    return found[0]
-
-
-def _attend_tail(plan: Plan, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to the tail alone, without quantisation, and its log-sum-exp."""
-    maps, clusters = plan.q_sizes.shape
-    nothing = torch.zeros(maps, clusters, 1, dtype=torch.bool, device=q.device)
-    k_sizes = torch.full((maps, 1), plan.tail.k.shape[2], dtype=torch.int32, device=q.device)
-    return block_sparse_attention(
-        q,
-        plan.tail.k,
-        plan.tail.v,
-        nothing,
-        plan.q_sizes,
-        k_sizes,
-        map_index=plan.map_index,
-        q_permutation=plan.q_permutation,
-        return_lse=True,
         tail=plan.tail,
     )
 

@@ -8,6 +8,7 @@ from svg.kernels import (
     quantised_attention,
     target,
 )
+from svg.kernels.block_sparse import Tail
 from svg.kernels.block_sparse_quantised import LAUNCH
 from svg.kernels.quantised_tile import Launch
 
@@ -34,8 +35,21 @@ def problem(S, D=64, dtype=torch.bfloat16, H=2):
     return (q, k, v, block_map, q_sizes, k_sizes), plan
 
 
+def with_tail(arguments, plan, C):
+    """A tail of the first C key clusters: means of their keys, and -inf for those that are selected or empty."""
+    q, k, v, block_map, _, k_sizes = arguments
+    means = torch.zeros(2, *q.shape[:2], C, q.shape[3], dtype=q.dtype)
+    for h in range(q.shape[1]):
+        m, order = plan["map_index"][0, h], plan["k_permutation"][0, h].long()
+        for c, keys in enumerate(order.split(k_sizes[m].tolist())[:C]):
+            if len(keys):
+                means[0, 0, h, c], means[1, 0, h, c] = (x[0, h, keys].float().mean(0) for x in (k, v))
+    bias = k_sizes[:, None, :C].float().log().masked_fill(block_map[..., :C], -torch.inf)
+    return plan | {"tail": Tail(*means, bias)}
+
+
 def exact(arguments, plan):
-    """Dense softmax under a token mask in fp64, and its log-sum-exp."""
+    """Dense softmax under a token mask in fp64, the tail's keys beside the others, and its log-sum-exp."""
     q, k, v, block_map, q_sizes, k_sizes = arguments
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.empty(q.shape[:3], dtype=torch.float64)
     for h in range(q.shape[1]):
@@ -43,9 +57,14 @@ def exact(arguments, plan):
         mask = torch.empty(q.shape[2], k.shape[2], dtype=torch.bool)
         rows, columns = plan["q_permutation"][0, h].long(), plan["k_permutation"][0, h].long()
         mask[rows[:, None], columns] = block_map[m].repeat_interleave(q_sizes[m], 0).repeat_interleave(k_sizes[m], 1)
-        scores = (q[0, h].double() @ k[0, h].double().T * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-        lse[0, h], seen = scores.logsumexp(-1), mask.any(1)
-        out[0, h, seen] = scores[seen].softmax(-1) @ v[0, h].double()
+        keys, values, bias = k[0, h], v[0, h], torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        if tail := plan.get("tail"):
+            keys, values = torch.cat([keys, tail.k[0, h]]), torch.cat([values, tail.v[0, h]])
+            bias = torch.cat([bias, torch.empty(len(rows), tail.bias.shape[2])], 1)
+            bias[rows, k.shape[2] :] = tail.bias[m].repeat_interleave(q_sizes[m], 0)
+        scores = q[0, h].double() @ keys.double().T * q.shape[-1] ** -0.5 + bias
+        lse[0, h], seen = scores.logsumexp(-1), bias.isfinite().any(1)
+        out[0, h, seen] = scores[seen].softmax(-1) @ values.double()
     return out, lse
 
 
@@ -94,6 +113,41 @@ def test_keys_in_tiles(last, precision):
     block_map = torch.rand(2, 4, 5) < 0.6
     block_map[..., 1] = True
     assert_accurate((q, k, v, block_map, q_sizes, k_sizes), plan, precision=precision, key_multiple=64)
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
+@pytest.mark.parametrize(("S", "D", "C"), [(129, 64, 6), (111, 96, 5), (111, 128, 4)])
+def test_tail(S, D, C, precision):
+    arguments, plan = problem(S, D)
+    plan = with_tail(arguments, plan, C)
+    assert_accurate(arguments, plan, precision=precision)
+    assert_accurate(arguments, plan, precision=precision, smooth_v=precision == "int8-fp8")
+    alone = block_sparse_attention_quantised(*arguments, **plan, precision=precision)
+    assert torch.equal(
+        alone, block_sparse_attention_quantised(*arguments, **plan, precision=precision, return_lse=True)[0]
+    )
+
+
+def test_tail_where_nothing_is_left_or_nothing_listed():
+    arguments, plan = problem(129)
+    plan, nothing = with_tail(arguments, plan, 6), with_tail(arguments, plan, 0)
+    for chosen in (False, True):
+        assert_accurate((*arguments[:3], torch.full_like(arguments[3], chosen), *arguments[4:]), plan)
+    plan["tail"].bias[0] = -torch.inf
+    assert_accurate(arguments, plan)
+    del plan["tail"]
+    without = block_sparse_attention_quantised(*arguments, **plan)
+    assert torch.equal(block_sparse_attention_quantised(*arguments, **nothing), without)
+
+
+def test_wrong_tails_are_named():
+    arguments, plan = problem(63)
+    k, v, bias = with_tail(arguments, plan, 6)["tail"]
+    for tail in (Tail(k, v[:, :, :5], bias), Tail(k, v, bias[:, :3])):
+        with pytest.raises(ValueError, match=r"tail must hold k and v \[B, H, C, D\]"):
+            block_sparse_attention_quantised(*arguments, **plan, tail=tail)
+    with pytest.raises(TypeError, match="tail must hold k and v of q's dtype torch.bfloat16 and an fp32 bias"):
+        block_sparse_attention_quantised(*arguments, **plan, tail=Tail(k.float(), v, bias))
 
 
 def test_keys_already_in_order():
