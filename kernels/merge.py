@@ -10,7 +10,8 @@ import torch
 from . import target
 from .target import tl, triton
 
-BLOCK_S = 32  # rows of a program
+# arch -> (rows a program, warps). Other sizes are not measured; memory-bound.
+LAUNCH = {80: (32, 4), 89: (32, 4), 90: (32, 4), 100: (32, 4), 120: (32, 4)}
 
 
 def merge_attention(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
@@ -47,10 +48,11 @@ def merge_attention_reference(
 def _launch(out, lse, other, other_lse):
     target.refuse_gradients("merge_attention", out, other)
     B, H, S, D = out.shape
+    block_s, num_warps = target.launch_row(LAUNCH, out.device)
     with target.on_device(out):
-        _merge_kernel[(triton.cdiv(S, BLOCK_S), B * H)](
+        _merge_kernel[(triton.cdiv(S, block_s), B * H)](
             out, lse.contiguous(), other, other_lse.contiguous(), H, S, *out.stride()[:3], *other.stride()[:3],
-            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_S=BLOCK_S, num_warps=4,
+            D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK_S=block_s, num_warps=num_warps,
         )  # fmt: skip
 
 

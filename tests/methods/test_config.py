@@ -113,6 +113,13 @@ def test_presets_hold_the_published_settings():
         )
 
 
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp8-acc16", "int8-fp16"])
+def test_compensation_goes_with_every_precision(precision):
+    settings = load_preset("tiny-wan").config("svg2").to_dict() | {"precision": precision}
+    config = config_from_dict(settings)
+    assert config.compensate and config.precision == precision
+
+
 def test_every_preset_is_complete():
     names = preset_names()
     assert {*PUBLISHED, "wan2.1-t2v-480p", "cogvideox1.5-i2v", "tiny-wan"} == set(names)

@@ -18,6 +18,7 @@ CONFIGS = {
     "svg2 tiles": SVG2Config(selection="tiles", **SVG2),
     "svg2 compensate": SVG2Config(compensate=True, **SVG2),
     "svg2 int8": SVG2Config(precision="int8-fp8", **SVG2),
+    "svg2 int8 compensate": SVG2Config(precision="int8-fp8", compensate=True, **SVG2),
     "sparge int8": SpargeConfig(topk=0.5, precision="int8-fp8", **ALWAYS),
 }
 

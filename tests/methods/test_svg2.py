@@ -290,15 +290,34 @@ def one_call(inputs, mask, layout, **settings):
     return attend(*inputs, state, 0, mask), state
 
 
-@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp16"])
-def test_compensation_in_8_bits(layout, make_qkv, make_mask, precision):
+@pytest.mark.parametrize("selection", ["clusters", "tiles"])
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp8-acc16", "int8-fp16"])
+def test_compensation_in_8_bits(layout, make_qkv, make_mask, precision, selection, monkeypatch):
+    monkeypatch.setattr(svg2, "Q_TILE", 8)
+    monkeypatch.setattr(svg2, "K_TILE", 4)
     inputs, mask = make_qkv(layout), make_mask(layout)
-    native, _ = one_call(inputs, mask, layout, compensate=True)
-    plain, _ = one_call(inputs, mask, layout, precision=precision)
-    out, state = one_call(inputs, mask, layout, compensate=True, precision=precision)
-    assert torch.linalg.norm(out - native) < 0.2 * torch.linalg.norm(plain - native)
-    assert torch.equal(out, one_call(inputs, mask, layout, compensate=True, precision=precision)[0])
+    settings, close = {"precision": precision, "selection": selection}, 0.02 if precision == "int8-fp16" else 0.06
+    native, exact = one_call(inputs, mask, layout, compensate=True, selection=selection)
+    plain, _ = one_call(inputs, mask, layout, **settings)
+    out, state = one_call(inputs, mask, layout, compensate=True, **settings)
+    for sample in range(2):
+        error = torch.linalg.norm((out - native)[sample])
+        assert 0 < error < close * torch.linalg.norm(native[sample])
+        assert error < 0.2 * torch.linalg.norm((plain - native)[sample])
+    assert torch.equal(out, one_call(inputs, mask, layout, compensate=True, **settings)[0])
+    assert torch.equal(state.records[-1].density, exact.records[-1].density)
     assert not state.records[-1].guarded.failed.any()
+
+
+@pytest.mark.parametrize("precision", ["int8-fp8", "int8-fp8-acc16", "int8-fp16"])
+def test_compensation_in_8_bits_at_full_density_adds_nothing(layout, make_qkv, make_mask, precision):
+    inputs, mask = make_qkv(layout), make_mask(layout)
+    dense = dense_attention(*(x.transpose(1, 2) for x in inputs), key_mask(layout, mask)).transpose(1, 2)
+    out, plain = (
+        one_call(inputs, mask, layout, top_p=1.0, precision=precision, compensate=c)[0] for c in (True, False)
+    )
+    assert torch.equal(out, plain)
+    assert torch.linalg.norm(out - dense) < (0.02 if precision == "int8-fp16" else 0.06) * torch.linalg.norm(dense)
 
 
 def test_compensation_in_8_bits_is_probed_and_repaired(layout, make_qkv, make_mask):
