@@ -9,7 +9,8 @@ SpargeAttn's second stage (`pv_threshold`): a tile of keys whose scores are all 
 rows of the query tile still counts in the row sums and maxima, but its P V is skipped. Which tiles those are depends on
 the order of the keys and on the tile sizes of the launch.
 
-A `Tail` is an attention of its own, in the inputs' precision, and the two are put together by their log-sum-exps.
+A `Tail` is quantised too where Hopper's kernel takes it. Elsewhere it is an attention of its own, in the inputs' precision,
+and the two are put together by their log-sum-exps.
 
 Precisions, dtypes, head dims and archs as in `quantised_attention`, but no INT4: its smoothing of Q needs fixed blocks.
 """
@@ -285,14 +286,6 @@ def _launch(
     *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, key_multiple,
     failed, return_lse, tail,
 ):  # fmt: skip
-    if tail is not None:
-        found = _launch(
-            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
-            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True, tail=None,
-        )  # fmt: skip
-        other = _attend_tail(block_sparse_attention, q, q_sizes, map_index, q_permutation, sm_scale, tail)
-        return _merge(merge_attention, found, other, return_lse)
     kind = PRECISIONS[precision]
     fp8 = kind.fp8
     if fp8:
@@ -300,15 +293,22 @@ def _launch(
     B, H, S, D = q.shape
     Sk, block_d = k.shape[2], padded_head_dim(D)
     row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
+    specialised = hopper.takes(q, kind, row)
+    if tail is not None and not (specialised and hopper.FUSED_TAIL and pv_threshold is None):
+        found = _launch(
+            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
+            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
+            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True, tail=None,
+        )  # fmt: skip
+        other = _attend_tail(block_sparse_attention, q, q_sizes, map_index, q_permutation, sm_scale, tail)
+        return _merge(merge_attention, found, other, return_lse)
     stats = statistics(k, v) if smooth_k or fp8 else None
     mean = stats.k_mean if smooth_k else None
-    keys = quantize_tokens(k, side="k", groups=key_groups(key_multiple), mean=mean, permutation=k_permutation)
-    specialised = hopper.takes(q, kind, row)
-    channels = None
+    as_keys = partial(quantize_tokens, side="k", groups=key_groups(key_multiple), mean=mean)
+    as_values = partial(quantize_channels, stats=stats, smooth=smooth_v, limit=kind.v_range, interleave=specialised)
+    keys, channels = as_keys(k, permutation=k_permutation), None
     if fp8:
-        channels = quantize_channels(
-            v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation, interleave=specialised
-        )
+        channels = as_values(v, permutation=k_permutation)
         values = channels.values
     else:
         values = (v if k_permutation is None else gather_tokens(v, k_permutation)).to(pv_dtype(v))
@@ -320,9 +320,11 @@ def _launch(
         k_tiles, k_counts = cut(block_map, k_sizes, Sk, row.block_n)
     if specialised:
         lists = q_tiles, q_counts, k_tiles, k_counts
+        if tail is not None:
+            tail = as_keys(_used_keys(tail, map_index, mean)), as_values(tail.v), tail.bias
         hopper.launch(
             q, keys, channels, out, lse, failed, q_permutation, pv_threshold, map_index, lists, block_map.shape[1],
-            sm_scale * LOG2_E, 64 if key_multiple % 64 == 0 else 16,
+            sm_scale * LOG2_E, 64 if key_multiple % 64 == 0 else 16, tail,
         )  # fmt: skip
         return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
     with target.on_device(q):
@@ -338,6 +340,13 @@ def _launch(
             STAGES=None if pv_threshold is None else row.num_stages, num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
+
+
+def _used_keys(tail, map_index, mean):
+    """The tail's keys; those that no query cluster sees, such as of empty clusters, do not widen the scales of others."""
+    used = (tail.bias.amax(1) > -torch.inf)[map_index.long()][..., None]  # [B, H, C, 1]
+    away = tail.k.new_zeros(()) if mean is None else mean.to(tail.k.dtype)[:, :, None]
+    return torch.where(used, tail.k, away)
 
 
 @triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width"])

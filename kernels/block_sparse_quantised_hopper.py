@@ -8,6 +8,8 @@ time. What they fetch more comes from L2.
 Tiles of keys begin at multiples of 16 or 64, and as many share a scale: a thread's columns of a stage have eight scales or two,
 each a factor of what it does to a row anyway, and none of a single score.
 
+A tail's mean keys are stages after those of the list, quantised like other keys; their scores get a bias each.
+
 Source: SpargeAttn and SageAttention2 (arXiv 2502.18137, 2411.10958); roles: FlashAttention-3 (arXiv 2407.08608, section 3).
 """
 
@@ -20,6 +22,7 @@ QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
 ONES = {64: True, 128: True}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
+FUSED_TAIL = True  # False: a tail is an attention of its own
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
@@ -38,8 +41,9 @@ def takes(q: torch.Tensor, kind, row) -> bool:
 
 
 def launch(
-    q, keys, channels, out, lse, failed, permutation, pv_threshold, map_index, lists, Cq, scale_log2, group
-) -> None:
+    q, keys, channels, out, lse, failed, permutation, pv_threshold, map_index, lists, Cq, scale_log2, group,
+    tail=None,
+) -> None:  # fmt: skip
     """Attention over tile lists.
 
     Args:
@@ -56,29 +60,43 @@ def launch(
         Cq: query clusters of a map.
         scale_log2: softmax scale times log2 e.
         group: how many keys share a scale, 16 or 64; tiles of keys begin at multiples of it.
+        tail: `QuantizedTokens` of mean keys, `QuantizedChannels` of mean values, in the scales of keys and channels, and
+            fp32 [M, Cq, C] to add to their logits; or None.
     """
     B, H, S, D = q.shape
     Sk, block_d = keys.values.shape[2:]
     q_tiles, q_counts, key_tiles, key_counts = lists
     tiles = q_tiles.shape[1] * B * H
-    k_desc = TensorDescriptor.from_tensor(
-        keys.values.view(-1, block_d), [TILE_KEYS, block_d], gl.NVMMASharedLayout(block_d, 8)
-    )
-    v_desc = TensorDescriptor.from_tensor(
-        channels.values.flatten(0, 2), [block_d, TILE_KEYS], gl.NVMMASharedLayout(TILE_KEYS, 8)
-    )
+    k_desc, v_desc = _descriptors(keys, channels)
+    k_tail, v_tail, k_tail_scale, bias, C = (None,) * 5
+    if tail is not None:
+        k_tail, v_tail = _descriptors(*tail[:2])
+        k_tail_scale, bias, C = tail[0].scale, tail[2].contiguous(), tail[2].shape[2]
     strides = (0, 0, 0) if permutation is None else permutation.stride()
     with target.on_device(out):
         _hopper_sparse_quantised_kernel[(min(-(-tiles // CONSUMERS), target.sm_count(q.device)),)](
-            k_desc, v_desc, q, keys.scale, channels.scale, channels.mean, out, lse, failed, permutation, pv_threshold,
-            map_index.contiguous(), q_tiles, q_counts, key_tiles, key_counts, scale_log2, tiles, H, S, Sk, Cq,
+            k_desc, v_desc, k_tail, v_tail, q, keys.scale, k_tail_scale, bias, channels.scale, channels.mean, out, lse, failed,
+            permutation, pv_threshold, map_index.contiguous(), q_tiles, q_counts, key_tiles, key_counts, scale_log2, tiles, H, S, Sk, Cq, C,
             q_tiles.shape[1], key_tiles.shape[2], *q.stride()[:3], *out.stride()[:3], *strides,
             CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, GROUPS=128 // group, STAGES=STAGES,
             ONES=ONES[block_d] and pv_threshold is None,  # what P V leaves out still counts in the sums
             HAS_PERMUTATION=permutation is not None,
             HAS_MEAN=channels.mean is not None, HAS_LSE=lse is not None, HAS_FAILED=failed is not None,
-            HAS_FLOOR=pv_threshold is not None, num_warps=4, maxnreg=MAX_REGISTERS,
+            HAS_FLOOR=pv_threshold is not None, HAS_TAIL=tail is not None, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
+
+
+def _descriptors(keys, channels):
+    """Boxes of TILE_KEYS quantised keys, and of as many values."""
+    block_d = keys.values.shape[3]
+    return (
+        TensorDescriptor.from_tensor(
+            keys.values.view(-1, block_d), [TILE_KEYS, block_d], gl.NVMMASharedLayout(block_d, 8)
+        ),
+        TensorDescriptor.from_tensor(
+            channels.values.flatten(0, 2), [block_d, TILE_KEYS], gl.NVMMASharedLayout(TILE_KEYS, 8)
+        ),
+    )
 
 
 if LOADABLE:
@@ -111,16 +129,30 @@ if LOADABLE:
         return PART * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
 
     @gluon.jit
-    def _produce(
-        PART: gl.constexpr, descriptors, boxes, barriers, lists, sizes, CONSUMERS: gl.constexpr, BLOCK_D: gl.constexpr,
-        STAGES: gl.constexpr,
-    ):  # fmt: skip
-        """Fills the stages of one consumer."""
-        k_desc, v_desc = descriptors
+    def _fetch(
+        k_desc, v_desc, key, channel, first, second, boxes, barriers, n, PART: gl.constexpr, STAGES: gl.constexpr
+    ):
+        """Fills a consumer's n-th stage with the keys from first and from second on, of a head that begins at `key`."""
         k_boxes, v_boxes = boxes
         ready, empty = barriers
+        stage, phase = _place(n, PART, STAGES)
+        bar = ready.index(stage)
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(bar, 2 * 128 * v_boxes.shape[1])
+        tma.async_copy_global_to_shared(k_desc, [key + first, 0], bar, k_boxes.index(2 * stage))
+        tma.async_copy_global_to_shared(k_desc, [key + second, 0], bar, k_boxes.index(2 * stage + 1))
+        tma.async_copy_global_to_shared(v_desc, [channel, first], bar, v_boxes.index(2 * stage))
+        tma.async_copy_global_to_shared(v_desc, [channel, second], bar, v_boxes.index(2 * stage + 1))
+
+    @gluon.jit
+    def _produce(
+        PART: gl.constexpr, descriptors, boxes, barriers, lists, sizes, CONSUMERS: gl.constexpr, BLOCK_D: gl.constexpr,
+        STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+    ):  # fmt: skip
+        """Fills the stages of one consumer."""
+        k_desc, v_desc, k_tail, v_tail = descriptors
         q_tiles, q_counts, key_tiles, key_counts, map_index = lists
-        count, Sk, Cq, query_width, key_width = sizes
+        count, Sk, Cq, query_width, key_width, C = sizes
         n = 0
         for t in range(gl.program_id(0) * CONSUMERS + PART, count, gl.num_programs(0) * CONSUMERS):
             bh, m, entry, exists = tile_of(t, q_tiles, q_counts, map_index, query_width)
@@ -128,17 +160,14 @@ if LOADABLE:
                 row, _, total = keys_of(m, entry, q_tiles, key_counts, Cq, query_width)
                 tiles = key_tiles + row * key_width
                 for i in range(0, total, 2):
-                    stage, phase = _place(n, PART, STAGES)
                     first = gl.load(tiles + i) >> 10 << 4
                     second = gl.load(tiles + gl.minimum(i + 1, total - 1)) >> 10 << 4
-                    bar = ready.index(stage)
-                    mbarrier.wait(empty.index(stage), phase ^ 1)
-                    mbarrier.expect(bar, 2 * 128 * BLOCK_D)
-                    tma.async_copy_global_to_shared(k_desc, [bh * Sk + first, 0], bar, k_boxes.index(2 * stage))
-                    tma.async_copy_global_to_shared(k_desc, [bh * Sk + second, 0], bar, k_boxes.index(2 * stage + 1))
-                    tma.async_copy_global_to_shared(v_desc, [bh * BLOCK_D, first], bar, v_boxes.index(2 * stage))
-                    tma.async_copy_global_to_shared(v_desc, [bh * BLOCK_D, second], bar, v_boxes.index(2 * stage + 1))
+                    _fetch(k_desc, v_desc, bh * Sk, bh * BLOCK_D, first, second, boxes, barriers, n, PART, STAGES)
                     n += 1
+                if HAS_TAIL:
+                    for c in range(0, C, 128):
+                        _fetch(k_tail, v_tail, bh * C, bh * BLOCK_D, c, c + 64, boxes, barriers, n, PART, STAGES)
+                        n += 1
 
     @gluon.jit
     def _starts(tiles, i, total, MASKED: gl.constexpr):
@@ -260,6 +289,44 @@ if LOADABLE:
         return acc, m_new, l_i, t_i
 
     @gluon.jit
+    def _tail_scores(s, row_scale, k_scale, log_size, GROUPS: gl.constexpr, s_layout: gl.constexpr):
+        """Scores of mean keys, base 2, with the logs of how many keys each one is."""
+        x = s.to(gl.float32, bitcast=True).reshape([64, GROUPS, 8 // GROUPS, 2, 4, 2])  # as in `_softmax`
+        by_group: gl.constexpr = gl.SliceLayout(
+            2, gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, x.type.layout)))
+        )
+        scale = gl.convert_layout(row_scale, gl.SliceLayout(1, by_group))[:, None]
+        scale = scale * gl.convert_layout(k_scale, gl.SliceLayout(0, by_group))[None, :]
+        x = gl.convert_layout(((x - 12582912.0) * _spread(scale, x)).reshape([64, 128]), s_layout)
+        return x + gl.convert_layout(log_size, gl.SliceLayout(0, s_layout))[None, :]
+
+    @gluon.jit
+    def _tail_step(
+        q, acc, m_i, l_i, t_i, ones, row_scale, k_scale, bias, c, C, n, k_stages, v_boxes, barriers, PART: gl.constexpr,
+        ONES: gl.constexpr, SUM: gl.constexpr, GROUPS: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+        s_layout: gl.constexpr, o_layout: gl.constexpr,
+    ):  # fmt: skip
+        """`_step` of mean keys c ..."""
+        column = c + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))  # one a thread: registers are short
+        ready, empty = barriers
+        stage, phase = _place(n, PART, STAGES)
+        mbarrier.wait(ready.index(stage), phase)
+        s = integer_scores(q, k_stages.index(stage), s_layout)
+        scales = _scales_of(k_scale, (c, 64, c + 64, 64), C, True, GROUPS, gl.SliceLayout(0, s_layout))
+        log_size = gl.load(bias + column, mask=column < C, other=float("-inf")) * 1.4426950408889634  # log2 e
+        s = warpgroup_mma_wait(0, deps=[s])
+        x = _tail_scores(s, row_scale, scales, log_size, GROUPS, s_layout)
+        m_new = gl.maximum(m_i, gl.max(x, 1))
+        alpha = gl.exp2(m_i - m_new)
+        p = gl.exp2(x - (m_new - 8.807354922057604)[:, None])
+        if SUM:
+            part = own_sum(p)
+            l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
+        acc, t_i = _add_values(p, alpha, acc, t_i, ones, v_boxes, stage, ONES, BLOCK_D, o_layout)
+        mbarrier.arrive(empty.index(stage), count=1)
+        return acc, m_new, l_i, t_i
+
+    @gluon.jit
     def _quantise(q, q_shared, scale_log2, s_layout: gl.constexpr):
         """Rows to INT8 in shared memory; their scales, those of scores included."""
         q = q.to(gl.float32)
@@ -287,13 +354,13 @@ if LOADABLE:
         PART: gl.constexpr, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
         ONES: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
-        HAS_FLOOR: gl.constexpr,
+        HAS_FLOOR: gl.constexpr, HAS_TAIL: gl.constexpr,
     ):  # fmt: skip
-        q, k_scales, v_scale, v_mean, out, lse, failed, permutation, pv_threshold = tensors
+        q, k_scales, k_tail_scales, bias, v_scale, v_mean, out, lse, failed, permutation, pv_threshold = tensors
         q_stages, k_stages, v_boxes, ones = stages
         SUM: gl.constexpr = HAS_LSE or not ONES
         q_tiles, q_counts, key_tiles, key_counts, map_index = lists
-        count, Sk, Cq, query_width, key_width = sizes
+        count, Sk, Cq, query_width, key_width, C = sizes
         H, S = shape
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps = strides
         s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -338,6 +405,13 @@ if LOADABLE:
                         k_stages, v_boxes, barriers, PART, True, HAS_FLOOR, ONES, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
                     )  # fmt: skip
                     n += 1
+                if HAS_TAIL:
+                    for c in range(0, C, 128):
+                        acc, m_i, l_i, t_i = _tail_step(
+                            q_shared, acc, m_i, l_i, t_i, ones, row_scale, k_tail_scales + bh.to(gl.int64) * C, bias + map_row * C,
+                            c, C, n, k_stages, v_boxes, barriers, PART, ONES, SUM, GROUPS, BLOCK_D, STAGES, s_layout, o_layout,
+                        )  # fmt: skip
+                        n += 1
 
                 by_row: gl.constexpr = gl.SliceLayout(1, o_layout)
                 column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, o_layout))
@@ -362,15 +436,15 @@ if LOADABLE:
                     natural = gl.convert_layout(gl.where(l_i == 0, float("-inf"), natural), by_row)
                     gl.store(lse + bh.to(gl.int64) * S + token, natural, mask=inside)
 
-    @gluon.jit(do_not_specialize=["count", "S", "Sk", "Cq", "query_width", "key_width"])
+    @gluon.jit(do_not_specialize=["count", "S", "Sk", "Cq", "C", "query_width", "key_width"])
     def _hopper_sparse_quantised_kernel(
-        k_desc, v_desc, q, k_scale, v_scale, v_mean, out, lse, failed, permutation, pv_threshold, map_index, q_tiles,
-        q_counts, key_tiles, key_counts, scale_log2, count, H, S, Sk, Cq, query_width, key_width,
+        k_desc, v_desc, k_tail, v_tail, q, k_scale, k_tail_scale, bias, v_scale, v_mean, out, lse, failed, permutation, pv_threshold,
+        map_index, q_tiles, q_counts, key_tiles, key_counts, scale_log2, count, H, S, Sk, Cq, C, query_width, key_width,
         sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
         spb: gl.int64, sph: gl.int64, sps: gl.int64,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
         ONES: gl.constexpr, HAS_PERMUTATION: gl.constexpr, HAS_MEAN: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr,
-        HAS_FLOOR: gl.constexpr, num_warps: gl.constexpr,
+        HAS_FLOOR: gl.constexpr, HAS_TAIL: gl.constexpr, num_warps: gl.constexpr,
     ):  # fmt: skip
         RINGS: gl.constexpr = CONSUMERS * STAGES
         k_layout: gl.constexpr = gl.NVMMASharedLayout(BLOCK_D, 8)
@@ -387,23 +461,27 @@ if LOADABLE:
         ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 64], gl.NVMMASharedLayout(64, 8))
         if ONES:
             store_ones(ones, 64)
-        stages, boxes, descriptors = (q_stages, k_stages, v_boxes, ones), (k_boxes, v_boxes), (k_desc, v_desc)
-        tensors = (q, k_scale, v_scale, v_mean, out, lse, failed, permutation, pv_threshold)
+        stages, boxes, descriptors = (
+            (q_stages, k_stages, v_boxes, ones),
+            (k_boxes, v_boxes),
+            (k_desc, v_desc, k_tail, v_tail),
+        )
+        tensors = (q, k_scale, k_tail_scale, bias, v_scale, v_mean, out, lse, failed, permutation, pv_threshold)
         lists = (q_tiles, q_counts, key_tiles, key_counts, map_index)
-        sizes = (count, Sk, Cq, query_width, key_width)
+        sizes = (count, Sk, Cq, query_width, key_width, C)
         shape = (H, S)
         strides = (sqb, sqh, sqs, sob, soh, sos, spb, sph, sps)
         gl.warp_specialize(
             [
                 (_consume, (0, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR, HAS_TAIL)),
                 (_consume, (1, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR, HAS_TAIL)),
                 (_consume, (2, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR)),
-                (_produce, (0, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),
-                (_produce, (1, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),
-                (_produce, (2, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES)),
+                            GROUPS, STAGES, ONES, HAS_PERMUTATION, HAS_MEAN, HAS_LSE, HAS_FAILED, HAS_FLOOR, HAS_TAIL)),
+                (_produce, (0, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES, HAS_TAIL)),
+                (_produce, (1, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES, HAS_TAIL)),
+                (_produce, (2, descriptors, boxes, barriers, lists, sizes, CONSUMERS, BLOCK_D, STAGES, HAS_TAIL)),
             ],
             [4, 4, 1, 1, 1],
             [160, 160, 24, 24, 24],

@@ -33,7 +33,7 @@ class Plan:
         visible_keys: int [M], keys that dense attention would see (all but padding text).
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
-        tail: what stands for the blocks that are not computed, or None; never quantised.
+        tail: what stands for the blocks that are not computed, or None.
         key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.

@@ -87,6 +87,11 @@ def run_operations(arch):
                 f"block_sparse specialised D={D} tail={tail}",
                 lambda D=D, tail=tail: attention(DTYPES["bf16"], D, tail, contiguous=True),
             )
+        for D, multiple in ((64, 1), (64, 64), (128, 1), (128, 64)):
+            yield (
+                f"sparse quantised int8-fp8 D={D} in {multiple} tail",
+                lambda D=D, multiple=multiple: sparse_quantised("int8-fp8", D, tail=5, key_multiple=multiple),
+            )
         for plain in (quantised_plain, sparse_quantised_plain):
             yield f"{plain.__name__} int8-fp8", plain
         # the other ways to launch that `svg bench attention --sweep` times
@@ -202,13 +207,14 @@ def attention_launched(row):
     LAUNCH[90][2, 128] = kept
 
 
-def sparse_quantised(precision, D, **options):
+def sparse_quantised(precision, D, tail=0, **options):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     sizes, index = torch.full((2, 4), 64, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
-    order = torch.zeros(1, 2, 256, dtype=torch.int32)
+    order, means = torch.zeros(1, 2, 256, dtype=torch.int32), torch.zeros(1, 2, tail, D, dtype=torch.bfloat16)
     block_sparse_attention_quantised(
         q, q, q, torch.ones(2, 4, 4, dtype=torch.bool), sizes, sizes, map_index=index, q_permutation=order,
-        k_permutation=order, precision=precision, return_lse=True, **options,
+        k_permutation=order, precision=precision, return_lse=True,
+        tail=Tail(means, means, torch.zeros(2, 4, tail)) if tail else None, **options,
     )  # fmt: skip
 
 
