@@ -89,7 +89,7 @@ def block_sparse_attention(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
-    _check_tail(q, q_sizes, tail)
+    check_tail(q, q_sizes, tail)
     op = _launch if target.use_triton(q) else block_sparse_attention_reference
     return op(
         q, k, v, block_map, q_sizes, k_sizes,
@@ -225,7 +225,7 @@ def check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_sca
                 )
 
 
-def _check_tail(q, q_sizes, tail) -> None:
+def check_tail(q, q_sizes, tail) -> None:
     if tail is None:
         return
     B, H, _, D = q.shape

@@ -25,7 +25,7 @@ from .aligned_tiles import aligned_key_tiles, separate_key_tiles
 from .block_sparse import (
     LOG2_E,
     Tail,
-    _check_tail,
+    check_tail,
     block_sparse_attention,
     block_sparse_attention_reference,
     check,
@@ -114,7 +114,7 @@ def block_sparse_attention_quantised(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
-    _check_tail(q, q_sizes, tail)
+    check_tail(q, q_sizes, tail)
     if pv_threshold is not None and (pv_threshold.shape != q.shape[1:2] or pv_threshold.dtype != torch.float32):
         raise ValueError(
             f"pv_threshold must be fp32 [H] = [{q.shape[1]}], got {pv_threshold.dtype} {tuple(pv_threshold.shape)}"

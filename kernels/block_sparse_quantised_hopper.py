@@ -22,7 +22,7 @@ QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
 ONES = {64: True, 128: True}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
-FUSED_TAIL = True  # False: a tail is an attention of its own
+FUSED_TAIL = False  # a tail as further stages here, not as a call of its own: not yet run on a GPU
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
