@@ -7,6 +7,8 @@ import sys
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 # A shell that starts pytest in the background makes it and its children ignore SIGINT, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -15,3 +17,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def seeded():
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def by_parameter(nodeid):
+    """Whether a test is one of the long ones in processes of their own, which those with another parameter can go beside."""
+    return nodeid.startswith(("tests/kernels/test_aot.py", "tests/kernels/test_interpreter.py")) and "[" in nodeid
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # of two workers none shall begin a long one last
+        items.sort(key=lambda item: not by_parameter(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one worker, with their fixtures, but for the long ones."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid[nodeid.index("[") :] if by_parameter(nodeid) else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,48 +30,26 @@ if target.INTERPRETED:
 
 
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="runs inside the interpreter's own process")
-SUITES = (  # the longest first
-    "test_quantised_attention.py",
-    "test_kmeans.py",
-    "test_block_sparse.py",
-    "test_training_attention.py",
-    "test_permute.py",
-    "test_heads.py",
-    "test_probe.py",
-    "test_norm_rope.py",
-    "test_top_p.py",
-    "test_sparge.py",
-    "test_neighbours.py",
-    "test_aligned_tiles.py",
-    "test_computed_pairs.py",
-    "test_merge.py",
-    "test_quantize.py",
-    "test_varlen_attention.py",
-    "test_nvfp4.py",
-    "test_fp4_attention.py",
-    "test_block_sparse_quantised.py",
-    "test_interpreter.py",
+# Those of a line share a process, which takes seconds to start: 20 to 50 s a line, the longest first.
+SUITES = (
+    "quantised_attention",
+    "kmeans heads neighbours",
+    "training_attention nvfp4",
+    "block_sparse norm_rope computed_pairs",
+    "block_sparse_quantised quantize merge",
+    "varlen_attention sparge interpreter",
+    "fp4_attention probe",
+    "top_p permute aligned_tiles",
 )
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """All suites, as many at once as there are cores; those that nobody asked for are not started."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    yield {suite: pool.submit(interpreted, suite) for suite in SUITES}
-    pool.shutdown(cancel_futures=True)
-
-
-def interpreted(suite):
-    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", str(Path(__file__).with_name(suite))]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")
-@pytest.mark.parametrize("suite", SUITES)
-def test_kernels_pass_the_same_tests_as_their_references(suite, runs):
-    run = runs[suite].result()
+@pytest.mark.parametrize("suites", SUITES)
+def test_kernels_pass_the_same_tests_as_their_references(suites):
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in suites.split()]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", *files]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 

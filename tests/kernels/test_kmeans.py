@@ -89,11 +89,11 @@ def test_one_cluster_is_the_mean():
 def test_inertia_within_one_percent_of_scikit_learn(dtype):
     x = blobs(1, 2, 700, 16, dtype, groups=200)
     start = x[:, :, :12].float()
-    labels, centroids, sizes, _ = kmeans(x, start, 10)
+    labels, centroids, sizes, _ = kmeans(x, start, 5)
     assert (sizes > 0).all()  # scikit-learn moves an empty cluster elsewhere
     for h in range(2):
         points, first = x[0, h].double().numpy(), start[0, h].double().numpy()
-        theirs = KMeans(12, init=first, n_init=1, max_iter=10, tol=0, algorithm="lloyd").fit(points)
+        theirs = KMeans(12, init=first, n_init=1, max_iter=5, tol=0, algorithm="lloyd").fit(points)
         ours = distances(x, centroids)[0, h].gather(1, labels[0, h].long()[:, None]).sum()
         assert abs(ours / theirs.inertia_ - 1) < 0.01
 
@@ -124,7 +124,7 @@ def test_means_of_groups_in_any_order():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [16, 64, 100])
 def test_means_of_tiles_of_sorted_tokens(dtype, tile):
-    x = blobs(2, 2, 333, 32, dtype)
+    x = blobs(1, 2, 333, 32, dtype)
     found, tiles = kmeans_and_tiles(x, x[:, :, :7].float(), 2, tile)
     plain = kmeans(x, x[:, :, :7].float(), 2)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))

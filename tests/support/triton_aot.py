@@ -10,10 +10,10 @@ import contextlib
 import dataclasses
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -284,50 +284,81 @@ def compile_all(arch):
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append(
         (self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs))
     )
-    report = []
+    report, cubins = [], []
     for case, operation in run_operations(arch):
         launched.clear()
         operation()
-        report += [
-            {"case": case, "kernel": name, "shared": compiled.metadata.shared, **describe(compiled.asm["cubin"])}
-            for name, compiled in launched
-        ]
-    return report
+        for name, compiled in launched:
+            report.append({"case": case, "kernel": name, "shared": compiled.metadata.shared})
+            cubins.append(compiled.asm["cubin"])
+    found = describe(cubins, arch)
+    return [row | found[cubin] for row, cubin in zip(report, cubins, strict=True)]
 
 
-@cache
-def describe(binary):
-    """Registers, bytes spilled a thread, reloads of them in a loop, matrix instructions, and what ptxas 12.8 got wrong, of a cubin.
+def describe(cubins, arch):
+    """Cubin -> registers, bytes spilled a thread, reloads of them in a loop, matrix instructions, and what ptxas 12.8 got wrong.
 
     It packs two equal constants into FP8 beside whatever a register holds, the stack pointer for one.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(binary)
-        cubin.flush()
-        usage = tool_output("cuobjdump", "-res-usage", cubin.name)
-        assembly = tool_output("nvdisasm", "-c", cubin.name)
-    resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return {
-        "registers": int(resources["REG"]),
-        "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
-        "reloads": max(map(loads_of_spilled, innermost_loops(assembly)), default=0),
-        "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
-        "stale": re.findall(r"F2FP\S*MERGE_C R\d+, (R[Z\d]+), \1, R\d+", assembly),
-        "instructions": sorted(set(MATRIX.findall(assembly))),
+    found = {}
+    for cubin, lines in disassembled(list(dict.fromkeys(cubins)), arch):
+        resources, assembly = resources_of(cubin), "\n".join(lines.values())
+        found[cubin] = {
+            "registers": int(resources["REG"]),
+            "spills": int(resources["STACK"]) + int(resources["LOCAL"]),
+            "reloads": max(map(loads_of_spilled, innermost_loops(lines)), default=0),
+            "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
+            "stale": re.findall(r"F2FP\S*MERGE_C R\d+, (R[Z\d]+), \1, R\d+", assembly),
+            "instructions": sorted(set(MATRIX.findall(assembly))),
+        }
+    return found
+
+
+def resources_of(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", tool_output("cuobjdump", "-res-usage", file.name)))
+
+
+def disassembled(cubins, arch):
+    """Yields (cubin, {address: instruction}). All code is one file: the tool takes half a second to start."""
+    codes = [code_of(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        text = tool_output("nvdisasm", "-b", f"SM{arch}a" if arch >= 90 else f"SM{arch}", file.name)
+    instructions = {
+        int(at, 16): line for at, line in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s*(.+)$", text, re.MULTILINE)
     }
+    assert len(instructions) * 16 == sum(map(len, codes))
+    end = 0
+    for cubin, code in zip(cubins, codes, strict=True):
+        start, end = end, end + len(code)
+        yield cubin, {at: instructions[at] for at in range(start, end, 16)}
 
 
-def innermost_loops(assembly):
-    """Lines of every loop with matrix instructions in which there is no other such loop."""
-    lines, labels, found = assembly.splitlines(), {}, []
-    for at, line in enumerate(lines):
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = at
-        back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if back and labels.get(back[1], at) < at and MATRIX.search("\n".join(lines[labels[back[1]] : at])):
-            found.append((labels[back[1]], at))
+def code_of(cubin):
+    """The machine code of the one kernel in an ELF file of 64 bits."""
+    table, (size, count, names_at) = *struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    names = cubin[sections[names_at][4] :]
+    (code,) = (
+        cubin[start : start + length] for name, *_, start, length in sections if names[name:].startswith(b".text.")
+    )
+    return code
+
+
+def innermost_loops(lines):
+    """Instructions of every loop with matrix instructions in which there is no other such loop."""
+    matrix = [at for at, line in lines.items() if MATRIX.search(line)]
+    found = []
+    for at, line in lines.items():
+        back = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", line)
+        if back and (start := int(back[1], 16)) < at and any(start <= other < at for other in matrix):
+            found.append((start, at))
     inner = [(a, b) for a, b in found if not any((a, b) != (c, d) and a <= c and d <= b for c, d in found)]
-    return [lines[a:b] for a, b in inner]
+    return [[lines[at] for at in range(a, b, 16)] for a, b in inner]
 
 
 def loads_of_spilled(lines):
