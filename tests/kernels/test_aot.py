@@ -32,7 +32,13 @@ SPILLS = {
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
     "_hopper_query_gradient_kernel": 120, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
-ON_TENSOR_CORES = {"_attention_kernel", "_assign_kernel", "_hopper_attention_kernel", "_hopper_assign_kernel", "_hopper_assign_few_kernel"}
+ON_TENSOR_CORES = {
+    "_attention_kernel",
+    "_assign_kernel",
+    "_hopper_attention_kernel",
+    "_hopper_assign_kernel",
+    "_hopper_assign_few_kernel",
+}
 FP8_ONLY = {"_quantize_channels_kernel", "_aligned_tiles_kernel"}
 INT8 = {80: "IMMA", 89: "IMMA", 90: "IGMMA", 100: "UTCIMMA", 120: "IMMA"}
 FP4 = {100: "UTCOMMA", 120: "OMMA"}  # elsewhere fp16 products emulate it
