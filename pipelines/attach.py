@@ -11,8 +11,10 @@ from svg.state import RunState
 from svg.summary import summarise
 
 from .hook import HOOK_NAME, RunHook
-from .processor import check_backend, check_parallel
+from .processor import check_original, check_parallel, dense_backend
 from .registry import MODELS, find_spec
+from .spec import ModelSpec
+from .watch import unwatch, watch
 
 TRANSFORMERS = ("transformer", "transformer_2")
 _METHOD_SUFFIXES = tuple(f":{method}" for method in METHODS)
@@ -22,7 +24,8 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
     """Run a pipeline's video self-attention with a method; all else stays as it is.
 
     Args:
-        pipe: a Diffusers pipeline with a supported `transformer` (and `transformer_2`, if it has one).
+        pipe: a Diffusers pipeline, modular ones included, with a supported `transformer` (and `transformer_2`, if it has
+            one); or such a transformer by itself.
         config: a MethodConfig, its dict, a method's name such as "sage2", which means its default settings, or a
             preset's name, which means the preset's svg2 settings; "name:svg1" means its svg1 settings.
 
@@ -30,7 +33,8 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
         The same pipe. Accelerating it again replaces the method.
 
     Raises:
-        ValueError: no transformer or an unsupported one, a bad config, or a Diffusers attention backend is chosen.
+        ValueError: no transformer or an unsupported one, a bad config, processors that are not Diffusers' own, or a
+            Diffusers attention backend that cannot be kept.
         TypeError: config is none of the four.
         NotImplementedError: context parallelism is on.
     """
@@ -38,14 +42,23 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
     transformers = transformers_of(pipe)
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
-        for attn in specs[name].attention_modules(transformer):
-            check_parallel(attn.processor)
-            check_backend(attn.processor)
+        _check(transformer, specs[name], config)
     restore(pipe)
     for name, transformer in transformers.items():
         state = RunState(config, len(specs[name].attention_modules(transformer)), name)
-        RunHook(pipe, transformer, specs[name], state).attach(transformer)
+        RunHook(None if pipe is transformer else pipe, transformer, specs[name], state).attach(transformer)
+    watch(pipe, tuple(transformers))
     return pipe
+
+
+def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> None:
+    """Everything that can be refused, before anything is changed."""
+    hook = _hook(transformer)
+    ours = {} if hook is None else {id(mine): old for mine, old in zip(hook.processors, hook.originals)}
+    for attn in spec.attention_modules(transformer):
+        check_parallel(attn.processor)
+        dense_backend(attn.processor, config)
+        check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
 
 
 def restore(pipe: Any) -> Any:
@@ -57,6 +70,7 @@ def restore(pipe: Any) -> Any:
     Returns:
         The same pipe.
     """
+    unwatch(pipe)
     for transformer in transformers_of(pipe).values():
         hook = _hook(transformer)
         if hook is not None:
@@ -130,17 +144,24 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline, without torch.compile's wrapper.
 
     Args:
-        pipe: a Diffusers pipeline.
+        pipe: a Diffusers pipeline, or a transformer of a supported class.
 
     Returns:
-        "transformer" and "transformer_2", those that are there.
+        "transformer" and "transformer_2", those that are there; one that is in both slots once. Else every component of
+        a supported class, by its name; a transformer by itself is "transformer".
 
     Raises:
         ValueError: there is none.
     """
+    if isinstance(pipe, nn.Module):
+        return {"transformer": getattr(pipe, "_orig_mod", pipe)}
     found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
+    if not any(module is not None for module in found.values()):
+        found = {name: part for name, part in vars(pipe).items() if type(part).__name__ in MODELS}
     # torch.compile(transformer) wraps the module; its attention modules and hooks are inside.
     found = {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
+    first = {id(module): name for name, module in reversed(found.items())}
+    found = {name: module for name, module in found.items() if first[id(module)] == name}
     if not found:
         raise ValueError(
             f"pipe must have a video transformer ({', '.join(MODELS)}), got {type(pipe).__name__} without one"
@@ -165,4 +186,6 @@ def _resolve(config: MethodConfig | dict | str) -> MethodConfig:
 
         name, _, method = config.rpartition(":") if config.endswith(_METHOD_SUFFIXES) else (config, ":", "svg2")
         return load_preset(name).config(method)
-    raise TypeError(f"config must be a MethodConfig, a dict, a method's or a preset's name, got {type(config).__name__}")
+    raise TypeError(
+        f"config must be a MethodConfig, a dict, a method's or a preset's name, got {type(config).__name__}"
+    )

@@ -17,17 +17,12 @@ from .spec import ModelSpec
 
 
 class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
-    """Joint attention of a CogVideoX block through `svg.attend`: text first, RoPE (if any) on the video tokens only.
+    """Joint attention of a CogVideoX block through `svg.attend`: text first, RoPE (if any) on the video tokens only."""
 
-    Args:
-        state, layer: as in VideoAttnProcessor.
-        fused: whether to project with `to_qkv`. Diffusers keeps `attn.fused_projections` set after unfusing this
-            family, so the replaced processor says it.
-    """
-
-    def __init__(self, state: RunState, layer: int, fused: bool):
-        super().__init__(state, layer)
-        self.fused_projections = fused
+    def __init__(self, original: Any, state: RunState, layer: int):
+        super().__init__(original, state, layer)
+        # Diffusers keeps `attn.fused_projections` set after unfusing this family, so the replaced processor says it.
+        self.fused_projections = isinstance(original, FusedCogVideoXAttnProcessor2_0)
 
     def __call__(
         self,
@@ -70,8 +65,8 @@ def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(*grid, inputs["encoder_hidden_states"].shape[1], "first")
 
 
-def _processor(original: Any, state: RunState, layer: int) -> CogVideoXSparseAttnProcessor:
-    return CogVideoXSparseAttnProcessor(state, layer, fused=isinstance(original, FusedCogVideoXAttnProcessor2_0))
+def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
+    return [block.attn1 for block in transformer.transformer_blocks]
 
 
 def _skipped(module, hidden_states, encoder_hidden_states, *args, **kwargs):
@@ -83,8 +78,10 @@ register_skip(CogVideoXSparseAttnProcessor, _skipped)
 SPEC = ModelSpec(
     transformer="CogVideoXTransformer3DModel",
     pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
-    attention_modules=lambda transformer: [block.attn1 for block in transformer.transformer_blocks],
-    processor=_processor,
+    arguments=("hidden_states", "encoder_hidden_states", "timestep"),
+    attention_modules=_attention_modules,
+    processor=CogVideoXSparseAttnProcessor,
+    replaces=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
     patch=_patch,
     layout=_layout,
 )

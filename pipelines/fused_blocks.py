@@ -7,7 +7,6 @@ instead of four to six. Dense and sparse attention profit alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -81,31 +80,47 @@ FORWARDS: dict[str, Callable] = {
 }
 
 
-def fuse(modules: Iterable[nn.Module]) -> list[nn.Module]:
+class FusedForward:
+    """The forward of a block until `unfuse`; from then on the block's own, wherever somebody still holds this one.
+
+    Args:
+        block: a block of a known class.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+        self.active = True
+
+    def __call__(self, *args, **kwargs):
+        kind = type(self.block)
+        forward = FORWARDS[kind.__name__] if self.active else kind.forward
+        return forward(self.block, *args, **kwargs)
+
+
+def fuse(modules: Iterable[nn.Module]) -> list[FusedForward]:
     """Give every block of a known class its fused forward; blocks whose forward somebody else wrapped keep it.
 
     Args:
         modules: any modules.
 
     Returns:
-        The blocks that were changed, for `unfuse`.
+        The new forwards, for `unfuse`.
     """
-    changed = []
+    made = []
     for block in modules:
-        forward = FORWARDS.get(type(block).__name__)
-        if forward is not None and "forward" not in vars(block):
-            block.forward = MethodType(forward, block)
-            changed.append(block)
-    return changed
+        if type(block).__name__ in FORWARDS and "forward" not in vars(block):
+            block.forward = FusedForward(block)
+            made.append(block.forward)
+    return made
 
 
-def unfuse(blocks: Iterable[nn.Module]) -> None:
-    """Undo `fuse`, where nobody has wrapped the forward since.
+def unfuse(forwards: Iterable[FusedForward]) -> None:
+    """Undo `fuse`: a forward that somebody has wrapped since stays where it is and does what the block's own does.
 
     Args:
-        blocks: what `fuse` returned.
+        forwards: what `fuse` returned.
     """
-    for block in blocks:
-        own = vars(block).get("forward")
-        if getattr(own, "__func__", None) is FORWARDS[type(block).__name__]:
-            del block.forward
+    for forward in forwards:
+        forward.active = False
+        if vars(forward.block).get("forward") is forward:
+            del forward.block.forward

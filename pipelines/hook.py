@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import time
-import weakref
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
-from torch import Tensor, nn
+from torch import nn
 
 from svg.state import RunState, Timer
 
-from .fused_blocks import fuse, unfuse
-from .processor import VideoAttnProcessor
+from .fused_blocks import FusedForward, fuse, unfuse
+from .position import Position, find_step
+from .processor import CHOICES, VideoAttnProcessor
 from .spec import ModelSpec
+
+__all__ = ["HOOK_NAME", "RunHook", "find_step"]
 
 HOOK_NAME = "svg_video"
 
@@ -24,7 +27,7 @@ class RunHook(ModelHook):
     """Binds one transformer of one pipeline to a RunState.
 
     Args:
-        pipe: the Diffusers pipeline; held weakly, its scheduler is looked up at every forward.
+        pipe: the Diffusers pipeline, held weakly, or None for a transformer by itself.
         transformer: the transformer to bind.
         spec: its family.
         state: its state.
@@ -41,20 +44,18 @@ class RunHook(ModelHook):
         self.originals = [attn.processor for attn in self.modules]
         self.processors: list[VideoAttnProcessor] = []
         self.timers: list[Timer] = []
-        self._pipe = weakref.ref(pipe)
+        self.position = Position(pipe)
         self._contexts = StateManager(BaseState)
-        self._signature = inspect.signature(type(transformer).forward)
         self.started = 0.0  # host clock at the start of the run
-        self._timesteps: Tensor | None = None
-        self._calls_in_step = 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._made_registry = False
-        self._fused: list[nn.Module] = []
+        self._fused: list[FusedForward] = []
 
     def attach(self, transformer: nn.Module) -> None:
         """Replace the processors and start listening to the transformer's forward."""
         self.processors = [self.spec.processor(old, self.state, i) for i, old in enumerate(self.originals)]
-        for attn, processor in zip(self.modules, self.processors):
+        for attn, processor, original in zip(self.modules, self.processors, self.originals):
+            _copy_choices(original, processor)
             attn.set_processor(processor)
         if self.state.config.fused:
             self._fused = fuse(transformer.modules())
@@ -72,10 +73,19 @@ class RunHook(ModelHook):
         ]
 
     def detach(self, transformer: nn.Module) -> None:
-        """Undo `attach`: every module that still has our processor gets its own back, nothing else is left."""
+        """Undo `attach`: every module that still has our processor gets its own back, nothing else is left.
+
+        What others stored on our processors in the meantime (a backend, a parallel configuration) goes to the originals,
+        and what others took from us (processors that `unfuse_qkv_projections` would put back) is replaced by them.
+        """
+        ours = {id(processor): original for processor, original in zip(self.processors, self.originals)}
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
+            _copy_choices(processor, original)
             if attn.processor is processor:
                 attn.set_processor(original)
+        kept = getattr(transformer, "original_attn_processors", None)
+        if isinstance(kept, dict):
+            transformer.original_attn_processors = {name: ours.get(id(found), found) for name, found in kept.items()}
         unfuse(self._fused)
         for handle in self._handles:
             handle.remove()
@@ -89,18 +99,18 @@ class RunHook(ModelHook):
         """Forget the run: state, timers and position."""
         self.state.reset()
         self.timers = []
-        self._timesteps = None
-        self._calls_in_step = 0
+        self.position.forget()
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Diffusers calls this when a pipeline call is over: the last forward is checked, the report stays."""
         self._contexts.reset()
+        self.position.end_run()
         self.state.end_run()
         return module
 
     def same_run(self, other: RunHook) -> bool:
         """Whether both transformers last ran under one schedule."""
-        return self._timesteps is other._timesteps
+        return self.position.timesteps is other.position.timesteps
 
     def seconds(self) -> float:
         """Seconds spent in the transformer's forwards of the run; waits for the GPU."""
@@ -109,44 +119,62 @@ class RunHook(ModelHook):
     @torch.compiler.disable
     def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._check_processors()
-        inputs = self._signature.bind_partial(transformer, *args, **kwargs).arguments
+        self._check_gradients(transformer)
+        inputs = self._inputs(args, kwargs)
         layout = self.spec.layout(transformer.config, inputs)
-        self._enter_step(inputs["timestep"])
-        self.state.begin_forward(step=self._step, num_steps=self._num_steps, branch=self._branch(), layout=layout)
-        self._running = Timer(inputs["hidden_states"].device)
+        latents = inputs["hidden_states"]
+        position = self.position
+        if position.enter(transformer, self._context(), latents, inputs["timestep"]):
+            self.state.begin_run()
+            self.timers = []
+            self.started = time.perf_counter()
+            self._warn_of_no_warmup()
+        self.state.begin_forward(
+            step=position.step, num_steps=position.num_steps, branch=position.branch, layout=layout
+        )
+        self._running = Timer(latents.device)
 
     @torch.compiler.disable
     def _after(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         self._running.stop()
         self.timers.append(self._running)
 
-    def _enter_step(self, timestep: Tensor) -> None:
-        context, scheduler = self._context(), self._scheduler()
-        timesteps = getattr(scheduler, "timesteps", None)
-        step, self._num_steps = find_step(context, scheduler, timestep)
-        last = self.state.step
-        # `set_timesteps` makes a new tensor for every run, finished or interrupted.
-        if last is None or timesteps is not self._timesteps or step < last:
-            self.reset()
-            self.state.begin_run()
-            self._timesteps = timesteps
-            self.started = time.perf_counter()
-        elif step == last:
-            self._calls_in_step += 1
-        else:
-            self._calls_in_step = 0
-        self._step = step
+    def _inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of the forward by name; not by its signature, which others patch to (*args, **kwargs)."""
+        inputs = {**dict(zip(self.spec.arguments, args)), **kwargs}
+        missing = [name for name in ("hidden_states", "timestep") if name not in inputs]
+        if missing:
+            raise TypeError(
+                f"the forward of {self.spec.transformer} must be given {' and '.join(missing)}, got neither"
+            )
+        return inputs
 
-    def _branch(self) -> str:
-        context = self._context()
-        return f"call {self._calls_in_step}" if context is None else context.name
+    def _warn_of_no_warmup(self) -> None:
+        """A run that starts in the middle of its schedule, as video-to-video does, may start after its warm-up."""
+        config, step, steps = self.state.config, self.position.step, self.position.num_steps
+        layers = range(self.state.num_layers)
+        if step == 0 or self.state.name != "transformer" or all(config.is_dense(layer) for layer in layers):
+            return
+        first, now = (config.is_warmup(index, steps, layers[-1], layers.stop) for index in (0, step))
+        if first and not now:
+            warnings.warn(
+                f"this run begins at step {step} of {steps}, after its warm-up: no step of it is dense; raise "
+                f"warmup_steps above {step / steps:.2f} for dense steps",
+                stacklevel=2,
+            )
+
+    def _check_gradients(self, transformer: nn.Module) -> None:
+        recomputed = getattr(transformer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        if recomputed and not all(self.state.config.is_dense(layer) for layer in range(self.state.num_layers)):
+            raise NotImplementedError(
+                f"gradient checkpointing must be off with {self.state.config.method}: the second computation of a block "
+                f"would plan anew and give other gradients; call transformer.disable_gradient_checkpointing(), run under "
+                f"torch.no_grad(), or use the method dense or svg.int8_training"
+            )
 
     def _context(self) -> CacheContext | None:
         # The public `.context` raises outside a context, which is a normal case here.
         return self._contexts._context
-
-    def _scheduler(self) -> Any:
-        return getattr(self._pipe(), "scheduler", None)
 
     def _check_processors(self) -> None:
         for layer, (attn, processor) in enumerate(zip(self.modules, self.processors)):
@@ -156,40 +184,13 @@ class RunHook(ModelHook):
                     f"{type(attn.processor).__name__} in layer {layer}; call svg.accelerate(pipe, config) again"
                 )
 
-
-def find_step(context: CacheContext | None, scheduler: Any, timestep: Tensor | float) -> tuple[int, int]:
-    """Which step of how many a forward belongs to.
-
-    Args:
-        context: what the pipeline passed to `cache_context`, or None.
-        scheduler: the pipeline's scheduler, or None.
-        timestep: the transformer's timestep, a scalar or [B] or [B, S] (tokens of a given image have smaller ones).
-
-    Returns:
-        (step, num_steps): `step_index` of the context, else of the scheduler (None before its first step), else the
-        position of the timestep in `scheduler.timesteps`.
-
-    Raises:
-        RuntimeError: none of the three tells.
-    """
-    timesteps = getattr(scheduler, "timesteps", None)
-    step = getattr(context, "step_index", None)
-    num_steps = getattr(context, "num_inference_steps", None)
-    if num_steps is None and timesteps is not None:
-        num_steps = len(timesteps)
-    if step is None:
-        step = getattr(scheduler, "step_index", None)
-    if step is None and timesteps is not None:
-        step = _position(timesteps, torch.as_tensor(timestep))
-    if step is None or num_steps is None:
-        raise RuntimeError(
-            "the step must be known during an accelerated forward; run the very pipeline that svg.accelerate was given, "
-            "or wrap the call in transformer.cache_context(name, step_index=i, num_inference_steps=n)"
-        )
-    return step, num_steps
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and what is pickled, is attached as this one is, and has no run."""
+        return {key: value for key, value in vars(self).items() if key != "_running"} | {"timers": [], "started": 0.0}
 
 
-def _position(timesteps: Tensor, timestep: Tensor) -> int | None:
-    current = timestep.max()
-    matches = (timesteps.to(current) == current).nonzero()
-    return int(matches[0]) if len(matches) else None
+def _copy_choices(source: Any, target: Any) -> None:
+    """Hand on what Diffusers sets on the processors of a transformer: a backend, a parallel configuration."""
+    for name in CHOICES:
+        if hasattr(source, name) and hasattr(target, name):
+            setattr(target, name, getattr(source, name))

@@ -103,8 +103,10 @@ register_skip(HunyuanVideoSparseAttnProcessor, _skipped)
 SPEC = ModelSpec(
     transformer="HunyuanVideoTransformer3DModel",
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    arguments=("hidden_states", "timestep", "encoder_hidden_states"),
     attention_modules=_attention_modules,
-    processor=lambda original, state, layer: HunyuanVideoSparseAttnProcessor(state, layer),
+    processor=HunyuanVideoSparseAttnProcessor,
+    replaces=("HunyuanVideoAttnProcessor2_0",),
     patch=_patch,
     layout=_layout,
 )

@@ -6,27 +6,45 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 
 from svg.attend import attend
+from svg.config import MethodConfig
 from svg.kernels.norm_rope import norm_rope
 from svg.state import RunState
+
+# What Diffusers sets on every processor that declares it.
+CHOICES = ("_attention_backend", "_parallel_config")
+
+# Diffusers' attention backend -> ours; "native" is PyTorch's own choice, which ours makes too.
+BACKENDS = {
+    "native": "auto",
+    "_native_cudnn": "cudnn",
+    "_native_flash": "flash",
+    "_native_efficient": "efficient",
+    "_native_math": "math",
+    "flash": "flash",
+}
 
 
 class VideoAttnProcessor:
     """Base of a family's processor: one instance per attention module, bound to a RunState and a layer.
 
     Args:
+        original: the processor in whose place it is.
         state: state of the transformer that the module belongs to.
         layer: index of the module among the transformer's video self-attention modules.
     """
 
-    # Diffusers sets these on every processor that declares them.
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, state: RunState, layer: int):
+    def __init__(self, original: Any, state: RunState, layer: int):
+        self.original = original
         self.state = state
         self.layer = layer
 
@@ -39,7 +57,7 @@ class VideoAttnProcessor:
         """Run the shared attention for this layer.
 
         Args:
-            q, k, v: float [B, S, H, D], after QK-norm and RoPE.
+            q, k, v: float [B, S, H, D], after QK-norm and RoPE; k and v may have fewer heads, each for H / Hkv in a row.
             text_mask: bool [B, text_tokens], True for real prompt tokens; None: all are real.
 
         Returns:
@@ -47,11 +65,18 @@ class VideoAttnProcessor:
 
         Raises:
             NotImplementedError: context parallelism is on.
-            ValueError: a Diffusers attention backend was chosen for this processor.
+            ValueError: a Diffusers attention backend that cannot be kept was chosen.
         """
         check_parallel(self)
-        check_backend(self)
-        return attend(q, k, v, self.state, self.layer, text_mask=text_mask).flatten(2)
+        device = q.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as PyTorch's attention does
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        if k.shape[2] != q.shape[2]:
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+        if scores_are_skipped():
+            return v.flatten(2)
+        backend = dense_backend(self, self.state.config)
+        return attend(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend).flatten(2)
 
 
 def check_parallel(processor: Any) -> None:
@@ -63,14 +88,67 @@ def check_parallel(processor: Any) -> None:
         )
 
 
+def chosen_backend(processor: Any) -> str | None:
+    """The Diffusers attention backend that a user chose, for a processor or for all, or None."""
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+        backend = None if backend == AttentionBackendName.NATIVE else backend
+    return None if backend is None else AttentionBackendName(backend).value
+
+
+def dense_backend(processor: Any, config: MethodConfig) -> str:
+    """What dense calls run on: the Diffusers backend that the user chose, else the config's `dense_backend`.
+
+    Args:
+        processor: a processor, whose `_attention_backend` Diffusers sets.
+        config: the method's settings.
+
+    Returns:
+        A name of `svg.config.DENSE_BACKENDS`.
+
+    Raises:
+        ValueError: the backend cannot be kept beside sparse attention, or contradicts the config.
+    """
+    chosen = chosen_backend(processor)
+    if chosen is None or chosen == "native":
+        return config.dense_backend
+    if chosen not in BACKENDS:
+        raise ValueError(
+            f"the Diffusers attention backend must be one of {', '.join(BACKENDS)} on an accelerated transformer, got "
+            f"{chosen!r}; call transformer.set_attention_backend('native') and choose dense_backend in the config"
+        )
+    if config.dense_backend not in ("auto", BACKENDS[chosen]):
+        raise ValueError(
+            f"dense_backend must be auto or {BACKENDS[chosen]} where the Diffusers attention backend is {chosen!r}, got "
+            f"{config.dense_backend!r}; call transformer.set_attention_backend('native') or leave dense_backend out"
+        )
+    return BACKENDS[chosen]
+
+
 def check_backend(processor: Any) -> None:
     """Refuse a processor for which the user chose a Diffusers attention backend."""
-    backend = getattr(processor, "_attention_backend", None)
-    if backend is not None:
+    backend = chosen_backend(processor)
+    if backend not in (None, "native"):
         raise ValueError(
-            f"the Diffusers attention backend must be unset on an accelerated transformer, got {backend!r}; "
-            f"call transformer.reset_attention_backend() and choose dense_backend in the config"
+            f"the Diffusers attention backend must be unset while a transformer is trained in INT8, got {backend!r}; "
+            f"call transformer.set_attention_backend('native')"
         )
+
+
+def check_original(processor: Any, names: tuple[str, ...]) -> None:
+    """Refuse a processor of the user's own, which would be gone without a word."""
+    kind = type(processor)
+    if names and not (kind.__name__ in names and kind.__module__.startswith("diffusers.")):
+        raise ValueError(
+            f"attention processors must be Diffusers' own ({', '.join(names)}), got {kind.__module__}.{kind.__name__}, whose "
+            f"work would be lost; set Diffusers' own first, or run without svg"
+        )
+
+
+def scores_are_skipped() -> bool:
+    """Whether Diffusers' layer skip replaces attention by its values in this call, as perturbed guidance does."""
+    return any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack())
 
 
 def refuse_mask(attention_mask: Tensor | None, family: str) -> None:

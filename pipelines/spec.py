@@ -21,8 +21,10 @@ class ModelSpec:
     Args:
         transformer: exact class name of the transformer in Diffusers.
         pipelines: class names of the Diffusers pipelines that `load_pipeline` and `generate` know.
+        arguments: the forward's leading parameters in order, up to the last that `layout` or the step needs.
         attention_modules: transformer -> its video self-attention (or joint attention) modules in layer order.
         processor: (original processor, state, layer) -> the processor that replaces it.
+        replaces: class names of Diffusers' processors that it may stand in for; any other is refused. Empty: no check.
         patch: transformer config -> latents in a token along (time, height, width).
         layout: (transformer config, forward arguments by name) -> TokenLayout of that forward.
         fp32_components: components of the pipeline that are loaded in fp32 whatever the dtype.
@@ -30,8 +32,10 @@ class ModelSpec:
 
     transformer: str
     pipelines: tuple[str, ...]
+    arguments: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
     attention_modules: Callable[[nn.Module], list[nn.Module]]
     processor: Callable[[Any, RunState, int], VideoAttnProcessor]
     patch: Callable[[Any], tuple[int, int, int]]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
+    replaces: tuple[str, ...] = ()
     fp32_components: tuple[str, ...] = ()

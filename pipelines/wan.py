@@ -50,13 +50,19 @@ def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
     return TokenLayout(*(size // patch for size, patch in zip(latents, _patch(config))))
 
 
+def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
+    return [block.attn1 for block in transformer.blocks]
+
+
 register_skip(WanSparseAttnProcessor, lambda module, hidden_states, *args, **kwargs: hidden_states)
 
 SPEC = ModelSpec(
     transformer="WanTransformer3DModel",
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
-    attention_modules=lambda transformer: [block.attn1 for block in transformer.blocks],
-    processor=lambda original, state, layer: WanSparseAttnProcessor(state, layer),
+    arguments=("hidden_states", "timestep", "encoder_hidden_states"),
+    attention_modules=_attention_modules,
+    processor=WanSparseAttnProcessor,
+    replaces=("WanAttnProcessor", "WanAttnProcessor2_0"),
     patch=_patch,
     layout=_layout,
     fp32_components=("vae", "image_encoder"),

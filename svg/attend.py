@@ -23,7 +23,15 @@ _PLAN = {"svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
 
 
 @torch.compiler.disable
-def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: RunState,
+    layer: int,
+    text_mask: Tensor | None = None,
+    dense_backend: str | None = None,
+) -> Tensor:
     """Self-attention of one layer by the state's method, recorded in the state.
 
     Args:
@@ -31,6 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         state: the transformer's state, after `begin_forward`.
         layer: index of the layer, from 0.
         text_mask: bool [B, text_tokens], True for prompt tokens, False for padding; None if all are prompt tokens.
+        dense_backend: what dense calls run on; None: the config's.
 
     Returns:
         [B, S, H, D] in q's dtype.
@@ -61,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_ma
         precision = sage.precision_of(config, state, layer, q.device)
         dense = precision == "native"
     if dense:
-        out = dense_attention(q, k, v, visible, config.dense_backend)
+        out = dense_attention(q, k, v, visible, dense_backend or config.dense_backend)
     elif precision is not None:
         out, seen = _quantised(q, k, v, state, layer, precision, visible)
     else:

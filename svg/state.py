@@ -192,6 +192,14 @@ class RunState:
         self._cosines: list[tuple[int, Tensor]] = []
         self._probed: dict[tuple[int, str], int] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and what is pickled, has the settings and no run."""
+        return {key: vars(self)[key] for key in ("config", "num_layers", "name", "timing")} | {"observer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.reset()
+
     def begin_run(self) -> None:
         """Start a run: nothing of an earlier one, finished or interrupted, is left."""
         self.reset()

@@ -193,18 +193,6 @@ def test_layer_skip(load, run):
     assert {record.layer for record in attached(pipe)["transformer"].state.records} == {0, 2}
 
 
-def test_a_diffusers_attention_backend_is_refused(load, run):
-    pipe = load("wan")
-    pipe.transformer.set_attention_backend("native")
-    with pytest.raises(ValueError, match="reset_attention_backend.*dense_backend"):
-        svg.accelerate(pipe, SPARSE)
-    pipe.transformer.reset_attention_backend()
-    svg.accelerate(pipe, SPARSE)
-    pipe.transformer.set_attention_backend("native")
-    with pytest.raises(ValueError, match="reset_attention_backend.*dense_backend"):
-        run(pipe)
-
-
 def test_context_parallelism_is_refused(load, run):
     pipe = load("wan")
     for block in pipe.transformer.blocks:
