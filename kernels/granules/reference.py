@@ -1,0 +1,275 @@
+"""Specification of the operations on granules in plain torch: any dtype and device, memory linear in the tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .values import GranuleLists, Granules
+
+SPREAD_CAP = 6.0  # exp of a larger logit variance would let one outlier decide a row
+
+
+def cut_granules_reference(
+    k: Tensor,
+    v: Tensor,
+    k_order: Tensor,
+    size: int,
+    text: Tensor | None = None,
+    prompt_tokens: Tensor | None = None,
+) -> Granules:
+    """Gather keys and values in sorted order and take every granule's statistics.
+
+    Args:
+        k, v: float [B, H, S, D].
+        k_order: int [B, H, V], sorted -> original index of the video's keys.
+        size: keys a granule.
+        text: int [B, L], original index of text tokens, the prompt's first; None: there is no text.
+        prompt_tokens: int [B], how many of them belong to the prompt; None: all.
+
+    Returns:
+        The granules; those of the text begin at a multiple of `size`.
+    """
+    B, H, _, D = k.shape
+    V = k_order.shape[-1]
+    T = math.ceil(V / size)
+    L = 0 if text is None else text.shape[-1]
+    index = F.pad(k_order.long(), (0, T * size - V), value=-1)
+    if L:
+        prompt = torch.full((B,), L, device=k.device) if prompt_tokens is None else prompt_tokens
+        seen = torch.arange(L, device=k.device) < prompt[:, None]
+        words = F.pad(torch.where(seen, text.long(), -1), (0, -L % size), value=-1)
+        index = torch.cat([index, words[:, None].expand(-1, H, -1)], -1)
+    inside = index >= 0  # [B, H, C * size]
+    k, v = (x.gather(2, index.clamp_min(0)[..., None].expand(-1, -1, -1, D)) * inside[..., None] for x in (k, v))
+    tokens = inside[:, 0].view(B, -1, size).sum(-1, dtype=torch.int32)
+    k_mean, k_variance = _moments(k, tokens, T, size)
+    v_mean, v_variance = _moments(v, tokens, T, size)
+    weight = v_mean.square().sum(-1) + v_variance.sum(-1)
+    return Granules(
+        k=k.contiguous(),
+        v=v.contiguous(),
+        tokens=tokens,
+        k_mean=k_mean.to(k.dtype),
+        v_mean=v_mean.to(v.dtype),
+        spread=k_variance.mean(-1).float(),
+        weight=weight.float(),
+        size=size,
+    )
+
+
+def _moments(x: Tensor, tokens: Tensor, T: int, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance [B, H, T, D] of the first T granules, over the tokens they hold."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parts = x[:, :, : T * size].unflatten(2, (T, size)).to(wide)
+    number = tokens[:, None, :T, None].to(wide)
+    mean = parts.sum(3) / number
+    inside = torch.arange(size, device=x.device) < tokens[:, None, :T, None]  # [B, 1, T, size]
+    deviation = (parts - mean[:, :, :, None]) * inside[..., None]
+    return mean, deviation.square().sum(3) / number
+
+
+def granule_scores_reference(
+    q: Tensor, q_order: Tensor | None, granules: Granules, *, rows: int, pool: int, sm_scale: float | None = None
+) -> Tensor:
+    """Estimate, for every row group and video granule, the error of its mean standing for it.
+
+    With p = softmax(l), l = sm_scale q . k_mean + log(tokens) over the T granules, and s2 the variance of the logits of
+    a granule's keys if their spread were the same in every channel, s2 = sm_scale^2 |q|^2 spread:
+
+        score = mean over pooled queries of p^2 (exp(min(s2, 6)) - 1) weight / tokens
+
+    Args:
+        q: float [B, H, S, D].
+        q_order: int [B, H, V], sorted -> original index of the video's queries; None: the first S in order.
+        granules: of the keys.
+        rows: query rows of a group.
+        pool: neighbouring sorted rows whose mean counts as one query, a divisor of `rows`.
+        sm_scale: softmax scale; default D ** -0.5.
+
+    Returns:
+        fp32 [B, H, NG, T], per key of a granule.
+
+    Source: error-aware routing, arXiv 2603.08982 (SVG-EAR); importance of queries instead of centroids: PARK (2026).
+    """
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    sorted_q = _in_order(q, q_order)
+    V, T = sorted_q.shape[2], granules.k_mean.shape[2]
+    number = granules.tokens[:, None, None, :T].float()
+    k_mean = granules.k_mean.float()
+    out = []
+    for first in range(0, V, rows):
+        pooled = _pools(sorted_q[:, :, first : first + rows].float(), pool).to(q.dtype).float()
+        p = (scale * pooled @ k_mean.mT + number.log()).softmax(-1)
+        logit_variance = scale**2 * pooled.square().sum(-1, keepdim=True) * granules.spread[:, :, None]
+        error = p.square() * torch.expm1(logit_variance.clamp_max(SPREAD_CAP))
+        out.append((error * granules.weight[:, :, None] / number).mean(2))
+    return torch.stack(out, 2)
+
+
+def _in_order(q: Tensor, q_order: Tensor | None) -> Tensor:
+    if q_order is None:
+        return q
+    return q.gather(2, q_order.long()[..., None].expand(-1, -1, -1, q.shape[-1]))
+
+
+def _pools(rows: Tensor, pool: int) -> Tensor:
+    """Means of `pool` neighbouring rows [B, H, n, D]; the last one may be of fewer."""
+    whole = rows.shape[2] // pool * pool
+    parts = [rows[:, :, :whole].unflatten(2, (-1, pool)).mean(3)]
+    if whole < rows.shape[2]:
+        parts.append(rows[:, :, whole:].mean(2, keepdim=True))
+    return torch.cat(parts, 2)
+
+
+def select_granules_reference(
+    scores: Tensor,
+    tokens: Tensor,
+    *,
+    budget: float | Tensor,
+    floor: float,
+    size: int,
+    rows: int,
+    per_head: bool = False,
+) -> GranuleLists:
+    """List each row group's granules: its best, then all above one threshold that the whole budget decides.
+
+    Args:
+        scores: fp32 [B, H, NG, T].
+        tokens: int32 [B, C], tokens of each granule, C >= T; text granules follow the video's.
+        budget: granules a row group may list on average, as a share of T, in (0, 1]; fp32 [H] with `per_head`.
+        floor: share of that average that every row group lists whatever the others need, in [0, 1].
+        size: keys of a whole granule.
+        rows: query rows of a group.
+        per_head: one threshold for each head and sample; else one for all heads of a sample.
+
+    Returns:
+        The lists. Partial video granules and the text's are in every list, on top of the budget. A row group lists one
+        granule at least.
+    """
+    B, H, NG, T = scores.shape
+    shares = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(H)
+    chosen = torch.zeros(B, H, NG, T, dtype=torch.bool, device=scores.device)
+    for b in range(B):
+        for heads in [[h] for h in range(H)] if per_head else [list(range(H))]:
+            share = float(shares[heads].mean())
+            allowed = math.floor(share * T * NG * len(heads) + 1e-6)
+            least = min(T, max(1, round(floor * share * T)))
+            chosen[b, heads] = _best(scores[b, heads], allowed, least)
+    chosen |= tokens[:, None, None, :T] < size
+    return lists_of(chosen, tokens, size, rows)
+
+
+def _best(scores: Tensor, allowed: int, least: int) -> Tensor:
+    """bool [h, NG, T]: the `least` best of every row, then the best of all rows up to `allowed`; ties: lowest index."""
+    if allowed >= scores.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :least], True)
+    more = allowed - int(chosen.sum())
+    if more > 0:
+        rest = scores.masked_fill(chosen, -1.0).flatten()
+        chosen.view(-1)[rest.argsort(descending=True, stable=True)[:more]] = True
+    return chosen
+
+
+def lists_of(chosen: Tensor, tokens: Tensor, size: int, rows: int) -> GranuleLists:
+    """The lists of a map.
+
+    Args:
+        chosen: bool [B, H, NG, T], video granules that a row group lists; partial ones must be among them.
+        tokens: int32 [B, C]; text granules that hold tokens are in every list.
+        size: keys of a whole granule.
+        rows: query rows of a group.
+
+    Returns:
+        The lists, whole granules in ascending order before partial ones.
+    """
+    B, H, NG, T = chosen.shape
+    text = (tokens[:, None, None, T:] > 0).expand(-1, H, NG, -1)
+    listed = torch.cat([chosen, text], -1).flatten(0, 2)  # [B * H * NG, C]
+    is_whole = (tokens == size)[:, None, None].expand(-1, H, NG, -1).flatten(0, 2)
+    rank = torch.where(listed & is_whole, 0, torch.where(listed, 1, 2))
+    order = rank.argsort(dim=-1, stable=True)
+    counts = listed.sum(-1, dtype=torch.int32)
+    inside = torch.arange(listed.shape[-1], device=chosen.device) < counts[:, None]
+    words = F.pad(chosen, (0, -T % 32), value=True).unflatten(-1, (-1, 32)).long()
+    bits = (words << torch.arange(32, device=chosen.device)).sum(-1)
+    bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+    return GranuleLists(
+        entries=order[inside].to(torch.int32),
+        starts=(counts.long().cumsum(0) - counts).view(B, H, NG),
+        whole=(listed & is_whole).sum(-1, dtype=torch.int32).view(B, H, NG),
+        counts=counts.view(B, H, NG),
+        chosen=bits,
+        rows=rows,
+    )
+
+
+def granule_attention_reference(
+    q: Tensor,
+    granules: Granules,
+    lists: GranuleLists,
+    *,
+    q_order: Tensor | None = None,
+    sm_scale: float | None = None,
+    tail: bool = True,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every row group over the tokens of its listed granules and the means of all others.
+
+    Args:
+        q: float [B, H, S, D] in original order.
+        granules: of the keys and values.
+        lists: which granules each row group computes.
+        q_order: int [B, H, V], sorted -> original index of the video's queries; None: all S in order.
+        sm_scale: softmax scale; default D ** -0.5.
+        tail: whether each unlisted granule takes part as `size` keys equal to its mean; else it is left out.
+        return_lse: also return the log-sum-exp.
+        out: [B, H, S, D] to write into; rows that q_order does not name are left as they are. Default: zeros.
+
+    Returns:
+        out [B, H, S, D] in q's dtype; with return_lse also lse fp32 [B, H, S], natural log, -inf for rows that q_order
+        does not name. A row with nothing to attend to gives zeros, and -inf.
+    """
+    B, H, S, D = q.shape
+    scale = D**-0.5 if sm_scale is None else sm_scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros_like(q) if out is None else out
+    lse = torch.full((B, H, S), -torch.inf, dtype=wide, device=q.device)
+    order = torch.arange(S, device=q.device).expand(B, H, S) if q_order is None else q_order.long()
+    for b in range(B):
+        for h in range(H):
+            for group, first in enumerate(range(0, order.shape[-1], lists.rows)):
+                index = order[b, h, first : first + lists.rows]
+                keys, values, bias = _seen(granules, lists, b, h, group, tail, wide)
+                if keys.shape[0] == 0:
+                    out[b, h, index] = 0
+                    continue
+                logits = scale * q[b, h, index].to(wide) @ keys.T + bias
+                lse[b, h, index] = logits.logsumexp(-1)
+                out[b, h, index] = (logits.softmax(-1) @ values).to(out.dtype)
+    return (out, lse.float()) if return_lse else out
+
+
+def _seen(granules: Granules, lists: GranuleLists, b: int, h: int, group: int, tail: bool, wide: torch.dtype):
+    """Keys, values and logit biases that a row group attends to."""
+    start = int(lists.starts[b, h, group])
+    entries = lists.entries[start : start + int(lists.counts[b, h, group])].long()
+    size, device = granules.size, entries.device
+    slots = entries[:, None] * size + torch.arange(size, device=device)
+    slots = slots[torch.arange(size, device=device) < granules.tokens[b, entries][:, None]]
+    keys, values = granules.k[b, h, slots].to(wide), granules.v[b, h, slots].to(wide)
+    bias = keys.new_zeros(len(slots))
+    if tail:
+        T = granules.k_mean.shape[2]
+        words = lists.chosen[b, h, group].long()
+        left_out = ((words[:, None] >> torch.arange(32, device=device)) & 1).flatten()[:T] == 0
+        keys = torch.cat([keys, granules.k_mean[b, h, left_out].to(wide)])
+        values = torch.cat([values, granules.v_mean[b, h, left_out].to(wide)])
+        bias = torch.cat([bias, bias.new_full((int(left_out.sum()),), math.log(size))])
+    return keys, values, bias

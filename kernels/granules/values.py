@@ -1,0 +1,60 @@
+"""What the operations on granules hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+SIZES = (8, 16, 32, 64)
+ROWS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Granules:
+    """Keys and values of one call in sorted order, cut every `size` slots.
+
+    The first T granules hold the video's keys, the last of them perhaps fewer than `size`; text granules follow, C in
+    all. A granule with `size` tokens is whole, one with fewer is partial, and one without any is padding.
+
+    Args:
+        k: [B, H, C * size, D] contiguous, or None where only the statistics were asked for; slots without a token are 0.
+        v: the values in the same order, or None.
+        tokens: int32 [B, C], tokens of each granule.
+        k_mean: [B, H, T, D] contiguous, in the keys' dtype: the mean key of each video granule.
+        v_mean: [B, H, T, D] contiguous, in the values' dtype.
+        spread: fp32 [B, H, T], variance of a granule's keys, mean over the channels.
+        weight: fp32 [B, H, T], |v_mean|^2 + the variance of the granule's values summed over the channels.
+        size: keys a granule, one of SIZES.
+    """
+
+    k: Tensor | None
+    v: Tensor | None
+    tokens: Tensor
+    k_mean: Tensor
+    v_mean: Tensor
+    spread: Tensor
+    weight: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class GranuleLists:
+    """Which granules every group of query rows computes exactly.
+
+    Args:
+        entries: int32 [N], granules of all lists one after another; in a list whole granules come first.
+        starts: int64 [B, H, NG], where the list of each row group begins in `entries`.
+        whole: int32 [B, H, NG], leading entries of a list that are whole granules.
+        counts: int32 [B, H, NG], entries of a list.
+        chosen: int32 [B, H, NG, ceil(T / 32)], bit t of word w is set where granule 32 w + t is in the list, so that
+            its mean takes no part; bits past T are set.
+        rows: query rows of a group, one of ROWS.
+    """
+
+    entries: Tensor
+    starts: Tensor
+    whole: Tensor
+    counts: Tensor
+    chosen: Tensor
+    rows: int
