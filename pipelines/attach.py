@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from svg.config import METHODS, MethodConfig, config_from_dict
-from svg.state import RunState
-from svg.summary import summarise
+from svg.engine.state import RunState
+from svg.engine.summary import summarise
 
 from .hook import HOOK_NAME, RunHook
 from .processor import check_original, check_parallel, dense_backend

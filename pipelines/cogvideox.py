@@ -9,8 +9,8 @@ import torch
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
 from torch import Tensor, nn
 
-from svg.layout import TokenLayout
-from svg.state import RunState
+from svg.engine.layout import TokenLayout
+from svg.engine.state import RunState
 
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec

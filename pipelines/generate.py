@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from svg.state import Timer
+from svg.engine.state import Timer
 
 from .attach import attached, is_accelerated, report, reset, transformers_of
 from .registry import PIPELINES

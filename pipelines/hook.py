@@ -11,7 +11,7 @@ import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import nn
 
-from svg.state import RunState, Timer
+from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
 from .position import Position, find_step

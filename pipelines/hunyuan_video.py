@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svg.layout import TokenLayout
+from svg.engine.layout import TokenLayout
 
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
 from .spec import ModelSpec

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from svg.layout import TokenLayout
-from svg.state import RunState
+from svg.engine.layout import TokenLayout
+from svg.engine.state import RunState
 
 from .processor import VideoAttnProcessor
 

@@ -9,8 +9,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from svg.config import DenseConfig
-from svg.state import RunState
-from svg.training import training_attention
+from svg.engine.state import RunState
+from svg.functional.training import training_attention
 
 from .processor import VideoAttnProcessor, check_backend, check_parallel
 from .registry import find_spec

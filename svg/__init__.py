@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import warnings
 
+from . import _moved
+
 __version__ = "0.1.0"
 
 _HOME = {
@@ -21,11 +23,11 @@ _HOME = {
     "Sage2PlusConfig": "svg.config",
     "Sage3Config": "svg.config",
     "config_from_dict": "svg.config",
-    "TokenLayout": "svg.layout",
-    "attention": "svg.drop_in",
-    "attention_varlen": "svg.drop_in",
-    "sparge_attention": "svg.drop_in_sparge",
-    "training_attention": "svg.training",
+    "TokenLayout": "svg.engine.layout",
+    "attention": "svg.functional.quantised",
+    "attention_varlen": "svg.functional.quantised",
+    "sparge_attention": "svg.functional.sparge",
+    "training_attention": "svg.functional.training",
     "int8_training": "svg.pipelines.training",
     "dense_attention": "svg.methods.dense",
     "load_preset": "svg.configs",
@@ -38,6 +40,8 @@ _FOREIGN = ("svg.py", "svg.path")
 
 
 def __getattr__(name: str):
+    if f"svg.{name}" in _moved.MODULES:
+        return importlib.import_module(f"svg.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'svg' has no attribute {name!r}; choose from {', '.join(__all__)}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -63,4 +67,5 @@ def _warn_of_foreign_distributions() -> None:
         )
 
 
+_moved.install()
 _warn_of_foreign_distributions()

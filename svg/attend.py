@@ -10,12 +10,15 @@ from torch import Tensor
 from svg.kernels import target
 
 from .config import Sage2Config
-from .guard import Guarded, guarded
-from .layout import TokenLayout
-from .methods import sage, sparge, svg1, svg2
+from .engine.guard import Guarded, guarded
+from .engine.layout import TokenLayout
+from .engine.plan import Plan, execute
+from .engine.state import CallRecord, ObservedCall, RunState, Timer
 from .methods.dense import dense_attention, key_mask
-from .methods.plan import Plan, execute
-from .state import CallRecord, ObservedCall, RunState, Timer
+from .methods.sage import precision as sage
+from .methods.sparge import plan as sparge
+from .methods.svg1 import plan as svg1
+from .methods.svg2 import plan as svg2
 
 __all__ = ["attend", "dense_attention"]
 

@@ -9,11 +9,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
-# what a person starts: these may import everything
-FRONT = {"bench", "cli", "command", "job", "generate", "evaluate", "record", "sweep", "tables", "doctor", "versions", "sparge_tune", "sparge_command"}
-FRONT |= {"fingerprint", "tune", "adapt", "adapt_command"}
+# Folders and modules of svg/ from the ground up; none imports from a layer above its own.
+LAYERS = (
+    {"config", "environment", "_moved", "__init__"},
+    {"engine"},
+    {"methods", "attend", "functional"},
+    {"generate", "recordings"},
+    {"sweep", "tune", "bench"},
+    {"cli"},
+)
+LIBRARY = set().union(*LAYERS[:3])  # below svg.pipelines; the other layers are a program above it
 
-# package -> project packages it may import from (besides itself); the front is judged apart
+# package -> project packages it may import from (besides itself); the program is judged apart
 ALLOWED = {
     "svg.kernels": set(),
     "svg.eval": set(),
@@ -28,14 +35,19 @@ FOREIGN = {  # package -> libraries it must not know
     "svg.configs": {"torch", "diffusers", "transformers"},
     "svg.pipelines": {"click", "rich", "lpips", "imageio_ffmpeg"},
 }
+TERMINAL = {"click", "rich"}  # for svg/cli/ alone
+FORMATS = {"json", "yaml", "csv", "safetensors"}
+FILES_OF_THE_LIBRARY = {"svg/methods/sparge/thresholds_file.py", "svg/methods/sage/layers_file.py"}
 
 
 def sources():
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
-            inside = path.parent.name in ("bench", "sweep", "tune")
-            front = package == "svg" and (inside or path.parent == ROOT / "svg" and path.stem in FRONT)
-            yield pytest.param(package, front, path, id=str(path.relative_to(ROOT)))
+            yield pytest.param(package, path, id=str(path.relative_to(ROOT)))
+
+
+def sources_of_svg():
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in sorted((ROOT / "svg").rglob("*.py"))]
 
 
 def imports(path):
@@ -58,21 +70,69 @@ def package_of(name):
     return next((package for package in FOLDERS if name == package or name.startswith(package + ".")), None)
 
 
-@pytest.mark.parametrize("package, front, path", sources())
-def test_direction(package, front, path):
+def room_of(path):
+    """Folder or module right under svg/ that a file of it belongs to."""
+    return path.relative_to(ROOT / "svg").with_suffix("").parts[0]
+
+
+def rooms_imported(path):
+    """Folders and modules right under svg/ that a file of it imports from."""
+    inside = path.relative_to(ROOT / "svg").parent.parts
+    for level, name in imports(path):
+        if level:
+            whole = [*inside[: len(inside) - level + 1], *name.split(".")]
+            yield whole[0] if (ROOT / "svg" / whole[0]).is_dir() or (ROOT / "svg" / f"{whole[0]}.py").is_file() else "__init__"
+
+
+def layer_of(room):
+    return next(index for index, rooms in enumerate(LAYERS) if room in rooms)
+
+
+@pytest.mark.parametrize("package, path", sources())
+def test_direction(package, path):
+    program = package == "svg" and room_of(path) not in LIBRARY
     for level, name in imports(path):
         if level:
             depth = len(path.relative_to(ROOT / FOLDERS[package]).parts)
             assert level <= depth, f"{path.name}: a relative import leaves {FOLDERS[package]}/"
-            if package == "svg" and not front:
-                first = name.split(".")[0]
-                assert first not in FRONT, f"{path.name} imports {first}, which is in front of it"
             continue
         target = package_of(name)
         assert target != package, f"{path.name}: import {name} relatively"
-        if not front:
+        if not program:
             assert name.split(".")[0] not in FOREIGN[package], f"{path.name}: {package} must not know {name}"
             assert target is None or target in ALLOWED[package], f"{path.name}: {package} must not import {name}"
+
+
+def test_every_room_of_svg_has_a_layer():
+    found = {room_of(path) for path in (ROOT / "svg").rglob("*.py")}
+    assert found == set().union(*LAYERS)
+    assert sum(map(len, LAYERS)) == len(found), "a room is in two layers"
+
+
+@pytest.mark.parametrize("path", sources_of_svg())
+def test_no_layer_imports_from_one_above_it(path):
+    own = layer_of(room_of(path))
+    for room in rooms_imported(path):
+        assert layer_of(room) <= own, f"{path.relative_to(ROOT)} imports from svg/{room}, which is above it"
+
+
+def test_no_circle_among_rooms():
+    arrows = {}
+    for path in (ROOT / "svg").rglob("*.py"):
+        arrows.setdefault(room_of(path), set()).update(set(rooms_imported(path)) - {room_of(path)})
+    while arrows:
+        free = {room for room, targets in arrows.items() if not targets & set(arrows)}
+        assert free, f"circle among {sorted(arrows)}"
+        arrows = {room: targets for room, targets in arrows.items() if room not in free}
+
+
+@pytest.mark.parametrize("path", sources_of_svg())
+def test_files_and_terminal_have_their_places(path):
+    known = {name.split(".")[0] for level, name in imports(path) if not level}
+    if room_of(path) in LIBRARY and str(path.relative_to(ROOT)) not in FILES_OF_THE_LIBRARY:
+        assert not known & FORMATS, "file formats of the library are those that docs/architecture.md names"
+    if room_of(path) != "cli":
+        assert not known & TERMINAL, "what a person types and sees in a terminal is svg/cli's"
 
 
 @pytest.mark.parametrize("package", FOLDERS)

@@ -58,10 +58,13 @@ def test_only_svg_is_installed(wheel):
 
 
 def test_every_packaged_folder_is_listed():
-    listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
-    assert listed == set(FOLDERS)
+    found = set()
     for package, folder in FOLDERS.items():
-        assert (ROOT / folder / "__init__.py").is_file(), f"{package} needs {folder}/__init__.py"
+        for path in (ROOT / folder).rglob("*.py"):
+            found.add(".".join([package, *path.parent.relative_to(ROOT / folder).parts]))
+            assert (path.parent / "__init__.py").is_file(), f"{path.parent} needs an __init__.py"
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert set(listed) == found and len(listed) == len(found)
 
 
 def test_metadata(wheel):

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..layout import TokenLayout
+from ..engine.layout import TokenLayout
 
 PROMPT = "a large red circle moving right over a navy and beige striped background, the camera is still"
 STEPS = 8

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import DenseConfig, MethodConfig
-from ..layout import TokenLayout
-from ..state import RunState
+from ..engine.layout import TokenLayout
+from ..engine.state import RunState
 from .inputs import synthetic
 from .timing import median_ms
 

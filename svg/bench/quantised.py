@@ -14,10 +14,10 @@ from svg.kernels.precision import PRECISIONS, SPARSE_PRECISIONS
 from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
 
 from ..config import Sage2Config
-from ..guard import guarded
+from ..engine.guard import guarded
+from ..engine.plan import Plan, execute
 from ..methods.dense import dense_attention
-from ..methods.plan import Plan, execute
-from ..methods.sage import dense_plan, quantised
+from ..methods.sage.precision import dense_plan, quantised
 from .sweep import replaced, time_or_none
 from .timing import median_ms
 

@@ -19,12 +19,12 @@ from svg.kernels import block_sparse_attention, gather_tokens, kmeans, scatter_t
 
 from ..attend import attend
 from ..config import SELECTIONS, MethodConfig, SVG1Config, SVG2Config
-from ..layout import TokenLayout
-from ..methods import svg2
+from ..engine.layout import TokenLayout
+from ..engine.plan import Plan
+from ..engine.state import LayerState, RunState
+from ..environment import versions
 from ..methods.dense import dense_attention
-from ..methods.plan import Plan
-from ..state import LayerState, RunState
-from ..versions import versions
+from ..methods.svg2 import plan as svg2
 from . import quantised, sparge, training
 from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic

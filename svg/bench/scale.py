@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..attend import attend
 from ..config import SELECTIONS, SVG2Config
-from ..layout import TokenLayout
-from ..methods import svg2
+from ..engine.layout import TokenLayout
+from ..engine.state import LayerState, RunState
 from ..methods.dense import dense_attention
-from ..state import LayerState, RunState
+from ..methods.svg2 import plan as svg2
 from .inputs import Inputs
 from .timing import median_ms
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from svg.kernels import target
 
 from ..config import ORDERS, SpargeConfig
-from ..methods import sparge
-from ..methods.plan import Plan, execute
-from ..state import LayerState
+from ..engine.plan import Plan, execute
+from ..engine.state import LayerState
+from ..methods.sparge import plan as sparge
 from .inputs import Inputs
 from .timing import median_ms
 

@@ -15,7 +15,7 @@ from svg.kernels import target, training_attention
 from svg.kernels.training_backward import PRODUCTS
 from svg.kernels.training_inputs import channel_scale, pack_gradients, pack_keys, pack_queries
 
-from ..training import training_attention as attention_with_gradients
+from ..functional.training import training_attention as attention_with_gradients
 from .sweep import replaced, time_or_none
 from .timing import median_ms
 

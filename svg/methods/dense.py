@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svg.kernels import target
 
 from ..config import DENSE_BACKENDS
-from ..layout import TokenLayout
+from ..engine.layout import TokenLayout
 
 _NAMED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,

@@ -14,7 +14,7 @@ from PIL import Image
 from svg.pipelines import GenerationRequest
 
 from ..config import config_from_dict
-from ..job import Job
+from ..generate.job import Job
 
 VERSION = 1  # of cells, journal and sweep.json
 ROLES = ("dense", "control", "accelerated")

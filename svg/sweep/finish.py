@@ -8,10 +8,10 @@ from typing import Any
 
 from svg.eval.compare import compare
 from svg.eval.files import to_json, write_json
-from svg.eval.journal import Journal
 from svg.eval.video import ffmpeg_is_there, write_video
 
 from .cell import VERSION
+from .journal import Journal
 from .run import NO_FFMPEG, now, read_frames
 
 

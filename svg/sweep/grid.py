@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.loading import BUNDLED, OFFLOADS
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
-from ..fingerprint import fingerprint
-from ..job import Job, resolve
+from ..generate.job import Job, resolve
 from .cell import Cell, cell_of
 from .grid_file import GridError, Mapping, read_mapping
 

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from svg.eval.files import atomic_path, write_json
-from svg.eval.journal import Journal
 from svg.eval.video import VideoError, ffmpeg_is_there, write_video
 
-from ..command import command_line
-from ..versions import version_problems, versions
+from ..environment import version_problems, versions
+from ..generate.command_line import command_line
 from .cell import VERSION, Cell
+from .journal import Journal
 from .pool import Pool
 
 ATTEMPTS = 3  # a worker lost that often in one cell is the cell's fault

@@ -14,9 +14,9 @@ from svg.eval.compare import compare
 from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, restore, validate_request
 
 from ..config import MethodConfig
-from ..generate import describe_device, overall_density, run_summary, to_uint8, warm_up, warm_up_control
-from ..job import Job
-from ..versions import versions
+from ..environment import versions
+from ..generate.job import Job
+from ..generate.run_job import describe_device, overall_density, run_summary, to_uint8, warm_up, warm_up_control
 from .cell import Cell
 
 

@@ -12,8 +12,8 @@ from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate,
 from svg.pipelines.attach import attached, transformers_of
 
 from ..config import DenseConfig, MethodConfig
-from ..record import RecordedCall
-from ..state import ObservedCall, RunState, device_name
+from ..engine.state import ObservedCall, RunState, device_name
+from ..recordings.record import RecordedCall
 from .curves import measure_call
 
 # The level at which single heads are tried: far enough from dense to be seen above rounding.

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..attend import attend
 from ..config import MethodConfig
+from ..engine.state import RunState
 from ..methods.dense import key_mask
-from ..record import RecordedCall
-from ..state import RunState
-from ..sweep.recorded import dense_rows
+from ..recordings.record import RecordedCall
+from ..recordings.sweep import dense_rows
 
 BUSY_CYCLES = 8_000_000  # about 4 ms: more than the host takes to queue a call
 

@@ -9,10 +9,10 @@ import yaml
 
 from svg.configs import load_preset
 from svg.eval.files import atomic_path
+from svg.pipelines.fingerprint import fingerprint
 
 from ..config import METHODS
-from ..fingerprint import fingerprint
-from ..job import Job
+from ..generate.job import Job
 
 
 def write_preset(

@@ -13,20 +13,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from svg.eval.files import to_json, write_json
-from svg.eval.journal import Journal
 from svg.eval.page import build_page
+from svg.pipelines.fingerprint import fingerprint
 
 from ..config import MethodConfig
-from ..fingerprint import fingerprint
-from ..job import Job
+from ..environment import versions
+from ..generate.job import Job
+from ..sweep.journal import Journal
 from ..sweep.run import Display, now
-from ..versions import versions
 from .allocate import Problem, fit_cost, uniform_cost, uniform_value, weights_of, within
 from .calibrate import PROBED, is_fixed
 from .curves import LEVELS, curves_of
 from .preset import write_preset
 from .search import Search, Target
-from .stage import KeptPool, Stage
+from .video_trials import KeptPool, Stage
 
 VERSION = 1
 PRESET = "tuned.yaml"

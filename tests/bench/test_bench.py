@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+
 from svg.bench import elementwise, inputs, layers, report, run, scale, sparge, sweep
 from svg.cli import main
-from svg.layout import TokenLayout
+from svg.engine.layout import TokenLayout
 
 WAN, HUNYUAN = TokenLayout(3, 6, 8), TokenLayout(2, 6, 8, 8, "last")
 SMALL_VIDEO = (9, 32, 48)

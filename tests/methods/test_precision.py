@@ -7,7 +7,7 @@ import torch
 
 from svg.attend import attend
 from svg.config import SVG1Config, SVG2Config
-from svg.layout import TokenLayout
+from svg.engine.layout import TokenLayout
 
 SPARSE = {
     "svg1": SVG1Config(density=0.6, block_size=4, sample_rows=6),

@@ -5,9 +5,7 @@ import json
 
 import pytest
 import torch
-from svg.kernels import target
 
-from svg import guard
 from svg.attend import attend
 from svg.config import (
     DenseConfig,
@@ -18,10 +16,12 @@ from svg.config import (
     SVG2Config,
     config_from_dict,
 )
-from svg.layer_file import layers_content
-from svg.layout import TokenLayout
-from svg.methods import sage
-from svg.summary import summarise
+from svg.engine import guard
+from svg.engine.layout import TokenLayout
+from svg.engine.summary import summarise
+from svg.kernels import target
+from svg.methods.sage import precision as sage
+from svg.methods.sage.layers_file import layers_content
 
 SAGE = {"sage2": Sage2Config(), "sage2++": Sage2PlusConfig(), "sage3": Sage3Config()}
 VIDEO = TokenLayout(3, 3, 4)
@@ -77,7 +77,7 @@ def test_a_broken_head_is_computed_again(config, layout, make_qkv, make_state, m
     plain = dataclasses.replace(config, **native) if native else DenseConfig()
     expected = attend(*qkv, make_state(plain, layout), 3, mask)
     whole = attend(*qkv, make_state(config, layout), 3, mask)
-    from svg.methods import plan
+    from svg.engine import plan
 
     home, name = run or (plan, "block_sparse_attention_quantised")
     kernel = getattr(home, name)

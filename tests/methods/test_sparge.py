@@ -5,12 +5,12 @@ import torch
 
 from svg.attend import attend, dense_attention
 from svg.config import SpargeConfig
-from svg.layout import TokenLayout
-from svg.methods import sparge
+from svg.engine.layout import TokenLayout
+from svg.engine.state import LayerState, RunState
 from svg.methods.dense import key_mask
-from svg.methods.orders import hilbert_index, video_order
-from svg.state import LayerState, RunState
-from svg.thresholds import Thresholds, read_layers, save_thresholds
+from svg.methods.sparge import plan as sparge
+from svg.methods.sparge.thresholds_file import Thresholds, read_layers, save_thresholds
+from svg.methods.sparge.video_order import hilbert_index, video_order
 
 ALWAYS = {"warmup_steps": 0, "warmup_layers": 0}
 Q, K = 8, 4

@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 import torch
-from svg.kernels import probe
 
 from svg.attend import attend, dense_attention
 from svg.config import SVG1Config
-from svg.layout import TokenLayout
-from svg.methods import svg1
-from svg.methods.plan import execute
-from svg.state import LayerState
+from svg.engine.layout import TokenLayout
+from svg.engine.plan import execute
+from svg.engine.state import LayerState
+from svg.kernels import probe
+from svg.methods.svg1 import plan as svg1
 
 CPU = torch.device("cpu")
 

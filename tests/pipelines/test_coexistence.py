@@ -8,8 +8,8 @@ from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
 import svg
 from svg.config import DenseConfig, SVG1Config, SVG2Config
+from svg.engine.state import RunState
 from svg.pipelines.attach import attached, transformers_of
-from svg.state import RunState
 
 SPARSE = SVG2Config(
     top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.2, warmup_layers=0.0

@@ -7,7 +7,7 @@ from torch import nn
 
 import svg
 from svg.config import DenseConfig
-from svg.layout import TokenLayout
+from svg.engine.layout import TokenLayout
 from svg.pipelines.attach import attached
 
 SMALL = dict(num_layers=1, num_attention_heads=1)

@@ -26,7 +26,7 @@ def test_by_name_and_close_to_dense(load, run, name, method):
 
 def test_the_guard_gives_finite_frames_where_a_kernel_does_not(load, run, monkeypatch):
     """A head that comes out as NaN never reaches the frames, whichever method and step."""
-    from svg.methods import plan
+    from svg.engine import plan
 
     kernel = plan.block_sparse_attention_quantised
 

@@ -5,7 +5,7 @@ import torch
 
 import svg
 from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
-from svg.methods import sparge
+from svg.methods.sparge import plan as sparge
 from svg.pipelines.attach import attached
 
 FULL = {

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 import svg
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "tiny"
 pytestmark = pytest.mark.filterwarnings("ignore:svg.training_attention computes its plain PyTorch reference")
 
 
@@ -99,7 +99,7 @@ def test_padded_prompts_in_the_sequence_are_refused():
 
 def test_the_example_gives_both_curves(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    script = importlib.import_module("finetune_tiny")
+    script = importlib.import_module("finetune")
     args = argparse.Namespace(
         model=Path(svg.pipelines.__file__).parent / "tiny-wan", size="5x32x32", shape="ring", clips=2, batch=2, steps=2,
         lr=1e-4, gradients="int8", seed=0, device="cpu",
@@ -110,5 +110,5 @@ def test_the_example_gives_both_curves(monkeypatch):
     bf16, int8 = (script.finetune(args, latents, texts, name) for name in ("bf16", "int8"))
     assert len(bf16) == len(int8) == 2 and bf16 != int8
     assert all(abs(a / b - 1) < 0.02 for a, b in zip(int8, bf16, strict=True))
-    for name in ("finetune_tiny", "train_tiny", "tiny_world"):
+    for name in ("finetune", "train", "world"):
         sys.modules.pop(name, None)

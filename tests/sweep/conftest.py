@@ -1,11 +1,10 @@
 """A tiny random model and a grid of ten cells on it."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from tiny_model import model  # noqa: F401
 
 GRID = {
     "prompts": ["a red ball moves right"],
@@ -22,21 +21,8 @@ GRID = {
 }
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Directory of a tiny Wan pipeline."""
-    path = Path(__file__).parents[1] / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "wan"
-    tiny.BUILDERS["wan"]().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def write_grid(model, tmp_path, monkeypatch):
+def write_grid(model, tmp_path, monkeypatch):  # noqa: F811
     """Write a YAML file of the grid with changes, in an empty working folder; returns its name."""
     monkeypatch.chdir(tmp_path)
 
@@ -49,7 +35,7 @@ def write_grid(model, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def undisturbed(model, tmp_path_factory):
+def undisturbed(model, tmp_path_factory):  # noqa: F811
     """Folder of the grid's sweep that nothing disturbed."""
     from svg.cli import main
 

@@ -8,7 +8,7 @@ import pytest
 from sweep_support import summary_of
 
 from svg.cli import main
-from svg.fingerprint import fingerprint
+from svg.pipelines.fingerprint import fingerprint
 from svg.sweep.grid import cells_of, read_grid
 from svg.sweep.grid_file import GridError
 

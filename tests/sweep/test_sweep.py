@@ -12,12 +12,12 @@ import pytest
 from sweep_support import results_of, summary_of
 
 from svg.cli import main
+from svg.cli.sweep_display import TimeLeft, clock
 from svg.eval.compare import compare
 from svg.eval.files import to_json
-from svg.eval.journal import Journal, JournalError
 from svg.eval.video import read_video
-from svg.sweep.display import TimeLeft, clock
 from svg.sweep.grid import cells_of, read_grid
+from svg.sweep.journal import Journal, JournalError
 from svg.sweep.run import ATTEMPTS, Results, read_frames, run_sweep
 
 DONE = {"quality": None, "seconds": {"end_to_end": 2.0, "attention": 1.0}, "density": {"all_calls": 1.0}}

@@ -1,10 +1,7 @@
 """A tiny random model to tune, and what to ask for."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-import torch
+from tiny_model import model  # noqa: F401
 
 SIZE = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "3", "--lpips", "none", "--device", "cpu"]
 SETTINGS = [
@@ -21,26 +18,13 @@ PROMPTS = ["--prompt", "a red ball moves right", "--held-out", "a blue box moves
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    """Directory of a tiny Wan pipeline."""
-    path = Path(__file__).parents[1] / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "wan"
-    tiny.BUILDERS["wan"]().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def unprompted(model):
+def unprompted(model):  # noqa: F811
     """Model and size as arguments of `svg tune`."""
     return ["--model", str(model), *SIZE]
 
 
 @pytest.fixture(scope="session")
-def arguments(model):
+def arguments(model):  # noqa: F811
     """Arguments of `svg tune` for the tiny model; a target and --out are still to be given."""
     return [
         "--model",

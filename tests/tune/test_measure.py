@@ -8,11 +8,11 @@ import torch
 
 from svg.attend import attend
 from svg.config import SVG1Config, SVG2Config
-from svg.layout import TokenLayout
+from svg.engine.layout import TokenLayout
+from svg.engine.state import RunState
 from svg.methods.dense import dense_attention, key_mask
 from svg.pipelines import GenerationRequest, accelerate, generate, load_pipeline, restore
-from svg.record import RecordedCall
-from svg.state import RunState
+from svg.recordings.record import RecordedCall
 from svg.tune.allocate import Cost, Problem, uniform_cost, within
 from svg.tune.calibrate import calibrate
 from svg.tune.curves import curves_of, measure_call

@@ -1,0 +1,299 @@
+"""`svg`: generate, evaluate, sweep, tune, record, page, bench, presets, doctor.
+
+Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..config import METHODS
+from .adapt import adapt
+from .sparge_tune import sparge_tune
+from .sweep import record, sweep
+from .tune import tune
+
+LPIPS_NETS = ("alex", "vgg", "none")
+BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
+OFFLOADS = ("none", "model", "group", "sequential")
+_METHOD_FLAGS = (
+    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
+    *("warmup_steps", "warmup_layers", "dense_backend"),
+)
+_GENERATION_FLAGS = (
+    *("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed"),
+    *("negative_prompt", "image", "fps"),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="svg")
+def cli() -> None:
+    """Sparse attention for video diffusion transformers: the same video, faster, no retraining.
+
+    Set SVG_TRACEBACK=1 to see where an error came from.
+    """
+
+
+@cli.command()
+@click.argument("prompt")
+@click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
+@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@click.option("--method", type=click.Choice(tuple(METHODS)), default="svg2", show_default=True)
+@click.option("--density", type=float, help="svg1: share of the attention map to compute, in (0, 1].")
+@click.option("--top-p", type=float, help="svg2: attention mass kept per query cluster, in (0, 1].")
+@click.option("--budget", type=float, help="svg2: upper bound on density, in (0, 1].")
+@click.option("--num-q-clusters", type=int, help="svg2: query clusters a head.")
+@click.option("--num-k-clusters", type=int, help="svg2: key clusters a head.")
+@click.option("--topk", type=float, help="sparge: share of the key blocks kept per query block, in (0, 1].")
+@click.option("--cdf", type=float, help="sparge: predicted mass of the kept key blocks, in (0, 1].")
+@click.option("--thresholds", type=click.Path(), help="sparge: file of `svg sparge-tune`, thresholds of every head.")
+@click.option("--warmup-steps", type=float, help="Share of the steps kept dense, in [0, 1].")
+@click.option("--warmup-layers", type=float, help="Share of the layers kept dense, in [0, 1].")
+@click.option(
+    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
+)
+@click.option("--dense-backend", help="Backend of dense attention: auto, cudnn, flash, efficient, math.")
+@click.option("--height", type=int)
+@click.option("--width", type=int)
+@click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1.")
+@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale.")
+@click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1.")
+@click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler (Wan: 3 at 480p, 5 at 720p).")
+@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
+@click.option("--negative-prompt")
+@click.option("--image", type=click.Path(exists=True, dir_okay=False), help="First frame, for image-to-video models.")
+@click.option("--fps", type=int, help="Frames per second of the written videos.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
+@click.option("--offload", type=click.Choice(OFFLOADS), default="none", show_default=True)
+@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, for videos whose decoding doesn't fit.")
+@click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
+@click.option("--force", is_flag=True, help="Replace the results of an earlier run.")
+@click.option("--no-dense", is_flag=True, help="Skip the dense baseline, and with it all comparison.")
+@click.option("--no-control", is_flag=True, help="Skip the dense-against-dense control.")
+@click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True)
+def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> None:
+    """Generate PROMPT dense and sparse from one seed; write both videos and a report."""
+    from rich.console import Console
+
+    from ..generate.job import parse_assignments, resolve
+    from ..generate.run_job import run
+    from .console import TerminalDisplay, print_job, print_report
+
+    quiet_loading()
+    console = Console()
+    flags = {name: options.pop(name) for name in _METHOD_FLAGS}
+    settings = {name: value for name, value in flags.items() if value is not None}
+    settings |= parse_assignments(options.pop("assignments"))
+    generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}
+    job = resolve(settings=settings, generation=generation, dense=not no_dense, control=not no_control, **options)
+    print_job(console, job)
+    start = time.perf_counter()
+    report = run(job, TerminalDisplay(console))
+    print_report(console, report, str(job.out))
+    console.print(f"done in {time.perf_counter() - start:.0f} s, warm-up and measuring included", highlight=False)
+
+
+@cli.command()
+@click.argument("reference", type=click.Path())
+@click.argument("output", type=click.Path())
+@click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every frame's numbers here.")
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write a table of them here, a row a frame.")
+def evaluate(reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None) -> int:
+    """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
+
+    Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
+    """
+    from rich.console import Console
+
+    from svg.eval.files import write_json
+    from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv
+    from svg.pipelines.loading import resolve_device
+
+    from .console import print_comparison, print_comparisons
+
+    console = Console()
+    pairs = find_pairs(reference, output)
+    chosen = resolve_device(device)
+    if os.path.isdir(reference):
+        result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"[dim]{name} ...[/dim]"))
+        rows = [pair for pair in result["pairs"] if "error" not in pair]
+        print_comparisons(console, reference, output, result)
+        result = {"reference": reference, "output": output, **result}
+        code = 0 if len(rows) == len(pairs) else 1
+    else:
+        result = evaluate_pair(*pairs[0][1:], lpips, chosen)
+        rows, code = [{"name": pairs[0][0], **result}], 0
+        print_comparison(console, reference, output, result)
+        for note in result["notes"]:
+            console.print(f"note: {note}", highlight=False)
+    if json_path:
+        write_json(json_path, result)
+    if csv_path:
+        write_csv(csv_path, rows)
+    return code
+
+
+cli.add_command(sweep)
+cli.add_command(tune)
+cli.add_command(record)
+cli.add_command(sparge_tune)
+cli.add_command(adapt)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path())
+@click.option("--plots", is_flag=True, help="Also write pareto.png and pareto.svg (needs matplotlib).")
+@click.option(
+    "--metric", default="psnr", show_default=True, help="Of the plots: psnr, ssim, lpips, temporal_psnr, vmaf."
+)
+def page(folder: str, plots: bool, metric: str) -> None:
+    """Build report.html in FOLDER, the results of a run or a sweep, to look at in a browser, offline too.
+
+    Players, plots, heat maps and a table, in one file beside the videos. A sweep may still be running.
+    """
+    from svg.eval.page import build_page
+    from svg.eval.page.plots import write_plots
+
+    paths = [build_page(folder), *(write_plots(folder, metric) if plots else [])]
+    click.echo(f"written: {', '.join(map(str, paths))}")
+
+
+@cli.command()
+@click.argument("name", required=False)
+def presets(name: str | None) -> None:
+    """List the presets, or show one."""
+    import yaml
+
+    from svg.configs import load_preset, preset_names
+
+    if name is None:
+        for preset in map(load_preset, preset_names()):
+            size = preset.generation
+            methods = ", ".join(method for method in preset.methods if method != "dense")
+            video = f"{size.frames} x {size.height} x {size.width}, {size.steps} steps"
+            click.echo(f"{preset.name:<20} {preset.model:<40} {video:<30} {methods}")
+        return
+    preset = load_preset(name)
+    content = {"model": preset.model, "source": preset.source, "generation": vars(preset.generation)}
+    methods = {method: config.to_dict() for method, config in preset.methods.items()}
+    click.echo(yaml.safe_dump({**content, **methods}, sort_keys=False), nl=False)
+
+
+@cli.command()
+@click.argument("what", type=click.Choice(BENCHES), nargs=-1)
+@click.option("--save", is_flag=True, help="Write docs/benchmarks/<gpu>.json and docs/benchmarks.md.")
+@click.option("--docs", type=click.Path(file_okay=False), default="docs", show_default=True, help="Folder of --save.")
+@click.option("--sweep", is_flag=True, help="Also time other tile sizes, which takes minutes.")
+def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
+    """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named."""
+    from rich.console import Console
+
+    from ..bench import report
+    from ..bench.run import Bench, gpu_name, run
+    from .console import bench_line
+
+    console = Console()
+    what = what or ("all",)
+    command = " ".join(["svg bench", *what, *(["--save"] if save else []), *(["--sweep"] if sweep else [])])
+    found = Bench(
+        command=command,
+        show=lambda key, entry: console.print(bench_line(key, entry), highlight=False, soft_wrap=True),
+        say=lambda line: console.print(f"note: {line}", highlight=False, soft_wrap=True),
+        sweep=sweep,
+    )
+    try:
+        run(what, found)
+    finally:
+        # An hour-long machine may end in the middle: what was measured stays.
+        if save and found.results:
+            for path in report.save(Path(docs), gpu_name(), found.results):
+                console.print(f"wrote {path}", highlight=False)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> int:
+    """Tell what is installed, what is missing and what to do; exit code 1 if something must be done."""
+    import json
+
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return 1 if found["problems"] else 0
+    for name, version in found["versions"].items():
+        click.echo(f"{name:<16} {version or 'missing'}")
+    for device in found["devices"]:
+        details = ", ".join(f"{key.replace('_', ' ')} {_plain(device[key])}" for key in device if key != "name")
+        click.echo(f"{'device':<16} {device['name']}: {details}")
+    for net, path in found["lpips"].items():
+        click.echo(f"{'LPIPS ' + net:<16} {path or 'missing'}")
+    click.echo(f"{'ffmpeg':<16} {found['ffmpeg'] or 'missing'}")
+    click.echo(f"{'tiny-wan':<16} {'bundled' if found['bundled_model'] else 'missing'}")
+    click.echo(f"{'presets':<16} {', '.join(found['presets'])}")
+    for kind in ("problems", "hints"):
+        for line in found[kind]:
+            click.echo(f"{kind[:-1]}: {line}")
+    return 1 if found["problems"] else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; every error a user can cause is one line on stderr.
+
+    Args:
+        arguments: command-line arguments; None: those of the process.
+
+    Returns:
+        0, or 1 when something failed on this machine, 2 on bad input, 130 when interrupted.
+    """
+    try:
+        code = cli.main(arguments, prog_name="svg", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        click.echo(help_text.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(error, error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted: nothing was written", err=True)
+        return 130
+    except (ValueError, TypeError, NotImplementedError, ArithmeticError, OSError) as error:
+        return _fail(error, str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class, without importing torch
+            raise
+        _fail(error, f"{error}. Use fewer frames, a smaller size, --offload model or --vae-tiling")
+        return 1
+
+
+def _fail(error: Exception, message: str) -> int:
+    if os.environ.get("SVG_TRACEBACK"):
+        raise error
+    click.echo(f"svg: error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def quiet_loading() -> None:
+    """The libraries' own bars for local files say nothing; those of downloads stay."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+

@@ -1,0 +1,238 @@
+"""`svg sweep` and `svg record`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import METHODS
+
+_LPIPS = ("alex", "vgg", "none")
+_DTYPES = ("bf16", "fp16", "fp32")
+_OFFLOADS = ("none", "model", "group", "sequential")
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them.
+
+    Args:
+        kind: int or float.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type):
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [self._kind(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
+
+
+def size_options(command: Callable) -> Callable:
+    """Options of a video's size and steps."""
+    for option in (
+        click.option("--fps", type=int, help="Frames per second of the written videos."),
+        click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler."),
+        click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1."),
+        click.option("--guidance", type=float, help="Classifier-free guidance scale."),
+        click.option("--steps", type=int, help="Denoising steps."),
+        click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1."),
+        click.option("--width", type=int),
+        click.option("--height", type=int),
+    ):
+        command = option(command)
+    return command
+
+
+def run_options(command: Callable) -> Callable:
+    """Options of where and how a model runs."""
+    for option in (
+        click.option("--vae-tiling", is_flag=True, default=None, help="Decode in tiles."),
+        click.option("--offload", type=click.Choice(_OFFLOADS), help="[default: none]"),
+        click.option("--dtype", type=click.Choice(_DTYPES), help="[default: bf16 on a GPU, fp32 on a CPU]"),
+        click.option("--device", help="auto, cpu, cuda or cuda:<index> [default: auto]."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("grid", required=False, type=click.Path(dir_okay=False))
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
+@click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
+@click.option("--budgets", type=Numbers(float), help="With commas: densities for svg1, upper bounds for svg2, shares of key blocks for sparge.")
+@click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
+@click.option("--negative-prompt")
+@size_options
+@run_options
+@click.option("--lpips", type=click.Choice(_LPIPS), help="[default: alex]")
+@click.option("--no-control", is_flag=True, help="No dense-against-dense control.")
+@click.option("--keep-frames", is_flag=True, help="Keep raw frames of every cell, not of dense and control alone.")
+@click.option("--ray", "ray_address", help="Spread cells over a Ray cluster: its address, or `local` to start one.")
+@click.option("--workers", type=click.IntRange(1), help="With --ray: how many actors [default: one a GPU].")
+@click.option("--recorded", type=click.Path(dir_okay=False), help="Sweep recorded q, k, v (`svg record`), no generation.")
+@click.option("--no-run", is_flag=True, help="Generate nothing: videos, LPIPS and VMAF that another machine had to leave out.")
+@click.option("--out", type=click.Path(), default="svg-sweep", show_default=True, help="Folder of the results.")
+def sweep(grid: str | None, **options: Any) -> int:
+    """Generate every cell of models x methods x budgets x prompts x seeds, measured against dense.
+
+    GRID is a YAML file; flags win over it. What is finished is never run again: the same command goes on after a kill,
+    and a larger grid adds to the folder. Exit code 1 if a cell failed.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if options["workers"] is not None and options["ray_address"] is None:
+        raise ValueError("--workers must come with --ray: without it one process runs one cell at a time")
+    if options["no_run"]:
+        return _finish(console, options)
+    if options["recorded"] is not None:
+        return _sweep_recorded(console, grid, options)
+    return _sweep(console, grid, options)
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--model", help="Hub id or directory [default: the bundled tiny-wan].")
+@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@size_options
+@click.option("--negative-prompt")
+@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
+@run_options
+@click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
+@click.option("--record-layers", type=Numbers(int), help="Layers to record, from 0; -1 is the last [default: all].")
+@click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")
+@click.option("--out", type=click.Path(dir_okay=False), default="qkv.safetensors", show_default=True)
+def record(prompt: str, **options: Any) -> None:
+    """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`."""
+    from rich.console import Console
+
+    from ..generate.job import resolve
+    from ..recordings.record import record_job
+    from .app import quiet_loading
+
+    quiet_loading()
+    console = Console()
+    branches = options.pop("record_branches")
+    chosen = {
+        "steps": options.pop("record_steps"),
+        "layers": options.pop("record_layers"),
+        "branches": None if branches is None else branches.split(","),
+    }
+    out, run = options.pop("out"), {key: options.pop(key) for key in ("device", "dtype", "offload", "vae_tiling")}
+    job = resolve(
+        preset=options.pop("preset"),
+        model=options.pop("model"),
+        method="dense",
+        settings={},
+        generation={"prompt": prompt, **options},
+        device=run["device"] or "auto",
+        dtype=run["dtype"],
+        offload=run["offload"] or "none",
+        vae_tiling=bool(run["vae_tiling"]),
+        out=Path(out),
+        force=True,
+        dense=True,
+        control=False,
+        lpips="none",
+    )
+    calls, size = record_job(job, Path(out), **chosen)
+    console.print(f"{calls} attention calls, {size / 2**20:.1f} MiB, written to {out}", highlight=False)
+
+
+def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
+    from svg.eval.page import build_page
+    from svg.pipelines.loading import resolve_device
+
+    from ..sweep.grid import cells_of, read_grid
+    from ..sweep.pool import LocalPool, RayPool
+    from ..sweep.run import Results, run_sweep
+    from .app import quiet_loading
+    from .sweep_display import SweepDisplay, print_summary
+
+    quiet_loading()
+    plan = read_grid(grid, _flags(options))
+    address = options["ray_address"]
+    device = _device_of(plan.run["device"], address, resolve_device)
+    header = {"command": command_text(), "lpips": plan.run["lpips"]}
+    results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
+    with SweepDisplay(console) as display:
+
+        def pool() -> Any:
+            if address is None:
+                return LocalPool(device, display.step)
+            return RayPool(address, device, options["workers"])
+
+        try:
+            summary = run_sweep(results, pool, display)
+        except KeyboardInterrupt:
+            click.echo(f"interrupted: finished cells stay in {options['out']}, the same command goes on", err=True)
+            return 130
+    build_page(options["out"])
+    print_summary(console, summary, options["out"])
+    return 1 if summary["counts"]["failed"] else 0
+
+
+def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> int:
+    from svg.eval.page import build_page
+    from svg.pipelines.loading import resolve_device
+
+    from ..recordings.sweep import sweep_recorded
+    from ..sweep.grid import method_configs, read_grid
+    from .sweep_display import print_recorded
+
+    plan = read_grid(grid, _flags(options), prompts_needed=False)
+    device = resolve_device(plan.run["device"])
+    result = sweep_recorded(options["recorded"], method_configs(plan), device, Path(options["out"]), command_text())
+    build_page(options["out"])
+    print_recorded(console, result, options["out"])
+    return 0
+
+
+def _finish(console: Any, options: dict[str, Any]) -> int:
+    from svg.eval.page import build_page
+    from svg.pipelines.loading import resolve_device
+
+    from ..sweep.finish import finish
+    from .sweep_display import print_summary
+
+    out = options["out"]
+    summary = finish(out, options["lpips"], resolve_device(options["device"] or "auto"))
+    build_page(out)
+    print_summary(console, summary, out)
+    return 0
+
+
+def _flags(options: dict[str, Any]) -> dict[str, Any]:
+    """Flags as a grid's keys, None where not given."""
+    plain = ("budgets", "seeds", "negative_prompt", "height", "width", "frames", "steps", "guidance", "true_cfg")
+    plain += ("flow_shift", "fps", "device", "dtype", "offload", "vae_tiling", "lpips")
+    lists = {key: list(options[key]) or None for key in ("prompts", "models")}
+    methods = options["methods"].split(",") if options["methods"] else None
+    control = False if options["no_control"] else None
+    return {**{key: options[key] for key in plain}, **lists, "methods": methods, "control": control}
+
+
+def _device_of(device: str, address: str | None, resolve_device: Callable) -> str:
+    if address is None or device == "cpu":
+        return str(resolve_device(device))
+    if device not in ("auto", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda with --ray, got {device}")
+    # What counts is the cluster's GPUs; a local cluster has this machine's.
+    return str(resolve_device(device)) if address == "local" else "cuda"
+
+
+def command_text() -> str:
+    """The command line of this process, quoted for a POSIX shell."""
+    return shlex.join(["svg", *sys.argv[1:]])

@@ -1,0 +1,120 @@
+"""`svg tune`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..config import METHODS
+from .sweep import Numbers, command_text, run_options, size_options
+
+_TUNABLE = tuple(name for name, config in METHODS.items() if config.head_field)
+_TARGETS = ("min_psnr", "max_lpips", "target_speedup")
+# Of the bundled model's world; other models need prompts of their own.
+_PROMPTS = (
+    "a large red circle moving right over a gray and navy checkered background, the camera is still",
+    "a small green square moving up in front of a large white ring moving left over a brown and black plain background, the camera pans right",
+)
+_HELD_OUT = (
+    "a small blue square moving up over a olive and beige striped background, the camera pans left",
+    "a large yellow triangle moving down over a navy and beige dotted background, the camera is still",
+)
+
+
+@click.command()
+@click.option("--min-psnr", type=float, help="Target: PSNR of the videos against dense, in dB.")
+@click.option("--max-lpips", type=float, help="Target: LPIPS of the videos against dense.")
+@click.option("--target-speedup", type=float, help="Target: attention so many times as fast (by density on a CPU).")
+@click.option("--worst", is_flag=True, help="Every video must reach the target, not their mean.")
+@click.option("--prompt", "prompts", multiple=True, help="Measured and searched on; several times for several.")
+@click.option("--held-out", multiple=True, help="Verified on, never searched on; several times for several.")
+@click.option("--seeds", type=Numbers(int), default="0", show_default=True, help="Seeds of the noise, with commas.")
+@click.option("--model", help="Hub id or directory [default: the bundled tiny-wan].")
+@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@click.option("--method", type=click.Choice(_TUNABLE), default="svg2", show_default=True)
+@click.option("--set", "assignments", multiple=True, help="Any other setting of the method as NAME=VALUE.")
+@size_options
+@click.option("--negative-prompt")
+@run_options
+@click.option("--lpips", type=click.Choice(("alex", "vgg", "none")), default="alex", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Settings tried in a search.")
+@click.option("--tune-steps", type=Numbers(int), help="Steps to measure, from 0 [default: three of the sparse ones].")
+@click.option("--probe", type=click.Choice(("heads", "layers", "none")), default="layers", show_default=True,
+              help="Whose effect on the prediction to measure: a forward each, for every measured step and branch.")  # fmt: skip
+@click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
+@click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
+def tune(**options: Any) -> int:
+    """Find budgets for every layer and head that reach a target, and write them as a preset.
+
+    Measures what each head loses at which density, spends where the error per cost is largest, searches the target on
+    videos, verifies it on held-out prompts, and compares with one budget for all heads. The same command goes on after
+    a kill. Exit code 1 if the target was not reached.
+    """
+    from rich.console import Console
+
+    from svg.pipelines.loading import resolve_device
+
+    from ..tune.run import Tuner
+    from .app import quiet_loading
+    from .tune_display import ConsoleDisplay, print_tuning
+
+    quiet_loading()
+    console = Console()
+    plan = _plan(options)
+    device = resolve_device(plan.job.device)
+    dtype = plan.job.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    tuner = Tuner(plan, Path(options["out"]), str(device), dtype, command_text(), ConsoleDisplay(console))
+    try:
+        result = tuner.run()
+    except KeyboardInterrupt:
+        click.echo(f"interrupted: what is done stays in {options['out']}, the same command goes on", err=True)
+        return 130
+    print_tuning(console, result, options["out"])
+    return 0 if result["state"] == "finished" else 1
+
+
+def _plan(options: dict[str, Any]) -> Any:
+    from svg.pipelines.loading import BUNDLED
+
+    from ..generate.job import parse_assignments, resolve
+    from ..tune.run import Plan
+    from ..tune.search import Target
+
+    given = [name for name in _TARGETS if options[name] is not None]
+    if len(given) != 1:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in _TARGETS)
+        raise ValueError(f"one of {flags} must be given, got {len(given)}")
+    target = Target(given[0], options[given[0]], options["worst"])
+    if target.kind == "max_lpips" and options["lpips"] == "none":
+        raise ValueError("--max-lpips needs a network: --lpips alex or vgg, got none")
+    sizes = ("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "fps", "negative_prompt")
+    job = resolve(
+        preset=options["preset"],
+        model=options["model"],
+        method=options["method"],
+        settings=parse_assignments(options["assignments"]),
+        generation={"prompt": "-", **{key: options[key] for key in sizes}},
+        device=options["device"] or "auto",
+        dtype=options["dtype"],
+        offload=options["offload"] or "none",
+        vae_tiling=bool(options["vae_tiling"]),
+        out=Path(options["out"]),
+        force=False,
+        dense=True,
+        control=False,
+        lpips=options["lpips"],
+    )
+    bundled = job.model == BUNDLED
+    return Plan(
+        job=job,
+        prompts=list(options["prompts"] or (_PROMPTS if bundled else ())),
+        held_out=list(options["held_out"] or (_HELD_OUT if bundled else ())),
+        seeds=list(dict.fromkeys(options["seeds"])),
+        target=target,
+        steps=options["tune_steps"],
+        probe=options["probe"],
+        rounds=options["rounds"],
+        control=not options["no_control"],
+    )

@@ -1,0 +1,1 @@
+"""What every method runs on: layout, plan, state, records, guard. Knows no method by name."""

@@ -1,0 +1,231 @@
+"""What a sparse method decides for one attention call, how dense it is, and its execution."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from svg.kernels.block_sparse import Tail, block_sparse_attention
+from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
+from svg.kernels.computed_pairs import computed_pairs
+from svg.kernels.permute import gather_tokens
+
+from .layout import TokenLayout
+
+# Blocks of all heads that run at once: lists have 4 to 6 bytes for each, and with tiles they grow with S^2.
+LISTED_BLOCKS = 1 << 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Permutations, cluster sizes and block maps of one call; M maps serve B x H heads.
+
+    Args:
+        q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries, or None for identity.
+        k_permutation: the same for keys and values.
+        q_sizes: int32 [M, Cq], tokens in each query cluster in sorted order; sums to S.
+        k_sizes: int32 [M, Ck], tokens in each key cluster in sorted order; sums to S.
+        block_map: bool [M, Cq, Ck], which blocks are computed.
+        map_index: int32 [B, H], which of the M maps a head uses.
+        visible_keys: int [M], keys that dense attention would see (all but padding text).
+        kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
+        pv_threshold: fp32 [H], see `block_sparse_attention_quantised`, or None; for 8-bit precisions only.
+        tail: what stands for the blocks that are not computed, or None.
+        key_multiple: see `block_sparse_attention_quantised`.
+        share: float32 [M], density of each map where it is known already, or None.
+        reused: whether an earlier call made all of it but the tail's means.
+        own_maps: whether each head of each sample has a map of its own, in order, so that heads can run in turn.
+    """
+
+    q_permutation: Tensor | None
+    k_permutation: Tensor | None
+    q_sizes: Tensor
+    k_sizes: Tensor
+    block_map: Tensor
+    map_index: Tensor
+    visible_keys: Tensor
+    kind: Tensor | None = None
+    pv_threshold: Tensor | None = None
+    tail: Tail | None = None
+    key_multiple: int = 1
+    share: Tensor | None = None
+    reused: bool = False
+    own_maps: bool = False
+    _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
+
+    def again(self, means: tuple[Tensor, Tensor] | None) -> Plan:
+        """The same plan for a later call, whose density is known.
+
+        Args:
+            means: of that call's keys and values, [B, H, C, D] in their dtype; None where there is no tail.
+
+        Returns:
+            The plan.
+        """
+        plan = replace(self, tail=None if means is None else Tail(*means, self.tail.bias), reused=True)
+        plan._density.extend(self._density)
+        return plan
+
+    def of_heads(self, group: tuple[slice, slice]) -> Plan:
+        """The plan of some heads of one sample, where they have maps of their own.
+
+        Args:
+            group: of `head_groups`.
+
+        Returns:
+            A plan for tensors [1, heads, S, D].
+        """
+        sample, heads = group
+        first = sample.start * self.map_index.shape[1] + heads.start
+        maps = slice(first, first + heads.stop - heads.start)
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[group]
+
+        return replace(
+            self,
+            q_permutation=part(self.q_permutation),
+            k_permutation=part(self.k_permutation),
+            q_sizes=self.q_sizes[maps],
+            k_sizes=self.k_sizes[maps],
+            block_map=self.block_map[maps],
+            map_index=self.map_index[group] - first,
+            visible_keys=self.visible_keys[maps],
+            kind=part(self.kind),
+            pv_threshold=None if self.pv_threshold is None else self.pv_threshold[heads],
+            tail=None if self.tail is None else Tail(part(self.tail.k), part(self.tail.v), self.tail.bias[maps]),
+            share=None if self.share is None else self.share[maps],
+        )
+
+    def density(self) -> Tensor:
+        """Computed share of what dense attention computes, token-weighted.
+
+        Returns:
+            float32 [B, H]: sum of |Q_i| |K_j| over the computed blocks / (S * visible keys); a key of the tail counts as one.
+        """
+        if not self._density:
+            share = self.share
+            if share is None:
+                share = map_shares(self.block_map, self.q_sizes, self.k_sizes, self.visible_keys, self.tail)
+            self._density.append(share[self.map_index.long()])
+        return self._density[0]
+
+
+def map_shares(
+    block_map: Tensor, q_sizes: Tensor, k_sizes: Tensor, visible_keys: Tensor, tail: Tail | None = None
+) -> Tensor:
+    """Density of each map of a plan, float32 [M]; arguments as `Plan` has them."""
+    area = computed_pairs(block_map, q_sizes, k_sizes, 0 if tail is None else tail.bias.shape[2])
+    return (area.double() / (q_sizes.sum(-1) * visible_keys)).float()
+
+
+def execute(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
+) -> Tensor:
+    """Block-sparse attention as planned, of some heads at a time where lists of all heads' blocks would be large.
+
+    Args:
+        plan: the plan of this call.
+        q, k, v: float [B, H, S, D] in original order.
+        precision: "native", "int8-fp8", "int8-fp8-acc16" or "int8-fp16".
+        failed: int32 [B, H], set where a quantised head's sums are not to be trusted, or None.
+
+    Returns:
+        [B, H, S, D] in original order and q's dtype.
+    """
+    groups = head_groups(plan)
+    if len(groups) == 1:
+        return _execute(plan, q, k, v, precision, failed)
+    out = torch.empty_like(q)
+    for group in groups:
+        part = plan.of_heads(group)
+        out[group] = _execute(part, q[group], k[group], v[group], precision, None if failed is None else failed[group])
+    return out
+
+
+def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
+    """Which samples and heads run at once: all, or as many heads of a sample as keep lists of their blocks small.
+
+    Args:
+        plan: of a call.
+
+    Returns:
+        Indices into [B, H], that `Plan.of_heads` takes where there are several.
+    """
+    B, H = plan.map_index.shape
+    at_once = max(1, LISTED_BLOCKS // plan.block_map[0].numel())
+    if not plan.own_maps or at_once >= B * H:
+        return [(slice(0, B), slice(0, H))]
+    starts = itertools.product(range(B), range(0, H, at_once))
+    return [(slice(sample, sample + 1), slice(first, min(first + at_once, H))) for sample, first in starts]
+
+
+def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
+    if precision != "native":
+        return _execute_quantised(plan, q, k, v, precision, failed)
+    if plan.k_permutation is not None:
+        k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
+    return block_sparse_attention(
+        q,
+        k,
+        v,
+        plan.block_map,
+        plan.q_sizes,
+        plan.k_sizes,
+        map_index=plan.map_index,
+        q_permutation=plan.q_permutation,
+        tail=plan.tail,
+    )
+
+
+def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
+    return block_sparse_attention_quantised(
+        q,
+        k,
+        v,
+        plan.block_map,
+        plan.q_sizes,
+        plan.k_sizes,
+        map_index=plan.map_index,
+        q_permutation=plan.q_permutation,
+        k_permutation=plan.k_permutation,
+        precision=precision,
+        pv_threshold=plan.pv_threshold,
+        key_multiple=plan.key_multiple,
+        failed=failed,
+        tail=plan.tail,
+    )
+
+
+def tile_multiple(tile: int, layout: TokenLayout) -> int:
+    """What selected key clusters begin at multiples of, where the video is cut into tiles and text comes after it.
+
+    Args:
+        tile: keys of a tile; the video's last one may have fewer.
+        layout: where the text is, and how many tokens the video has.
+
+    Returns:
+        The tile, or 1 where the text may begin anywhere.
+    """
+    return tile if not layout.text_tokens or layout.video_tokens % tile == 0 else 1
+
+
+def visible_keys(num: int, video_tokens: int, text_tokens: int, text_mask: Tensor | None, device) -> Tensor:
+    """Keys that dense attention would see, per sample.
+
+    Args:
+        num: samples.
+        video_tokens: video tokens, all seen.
+        text_tokens: text tokens, padding included.
+        text_mask: bool [num, text_tokens], True for prompt tokens, or None for all.
+        device: where the result lives.
+
+    Returns:
+        int64 [num].
+    """
+    if text_mask is None:
+        return torch.full((num,), video_tokens + text_tokens, device=device)
+    return video_tokens + text_mask.sum(-1)

@@ -1,0 +1,177 @@
+"""What `svg generate` is to do: a preset, changed by flags, resolved and validated before anything heavy runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from svg.configs import Preset, load_preset, preset_names
+from svg.pipelines import GenerationRequest
+from svg.pipelines.fingerprint import fingerprint
+from svg.pipelines.loading import BUNDLED
+
+from ..config import METHODS, MethodConfig, config_from_dict
+
+_SIZE = ("height", "width", "frames")
+_GENERATION = (*_SIZE, "steps", "guidance", "fps", "flow_shift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One `svg generate`, fully resolved.
+
+    Args:
+        model: hub id, directory or "tiny-wan".
+        preset: name or YAML file of the preset the settings started from, or None.
+        config: the method's settings.
+        request: what to generate.
+        image_path: where the request's image came from, or None.
+        out: folder of the results.
+        force: replace earlier results in it.
+        device, dtype, offload, flow_shift, vae_tiling: as `svg.pipelines.load_pipeline` takes them.
+        dense: run the dense baseline, which quality and speed-up are measured against.
+        control: run dense once more on another backend, for the noise floor.
+        lpips: "alex", "vgg" or "none".
+    """
+
+    model: str
+    preset: str | None
+    config: MethodConfig
+    request: GenerationRequest
+    image_path: str | None
+    out: Path
+    force: bool
+    device: str
+    dtype: str | None
+    offload: str
+    flow_shift: float | None
+    vae_tiling: bool
+    dense: bool
+    control: bool
+    lpips: str
+
+
+def resolve(
+    *,
+    preset: str | None,
+    model: str | None,
+    method: str,
+    settings: dict[str, Any],
+    generation: dict[str, Any],
+    **rest: Any,
+) -> Job:
+    """Put a preset and flags together: a flag that is given wins.
+
+    Args:
+        preset: a preset's name or YAML file; None: the only preset of the model, if there is just one.
+        model: hub id or directory; None: the preset's, or the bundled model.
+        method: one of METHODS.
+        settings: fields of the method's config, those that are given.
+        generation: prompt, negative_prompt, true_cfg, seed, image (a path) and the preset's generation keys; None means
+            not given.
+        rest: the other fields of Job.
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: unknown names, values outside their range, flags that exclude each other, or sizes missing.
+        TypeError: a value has the wrong type.
+        OSError: the image cannot be read.
+    """
+    if method == "dense" and not rest["dense"]:
+        raise ValueError("--no-dense must come with a sparse method, got --method dense: leave one of them out")
+    chosen = _preset(preset, model)
+    given = {key: value for key, value in generation.items() if value is not None}
+    values = {**_defaults(chosen), **given}
+    missing = [key for key in _SIZE if key not in values]
+    if missing:
+        flags = ", ".join(f"--{key}" for key in missing)
+        raise ValueError(
+            f"{flags} must be given for a model without a preset, or --preset one of {', '.join(preset_names())}"
+        )
+    flow_shift = values.pop("flow_shift", None)
+    image_path = values.pop("image", None)
+    model = model or (chosen.model if chosen else BUNDLED)
+    config = _config(chosen, method, settings)
+    _check_model(config, model)
+    return Job(
+        model=model,
+        preset=(preset or chosen.name) if chosen else None,
+        config=config,
+        request=_request(values, image_path),
+        image_path=image_path,
+        flow_shift=flow_shift,
+        **rest,
+    )
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Read NAME=VALUE texts as settings.
+
+    Args:
+        assignments: such as "block_size=32"; values are JSON numbers, true, false or null, or text.
+
+    Returns:
+        Value by name; whether a method has them is for its config to say.
+
+    Raises:
+        ValueError: one has no "=".
+    """
+    settings = {}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not (name and sign):
+            raise ValueError(f"--set must be NAME=VALUE, got {text!r}")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value  # text needs no quotes
+    return settings
+
+
+def _preset(name: str | None, model: str | None) -> Preset | None:
+    if name is not None:
+        return load_preset(name)
+    matching = [preset for preset in map(load_preset, preset_names()) if preset.model == (model or BUNDLED)]
+    if len(matching) > 1:
+        raise ValueError(f"--preset must say which one for {model}: {', '.join(preset.name for preset in matching)}")
+    return matching[0] if matching else None
+
+
+def _defaults(preset: Preset | None) -> dict[str, Any]:
+    if preset is None:
+        return {}
+    return {key: getattr(preset.generation, key) for key in _GENERATION}
+
+
+def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> MethodConfig:
+    base = preset.config(method).to_dict() if preset else {"method": method}
+    rivals = METHODS[method].rivals if method in METHODS else ()
+    if any(settings.get(name) is not None for name in rivals):
+        base = {name: value for name, value in base.items() if name not in rivals}
+    return config_from_dict({**base, **settings})
+
+
+def _check_model(config: MethodConfig, model: str) -> None:
+    """Refuse tuned settings for another model; token grid and device are checked when attention first runs."""
+    tuned = getattr(config, "tuned_for", None)
+    if tuned is None:
+        return
+    found = fingerprint(model)
+    if (tuned.fingerprint, tuned.model if found is None else None) != (found, model if found is None else None):
+        raise ValueError(
+            f"these settings must run on the weights they were tuned for, {tuned.model} ({tuned.fingerprint}), got {model} "
+            f"({found}): run `svg tune` for this model, or take them all the same with --set tuned_for=null"
+        )
+
+
+def _request(values: dict[str, Any], image_path: str | None) -> GenerationRequest:
+    image = Image.open(image_path).convert("RGB") if image_path is not None else None
+    values = dict(values)
+    return GenerationRequest(num_frames=values.pop("frames"), image=image, **values)

@@ -1,0 +1,1 @@
+"""Recorded q, k, v of attention calls, and what is measured on them without generating a video."""
