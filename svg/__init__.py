@@ -16,6 +16,7 @@ _HOME = {
     "report": "svg.pipelines.attach",
     "MethodConfig": "svg.config",
     "DenseConfig": "svg.config",
+    "NearConfig": "svg.config",
     "SVG1Config": "svg.config",
     "SVG2Config": "svg.config",
     "SpargeConfig": "svg.config",

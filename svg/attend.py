@@ -12,9 +12,10 @@ from svg.kernels import target
 from .config import Sage2Config
 from .engine.guard import Guarded, guarded
 from .engine.layout import TokenLayout
-from .engine.plan import Plan, execute
+from .engine.plan import Plan
 from .engine.state import CallRecord, ObservedCall, RunState, Timer
 from .methods.dense import dense_attention, key_mask
+from .methods.near import plan as near
 from .methods.sage import precision as sage
 from .methods.sparge import plan as sparge
 from .methods.svg1 import plan as svg1
@@ -22,7 +23,7 @@ from .methods.svg2 import plan as svg2
 
 __all__ = ["attend", "dense_attention"]
 
-_PLAN = {"svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
+_PLAN = {"near": near.plan, "svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
 
 
 @torch.compiler.disable
@@ -101,10 +102,10 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_m
     with torch.no_grad():
         plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
     if config.precision == "native":
-        return execute(plan, q, k, v), plan, None
+        return plan.execute(q, k, v), plan, None
 
     def run(failed: Tensor | None) -> Tensor:
-        return execute(plan, q, k, v, config.precision, failed)
+        return plan.execute(q, k, v, config.precision, failed)
 
     out, seen = _guard(run, plan, q, k, v, state, layer)
     return out, plan, seen

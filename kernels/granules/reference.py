@@ -20,6 +20,9 @@ def cut_granules_reference(
     size: int,
     text: Tensor | None = None,
     prompt_tokens: Tensor | None = None,
+    *,
+    gather: bool = True,
+    only: Tensor | None = None,
 ) -> Granules:
     """Gather keys and values in sorted order and take every granule's statistics.
 
@@ -29,6 +32,8 @@ def cut_granules_reference(
         size: keys a granule.
         text: int [B, L], original index of text tokens, the prompt's first; None: there is no text.
         prompt_tokens: int [B], how many of them belong to the prompt; None: all.
+        gather: whether k and v themselves are wanted in sorted order, beside the statistics.
+        only: int32 [B, H]; k and v of heads that are 0 here are not moved and stay 0. None: all are.
 
     Returns:
         The granules; those of the text begin at a multiple of `size`.
@@ -49,9 +54,11 @@ def cut_granules_reference(
     k_mean, k_variance = _moments(k, tokens, T, size)
     v_mean, v_variance = _moments(v, tokens, T, size)
     weight = v_mean.square().sum(-1) + v_variance.sum(-1)
+    if only is not None:
+        k, v = (x * (only != 0)[:, :, None, None] for x in (k, v))
     return Granules(
-        k=k.contiguous(),
-        v=v.contiguous(),
+        k=k.contiguous() if gather else None,
+        v=v.contiguous() if gather else None,
         tokens=tokens,
         k_mean=k_mean.to(k.dtype),
         v_mean=v_mean.to(v.dtype),
@@ -219,6 +226,7 @@ def granule_attention_reference(
     tail: bool = True,
     return_lse: bool = False,
     out: Tensor | None = None,
+    only: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every row group over the tokens of its listed granules and the means of all others.
 
@@ -231,6 +239,7 @@ def granule_attention_reference(
         tail: whether each unlisted granule takes part as `size` keys equal to its mean; else it is left out.
         return_lse: also return the log-sum-exp.
         out: [B, H, S, D] to write into; rows that q_order does not name are left as they are. Default: zeros.
+        only: int32 [B, H]; rows of heads that are 0 here are left as they are too. None: all heads are computed.
 
     Returns:
         out [B, H, S, D] in q's dtype; with return_lse also lse fp32 [B, H, S], natural log, -inf for rows that q_order
@@ -244,6 +253,8 @@ def granule_attention_reference(
     order = torch.arange(S, device=q.device).expand(B, H, S) if q_order is None else q_order.long()
     for b in range(B):
         for h in range(H):
+            if only is not None and not only[b, h]:
+                continue
             for group, first in enumerate(range(0, order.shape[-1], lists.rows)):
                 index = order[b, h, first : first + lists.rows]
                 keys, values, bias = _seen(granules, lists, b, h, group, tail, wide)

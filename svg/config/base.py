@@ -136,11 +136,11 @@ def number(config: MethodConfig, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+def choice(config: MethodConfig, name: str, choices: tuple[str | int, ...]) -> None:
     """Raise unless a setting is one of its choices."""
     value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if value not in choices or isinstance(value, bool):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def integer(config: MethodConfig, name: str, least: int) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,21 @@ class Guarded:
     cosine: Tensor | None
 
 
+class GuardedPlan(Protocol):
+    """A plan that is no map of blocks, and checks and repairs what was computed by it itself."""
+
+    def probe_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """As the function `probe_rows`."""
+
+    def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
+        """As the function `repair`."""
+
+
 def guarded(
     run: Callable[[Tensor], Tensor],
-    plan: Plan,
+    plan: Plan | GuardedPlan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,11 +78,18 @@ def guarded(
     out = run(failed)
     cosine = None
     if probe is not None:
-        error, cosine = probe_rows(plan, q, k, v, out, probe)
+        error, cosine = _probe(plan)(q, k, v, out, probe)
         # Not "error > tolerance": NaN must fail.
         failed = failed | (~(error <= tolerance)).to(torch.int32)
-    repair(plan, q, k, v, out, failed)
+    if isinstance(plan, Plan):
+        repair(plan, q, k, v, out, failed)
+    else:
+        plan.repair(q, k, v, out, failed)
     return out, Guarded(failed, cosine)
+
+
+def _probe(plan: Plan | GuardedPlan) -> Callable[..., tuple[Tensor, Tensor]]:
+    return partial(probe_rows, plan) if isinstance(plan, Plan) else plan.probe_rows
 
 
 def probe_rows(

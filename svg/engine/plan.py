@@ -100,6 +100,12 @@ class Plan:
             share=None if self.share is None else self.share[maps],
         )
 
+    def execute(
+        self, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
+    ) -> Tensor:
+        """Block-sparse attention as planned; see `execute`."""
+        return execute(self, q, k, v, precision, failed)
+
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from svg.config import METHODS, DenseConfig, SpargeConfig, SVG1Config, SVG2Config, config_from_dict
+from svg.config import METHODS, DenseConfig, NearConfig, SpargeConfig, SVG1Config, SVG2Config, config_from_dict
 from svg.configs import load_preset, preset_names
 from svg.engine.layout import TokenLayout
 
@@ -32,6 +32,15 @@ BAD = [
     (SpargeConfig, {"pv_threshold": -1, "precision": "int8-fp8"}, ValueError, "pv_threshold must be >= 0, got -1"),
     (SpargeConfig, {"thresholds": 3}, TypeError, "thresholds must be a file's path"),
     (SpargeConfig, {"thresholds": "a", "simthresh": 0.5}, ValueError, "simthresh must be left out with thresholds"),
+    (NearConfig, {"budget": 0.0625}, ValueError, r"budget must be above 1 / granule = 0.0625, the share of the means"),
+    (NearConfig, {"budget": 1.5}, ValueError, r"budget must be in \(0, 1\], got 1.5"),
+    (NearConfig, {"granule": 12}, ValueError, "granule must be one of 8, 16, 32, 64, got 12"),
+    (NearConfig, {"rows": 96}, ValueError, "rows must be one of 64, 128, got 96"),
+    (NearConfig, {"pool": True}, ValueError, "pool must be one of 1, 2, 4, 8, 16, got True"),
+    (NearConfig, {"query_order": "raster"}, ValueError, "query_order must be one of clusters, hilbert, got 'raster'"),
+    (NearConfig, {"floor": 2}, ValueError, r"floor must be in \[0, 1\], got 2"),
+    (NearConfig, {"max_drift": 0.1}, ValueError, "max_drift must come with refresh > 1"),
+    (NearConfig, {"cluster_tokens": 0}, ValueError, "cluster_tokens must be >= 1"),
     (DenseConfig, {"warmup_steps": 1.5}, ValueError, "warmup_steps"),
     (DenseConfig, {"warmup_layers": True}, TypeError, "warmup_layers"),
     (DenseConfig, {"seed": -1}, ValueError, "seed must be >= 0"),
@@ -52,7 +61,7 @@ def test_dict_round_trip():
 
 
 def test_dict_names_the_choices():
-    with pytest.raises(ValueError, match="method must be one of dense, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"):
+    with pytest.raises(ValueError, match="method must be one of dense, near, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"):
         config_from_dict({"method": "svg3"})
     with pytest.raises(ValueError, match="unknown key 'top_k' for method svg2; choose from .*top_p"):
         config_from_dict({"method": "svg2", "top_k": 3})

@@ -10,7 +10,7 @@ from svg.engine.state import LayerState, RunState
 from svg.methods.dense import key_mask
 from svg.methods.sparge import plan as sparge
 from svg.methods.sparge.thresholds_file import Thresholds, read_layers, save_thresholds
-from svg.methods.sparge.video_order import hilbert_index, video_order
+from svg.methods.video_order import hilbert_index, video_order
 
 ALWAYS = {"warmup_steps": 0, "warmup_layers": 0}
 Q, K = 8, 4

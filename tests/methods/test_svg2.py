@@ -9,9 +9,9 @@ from svg.config import SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.plan import execute
 from svg.engine.state import LayerState, RunState
+from svg.methods import reuse
 from svg.methods.dense import key_mask
 from svg.methods.svg2 import plan as svg2
-from svg.methods.svg2 import reuse
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
 SMALL = {"num_q_clusters": 5, "num_k_clusters": 9, "first_iterations": 4, "warmup_steps": 0, "warmup_layers": 0}

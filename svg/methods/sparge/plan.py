@@ -26,8 +26,8 @@ from ...config import SpargeConfig
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, tile_multiple, visible_keys
 from ...engine.state import LayerState
+from ..video_order import video_order
 from .thresholds_file import Thresholds, thresholds_of
-from .video_order import video_order
 
 Q_BLOCK, K_BLOCK = 128, 64
 

@@ -28,7 +28,7 @@ from ...config import SVG2Config
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, tile_multiple, visible_keys
 from ...engine.state import LayerState
-from . import reuse
+from .. import reuse
 
 Q_TILE, K_TILE = 128, 64
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import SVG2Config
-from ...engine.plan import Plan
-from ...engine.state import LayerState
+from ..config import SVG2Config
+from ..engine.plan import Plan
+from ..engine.state import LayerState
 
 if TYPE_CHECKING:
-    from .plan import Chosen
+    from .svg2.plan import Chosen
 
 ROWS = 64  # sampled tokens of a head
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...config import ORDERS
-from ...engine.layout import TokenLayout
+from ..config import ORDERS
+from ..engine.layout import TokenLayout
 
 
 def video_order(layout: TokenLayout, order: str) -> Tensor:

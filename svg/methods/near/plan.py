@@ -1,0 +1,273 @@
+"""One call of `near`: order, granules, the error their means would leave, lists of what is computed; and its execution.
+
+Text takes no part in the choice: its keys are in every list, and its queries see everything through dense attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svg.kernels.granules import (
+    GranuleLists,
+    Granules,
+    cut_granules,
+    granule_attention,
+    granule_attention_quantized,
+    granule_scores,
+    select_granules,
+)
+
+from ...config import NearConfig
+from ...engine.layout import TokenLayout
+from ...engine.state import LayerState
+from .. import reuse
+from ..dense import dense_attention, key_mask
+from .orders import token_orders
+
+PROBE_ROWS = 64
+SCORE_BYTES = 2 << 30  # of the heads whose threshold is found together
+
+
+class Chosen(NamedTuple):
+    """What calls may share.
+
+    Args:
+        q_order, k_order: int32 [B, H, V], sorted -> original index of the video's queries and keys.
+        lists: what each row group computes, one for every stretch of heads that was planned together.
+    """
+
+    q_order: Tensor
+    k_order: Tensor
+    lists: tuple[GranuleLists, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearPlan:
+    """What one call computes.
+
+    Args:
+        chosen: orders and lists.
+        size: keys of a granule.
+        stretches: heads that were planned together, and run together.
+        layout: where video and text are.
+        text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
+        dense_backend: of the text's queries.
+        reused: whether an earlier call made all of it.
+    """
+
+    chosen: Chosen
+    size: int
+    stretches: tuple[slice, ...]
+    layout: TokenLayout
+    text_mask: Tensor | None
+    dense_backend: str
+    reused: bool = False
+    kind: None = None
+
+    def granules(self, k: Tensor, v: Tensor, heads: slice, gather: bool = True, only: Tensor | None = None) -> Granules:
+        """Keys and values of a stretch of heads in granules; arguments as `cut_granules` has them."""
+        text, prompt_tokens = text_order(self.layout, self.text_mask, k)
+        order = self.chosen.k_order[:, heads]
+        return cut_granules(k[:, heads], v[:, heads], order, self.size, text, prompt_tokens, gather=gather, only=only)
+
+    def density(self) -> Tensor:
+        """Computed share of what dense attention computes, the means counted as one key each.
+
+        Returns:
+            float32 [B, H].
+        """
+        layout, device = self.layout, self.chosen.q_order.device
+        batch, video = self.chosen.q_order.shape[0], layout.video_tokens
+        prompt = prompt_lengths(layout, self.text_mask, batch, device)
+        visible = video + prompt[:, None].double()  # [B, 1]
+        partial = (prompt % self.size + video % self.size)[:, None, None]
+        parts = []
+        for lists in self.chosen.lists:
+            keys = lists.whole.double() * self.size + partial  # [B, h, NG]
+            everything = lists.whole * self.size + partial == visible[..., None]
+            keys = torch.where(everything, keys, keys + math.ceil(video / self.size))
+            starts = torch.arange(0, video, lists.rows, device=device)
+            rows = (video - starts).clamp_max(lists.rows).double()
+            parts.append((keys * rows).sum(-1))
+        pairs = torch.cat(parts, 1) + layout.text_tokens * visible
+        return (pairs / (layout.total_tokens * visible)).float()
+
+    def execute(
+        self, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
+    ) -> Tensor:
+        """Attention as planned; arguments and result as `svg.engine.plan.execute` has them."""
+        out = torch.empty_like(q)
+        for heads, lists in zip(self.stretches, self.chosen.lists):
+            part = {"q_order": self.chosen.q_order[:, heads], "out": out[:, heads]}
+            if precision == "native":
+                granule_attention(q[:, heads], self.granules(k, v, heads), lists, **part)
+            else:
+                granules = self.granules(k, v, heads, gather=False)
+                flags = None if failed is None else failed[:, heads]
+                parts = (x[:, heads] for x in (q, k, v))
+                granule_attention_quantized(*parts, granules, lists, precision=precision, failed=flags, **part)
+        if self.layout.text_tokens:
+            text = self.layout.text_slice
+            seen = key_mask(self.layout, self.text_mask)
+            out[:, :, text] = dense_attention(q[:, :, text], k, v, seen, self.dense_backend)
+        return out
+
+    def probe_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Neighbouring rows of every head against 16-bit attention over the same keys; as `svg.engine.guard.probe_rows`."""
+        rows = self.chosen.lists[0].rows
+        groups = math.ceil(self.layout.video_tokens / rows)
+        group = int(torch.rand((), generator=generator) * groups)
+        index = self.chosen.q_order[:, :, group * rows : group * rows + PROBE_ROWS]
+        exact = torch.empty_like(out)
+        for heads, lists in zip(self.stretches, self.chosen.lists):
+            one = GranuleLists(
+                entries=lists.entries,
+                rows=rows,
+                **{
+                    name: getattr(lists, name)[:, :, group : group + 1]
+                    for name in ("starts", "whole", "counts", "chosen")
+                },
+            )
+            granule_attention(
+                q[:, heads], self.granules(k, v, heads), one, q_order=index[:, heads], out=exact[:, heads]
+            )
+        where = index.long()[..., None].expand(-1, -1, -1, q.shape[-1])
+        exact, got = (x.gather(2, where).float() for x in (exact, out))
+        norm = torch.linalg.vector_norm
+        error = norm(got - exact, dim=(2, 3)) / norm(exact, dim=(2, 3)).clamp_min(1e-30)
+        return error, (got * exact).sum() / (norm(got) * norm(exact)).clamp_min(1e-30)
+
+    def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
+        """Compute failed heads again without quantisation, in `out`; as `svg.engine.guard.repair`."""
+        if not q.is_cuda and not failed.any():
+            return
+        for heads, lists in zip(self.stretches, self.chosen.lists):
+            only = failed[:, heads].contiguous()
+            granules = self.granules(k, v, heads, only=only)
+            order = self.chosen.q_order[:, heads]
+            granule_attention(q[:, heads], granules, lists, q_order=order, out=out[:, heads], only=only)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: NearConfig,
+    state: LayerState,
+    layout: TokenLayout,
+    text_mask: Tensor | None = None,
+) -> NearPlan:
+    """Cut the keys into granules, estimate the error of every mean, and list what has to be exact.
+
+    Args:
+        q, k, v: float [B, H, S, D], after QK-norm and RoPE.
+        config: the method's settings.
+        state: the layer's state; its centroids are where k-means starts, and are replaced.
+        layout: where video and text are.
+        text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
+
+    Returns:
+        The plan. Its density is within the budget.
+
+    Raises:
+        ValueError: the means and the text alone are above the budget.
+    """
+    video = layout.video_slice
+    kept = reuse.still_good(state, config)
+    stretches = _stretches(q, config, layout)
+    common = {"size": config.granule, "stretches": stretches, "layout": layout, "text_mask": text_mask}
+    common["dense_backend"] = config.dense_backend
+    if kept is not None and text_mask is None:
+        found = NearPlan(chosen=kept.chosen, reused=True, **common)
+    else:
+        q_order, k_order = token_orders(q[:, :, video], k[:, :, video], config, state, layout)
+        found = NearPlan(chosen=Chosen(q_order, k_order, ()), **common)
+        lists = tuple(_select(found, q, k, v, config, state, heads) for heads in stretches)
+        found = NearPlan(chosen=Chosen(q_order, k_order, lists), **common)
+        kept = None
+    reuse.remember(state, config, kept, found, found.chosen, q[:, :, video], k[:, :, video])
+    return found
+
+
+def _select(
+    found: NearPlan, q: Tensor, k: Tensor, v: Tensor, config: NearConfig, state: LayerState, heads: slice
+) -> GranuleLists:
+    granules = found.granules(k, v, heads, gather=False)
+    order = found.chosen.q_order[:, heads]
+    scores = granule_scores(q[:, heads], order, granules, rows=config.rows, pool=config.pool)
+    budgets = state.head_budgets(config, q.device)
+    own = isinstance(budgets, Tensor)
+    share = exact_share(budgets[heads] if own else budgets, config, found.layout)
+    return select_granules(
+        scores, granules.tokens, budget=share, floor=config.floor, size=config.granule, rows=config.rows, per_head=own
+    )
+
+
+def exact_share(budget: float | Tensor, config: NearConfig, layout: TokenLayout) -> float | Tensor:
+    """Share of the video's granules that a row group may list so that everything computed stays within the budget.
+
+    Args:
+        budget: of the whole map, the means and the text counted, in (0, 1]; fp32 [H] where heads differ.
+        config: the method's settings.
+        layout: where video and text are.
+
+    Returns:
+        In (0, 1]; 1 where the budget is 1.
+
+    Raises:
+        ValueError: nothing is left once the means and the text are paid for.
+    """
+    video, total, size = layout.video_tokens, layout.total_tokens, config.granule
+    granules, groups = math.ceil(video / size), math.ceil(video / config.rows)
+    # Text counts without padding: the worst case, and known without reading the prompts' lengths from the device. A last
+    # granule of fewer keys is in every list. The last row group may be short: as if its list were a long one.
+    fixed = (total**2 - video**2) + video * (granules + video % size)
+    pairs = granules * size * groups * config.rows
+    if isinstance(budget, Tensor):
+        share = (budget.double() * total**2 - fixed) / pairs
+        return torch.where(budget >= 1, 1.0, share.clamp(1e-6, 1.0)).float()
+    if budget == 1:
+        return 1.0
+    if budget * total**2 <= fixed:
+        raise ValueError(
+            f"budget must be above {fixed / total**2:.4f}, the share of the means of {size} keys each and of "
+            f"{layout.text_tokens} text tokens, which are always computed, got {budget}: raise it, or take a larger granule"
+        )
+    return min(1.0, (budget * total**2 - fixed) / pairs)
+
+
+def _stretches(q: Tensor, config: NearConfig, layout: TokenLayout) -> tuple[slice, ...]:
+    """Heads that are planned together: as many as keep their scores small."""
+    groups, granules = math.ceil(layout.video_tokens / config.rows), math.ceil(layout.video_tokens / config.granule)
+    at_once = max(1, SCORE_BYTES // (4 * q.shape[0] * groups * granules))
+    heads = q.shape[1]
+    parts = math.ceil(heads / at_once)
+    bounds = [round(i * heads / parts) for i in range(parts + 1)]
+    return tuple(slice(a, b) for a, b in itertools.pairwise(bounds))
+
+
+def prompt_lengths(layout: TokenLayout, text_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Prompt tokens of each sample, int64 [B]."""
+    if text_mask is None:
+        return torch.full((batch,), layout.text_tokens, device=device)
+    return text_mask.sum(-1)
+
+
+def text_order(layout: TokenLayout, text_mask: Tensor | None, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the text's tokens, the prompt's first, int32 [B, L], and the prompts' lengths [B]; None without text."""
+    if not layout.text_tokens:
+        return None, None
+    batch = k.shape[0]
+    if text_mask is None:
+        words = torch.arange(layout.text_tokens, dtype=torch.int32, device=k.device).expand(batch, -1)
+    else:
+        words = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)
+    return words + layout.text_slice.start, prompt_lengths(layout, text_mask, batch, k.device)

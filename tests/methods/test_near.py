@@ -1,0 +1,153 @@
+"""near: whole calls of the method through `attend`, against dense attention and against brute force."""
+
+import math
+
+import pytest
+import torch
+
+from svg.attend import attend
+from svg.config import NearConfig
+from svg.engine.layout import TokenLayout
+from svg.engine.state import RunState
+from svg.methods.near.plan import exact_share
+
+LAYOUTS = [
+    TokenLayout(5, 8, 9),
+    TokenLayout(3, 7, 9, 21, "last"),
+    TokenLayout(3, 7, 9, 21, "first"),
+    TokenLayout(1, 3, 3),
+]
+COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0, "first_iterations": 4}
+
+
+def inputs(layout, seed=0, heads=3, dim=32, noise=0.5):
+    """q, k, v [2, S, heads, dim] around a dozen meanings, and a mask of the second sample's shorter prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = layout.total_tokens
+    meanings = 1.5 * torch.randn(12, dim, generator=generator)
+    kind = torch.randint(0, 12, (2, tokens), generator=generator)
+    q, k, v = (
+        meanings[kind][:, :, None] + noise * torch.randn(2, tokens, heads, dim, generator=generator) for _ in "qkv"
+    )
+    mask = None
+    if layout.text_tokens:
+        mask = torch.ones(2, layout.text_tokens, dtype=torch.bool)
+        mask[1, 9:] = False
+    return q, k, v, mask
+
+
+def dense(q, k, v, mask, layout):
+    seen = torch.ones(q.shape[0], 1, 1, q.shape[1], dtype=torch.bool)
+    if mask is not None:
+        seen[:, 0, 0, layout.text_slice] = mask
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=seen).transpose(1, 2)
+
+
+def run(config, layout, calls=1, seed=0, **options):
+    """Output and record of the last of some calls in a row on the same inputs, and what dense attention gives."""
+    q, k, v, mask = inputs(layout, seed, **options)
+    state = RunState(config, 1)
+    for step in range(calls):
+        state.begin_forward(step, 4, "cond", layout)
+        out = attend(q, k, v, state, 0, mask)
+    return out, state.records[-1], dense(q, k, v, mask, layout)
+
+
+def error(out, exact):
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_whole_budget_is_dense_attention(layout):
+    out, record, exact = run(NearConfig(budget=1.0, **COLD), layout)
+    assert error(out, exact) < 1e-5 and record.density.allclose(torch.ones(()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+@pytest.mark.parametrize("options", [{}, {"query_order": "hilbert"}, {"refresh": 3}, {"granule": 8, "pool": 1}])
+def test_a_budget_is_kept_and_better_than_none(layout, options):
+    config = NearConfig(budget=0.6, rows=64, cluster_tokens=16, query_cluster_tokens=32, **COLD, **options)
+    out, record, exact = run(config, layout, calls=2, noise=0.15)
+    assert (record.density.mean(1) <= 0.6).all()  # of all heads of a sample together
+    assert (record.density > 0.1).all()
+    _, _, _, mask = inputs(layout)
+    least = exact_share(0.6, config, layout)
+    assert 0 < least < 0.6
+    assert error(out, exact) < 0.2
+    assert record.reused == ("refresh" in options and mask is None)
+
+
+def test_means_stand_exactly_for_keys_that_are_equal():
+    layout = TokenLayout(4, 8, 8)
+    q = inputs(layout)[0]
+    kind = torch.arange(256) // 64
+    meanings = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1))
+    k = meanings[kind][None].expand(2, -1, -1, -1).contiguous()  # whatever granule a key is in, all in it are equal
+    state = RunState(NearConfig(budget=0.2, cluster_tokens=16, **COLD), 1)
+    state.begin_forward(0, 4, "cond", layout)
+    v = k * 0.7
+    out = attend(q, k, v, state, 0, None)
+    assert error(out, dense(q, k, v, None, layout)) < 1e-4
+
+
+def test_runs_are_bit_equal_and_branches_independent():
+    layout = LAYOUTS[0]
+    config = NearConfig(budget=0.4, rows=64, **COLD)
+    first, second = run(config, layout, calls=2)[0], run(config, layout, calls=2)[0]
+    assert torch.equal(first, second)
+    q, k, v, _ = inputs(layout)
+    other = inputs(layout, seed=1)
+    state = RunState(config, 1)
+    for step in range(2):
+        for branch, (a, b, c) in (("cond", (q, k, v)), ("uncond", other[:3])):
+            state.begin_forward(step, 4, branch, layout)
+            out = attend(a, b, c, state, 0, None)
+            if branch == "cond":
+                mixed = out
+    assert torch.equal(first, mixed)
+
+
+def test_a_sample_does_not_depend_on_the_others():
+    layout = LAYOUTS[0]
+    q, k, v, _ = inputs(layout)
+    config = NearConfig(budget=0.4, rows=64, **COLD)
+
+    def alone(index):
+        state = RunState(config, 1)
+        state.begin_forward(0, 4, "cond", layout)
+        return attend(*(x[index] for x in (q, k, v)), state, 0, None)
+
+    assert torch.allclose(alone(slice(0, 2))[:1], alone(slice(0, 1)), atol=1e-6)
+
+
+def test_heads_with_budgets_of_their_own():
+    layout = LAYOUTS[0]
+    config = NearConfig(rows=64, head_budget=[[0.3, 0.6, 1.0]], **COLD)
+    out, record, exact = run(config, layout)
+    means = record.density.mean(0)
+    assert means[0] <= 0.3 < means[1] <= 0.6 and means[2] == 1
+    assert error(out[:, :, 2], exact[:, :, 2]) < 1e-5
+    assert error(out[:, :, 1], exact[:, :, 1]) < error(out[:, :, 0], exact[:, :, 0])
+
+
+def test_text_queries_see_everything():
+    layout = LAYOUTS[1]
+    out, _, exact = run(NearConfig(budget=0.5, **COLD), layout)
+    assert error(out[:, layout.text_slice], exact[:, layout.text_slice]) < 1e-5
+
+
+def test_a_budget_that_the_means_and_the_text_eat_up_is_refused():
+    layout = TokenLayout(1, 8, 8, 64, "last")
+    with pytest.raises(
+        ValueError, match=r"budget must be above 0.7\d*, the share of the means of 16 keys each and of 64 text"
+    ):
+        run(NearConfig(budget=0.5, **COLD), layout)
+
+
+def test_more_budget_is_closer():
+    errors = []
+    for budget in (0.15, 0.3, 0.6):
+        out, _, exact = run(NearConfig(budget=budget, rows=64, cluster_tokens=16, **COLD), TokenLayout(6, 8, 12))
+        errors.append(error(out, exact))
+    assert errors == sorted(errors, reverse=True) and not math.isnan(errors[0])
