@@ -29,6 +29,7 @@ from . import quantised, sparge, training
 from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
 from .layers import bench_layers
+from .near import bench_near as near_of
 from .peers import PEERS
 from .scale import bench_scale as scale_of
 from .sweep import sweep_assign, sweep_attention
@@ -296,6 +297,11 @@ def bench_permute(bench: Bench) -> None:
     bench.note("permute/scatter/copy_bandwidth_fraction", tb / copy, "of copy bandwidth", shape, **about)
 
 
+def bench_near(bench: Bench) -> None:
+    """The whole near call in 16 and 8 bits, its parts and its error beside svg2's."""
+    near_of(bench, bench.inputs(WAN_720P, HEADS), forced(0.25))
+
+
 def bench_svg1(bench: Bench) -> None:
     """The whole SVG1 call: profiling, permutation, attention."""
     config = SVG1Config(density=0.25, warmup_steps=0.0, warmup_layers=0.0)
@@ -397,6 +403,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "attention": bench_attention,
     "kmeans": bench_kmeans,
     "permute": bench_permute,
+    "near": bench_near,
     "svg1": bench_svg1,
     "svg2": bench_svg2,
     "quantised": bench_quantised,

@@ -20,7 +20,7 @@ from .sweep import record, sweep
 from .tune import tune
 
 LPIPS_NETS = ("alex", "vgg", "none")
-BENCHES = ("attention", "kmeans", "permute", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
+BENCHES = ("attention", "kmeans", "permute", "near", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
 OFFLOADS = ("none", "model", "group", "sequential")
 _METHOD_FLAGS = (
     *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
