@@ -136,21 +136,21 @@ if LOADABLE:
                         n += 1
 
     @gluon.jit
-    def _scores(q, k_stages, barriers, n, STAGES: gl.constexpr, s_layout: gl.constexpr):
+    def _scores(q, k_stages, barriers, n, KEYS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
         """Starts Q K^T of stage n."""
         stage, phase = _place(n, STAGES)
-        zero = gl.zeros([64, k_stages.shape[1]], gl.float32, s_layout)
+        zero = gl.zeros([64, KEYS], gl.float32, s_layout)
         mbarrier.wait(barriers[0].index(stage), phase)
         return warpgroup_mma(q, k_stages.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
 
     @gluon.jit
-    def _mask(s, first, whole, ends, SIZE: gl.constexpr, s_layout: gl.constexpr):
+    def _mask(s, first, whole, ends, SIZE: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr):
         """Scores outside the granules from list entry `first` on become -inf: tokens follow each other but for one gap.
 
         Whole granules come first and at most two partial ones after them, so a list's tokens are the slots up to ends[0],
         and those of the second partial granule up to ends[1].
         """
-        column = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
+        column = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
         # Only the low bits of a column differ between threads: registers for them, constants for the rest.
         slot = first * SIZE + (column & 6)
         inside = (column & 121) < ends[0] - slot
@@ -158,14 +158,14 @@ if LOADABLE:
         return gl.where((inside | second)[None, :], s, float("-inf"))
 
     @gluon.jit
-    def _leave_out(s, chosen, c, words, s_layout: gl.constexpr):
+    def _leave_out(s, chosen, c, words, KEYS: gl.constexpr, s_layout: gl.constexpr):
         """Scores of the means from granule c on become -inf where the granule is listed, or where there is none."""
-        column = gl.arange(0, s.shape[1], gl.SliceLayout(0, s_layout))
+        column = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
         word = c // 32
         last = words - 1
         a, b = _word(chosen, word, last), _word(chosen, word + 1, last)
         bits = gl.where((column & 32) == 0, a, b)
-        if s.shape[1] == 128:
+        if KEYS == 128:
             a, b = _word(chosen, word + 2, last), _word(chosen, word + 3, last)
             bits = gl.where((column & 64) == 0, bits, gl.where((column & 32) == 0, a, b))
         listed = (bits >> (column & 6)) & (1 << (column & 25))
@@ -178,35 +178,38 @@ if LOADABLE:
     @gluon.jit
     def _softmax(s, m_i, l_i, scale_log2, bias):
         """Of s * scale_log2 + bias."""
-        m_new = gl.maximum(m_i, gl.max(s, 1) * scale_log2 + bias)  # m_i is finite from the start: no difference of infinities
+        m_new = gl.maximum(
+            m_i, gl.max(s, 1) * scale_log2 + bias
+        )  # m_i is finite from the start: no difference of infinities
         alpha = gl.exp2(m_i - m_new)
         p = gl.exp2(s * scale_log2 - (m_new - bias)[:, None])
         return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
 
     @gluon.jit
-    def _hide(s, i, lists, KIND: gl.constexpr, SIZE: gl.constexpr, s_layout: gl.constexpr):
+    def _hide(s, i, lists, KIND: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr):
         """Scores that do not count become -inf: i is the first list entry of the stage, or the first mean."""
         whole, ends, chosen, words = lists
         if KIND == "partial":
-            s = _mask(s, i, whole, ends, SIZE, s_layout)
+            s = _mask(s, i, whole, ends, SIZE, KEYS, s_layout)
         elif KIND == "tail":
-            s = _leave_out(s, chosen, i, words, s_layout)
+            s = _leave_out(s, chosen, i, words, KEYS, s_layout)
         return s
 
     @gluon.jit
     def _step(
         q, p, acc, m_i, l_i, i, lists, n, k_stages, v_stages, barriers, scale_log2, log_size,
-        KIND: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+        KIND: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr,
+        p_layout: gl.constexpr,
     ):  # fmt: skip
         """Q K^T and softmax of stage n under P V of stage n - 1"""
         _, k_empty, v_ready, v_empty = barriers
         before, phase = _place(n - 1, STAGES)
-        s = _scores(q, k_stages, barriers, n, STAGES, s_layout)
+        s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
         mbarrier.wait(v_ready.index(before), phase)
         acc = warpgroup_mma(p, v_stages.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
-        s = _hide(s, i, lists, KIND, SIZE, s_layout)
+        s = _hide(s, i, lists, KIND, SIZE, KEYS, s_layout)
         p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, log_size if KIND == "tail" else 0.0)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -217,29 +220,28 @@ if LOADABLE:
     @gluon.jit
     def _attend(
         q, count, means, lists, n, k_stages, v_stages, barriers, scale_log2, log_size,
-        BLOCK_D: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+        BLOCK_D: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
         s_layout: gl.constexpr, o_layout: gl.constexpr, p_layout: gl.constexpr,
     ):  # fmt: skip
         """All stages of one row group: the sums, the maxima, and how many stages have been used so far."""
         k_empty, v_ready, v_empty = barriers[1], barriers[2], barriers[3]
-        KEYS: gl.constexpr = k_stages.shape[1]
         EACH: gl.constexpr = KEYS // SIZE
         acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
         l_i = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, s_layout))
         if count + means > 0:
             # Before the first stage there is no P V.
-            s = _scores(q, k_stages, barriers, n, STAGES, s_layout)
+            s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
             if HAS_TAIL:
                 if count > 0:
-                    s = _hide(s, 0, lists, "partial", SIZE, s_layout)
+                    s = _hide(s, 0, lists, "partial", SIZE, KEYS, s_layout)
                 else:
-                    s = _hide(s, 0, lists, "tail", SIZE, s_layout)
+                    s = _hide(s, 0, lists, "tail", SIZE, KEYS, s_layout)
                 bias = gl.where(count > 0, 0.0, log_size)
             else:
-                s = _hide(s, 0, lists, "partial", SIZE, s_layout)
+                s = _hide(s, 0, lists, "partial", SIZE, KEYS, s_layout)
                 bias = 0.0
             p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, bias)
             p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
@@ -248,13 +250,13 @@ if LOADABLE:
             for i in range(EACH, whole, EACH):
                 p, acc, m_i, l_i = _step(
                     q, p, acc, m_i, l_i, i, lists, n, k_stages, v_stages, barriers, scale_log2, log_size,
-                    "whole", SIZE, STAGES, s_layout, p_layout,
+                    "whole", SIZE, KEYS, STAGES, s_layout, p_layout,
                 )  # fmt: skip
                 n += 1
             for i in range(gl.maximum(whole, EACH), count, EACH):
                 p, acc, m_i, l_i = _step(
                     q, p, acc, m_i, l_i, i, lists, n, k_stages, v_stages, barriers, scale_log2, log_size,
-                    "partial", SIZE, STAGES, s_layout, p_layout,
+                    "partial", SIZE, KEYS, STAGES, s_layout, p_layout,
                 )  # fmt: skip
                 n += 1
             if HAS_TAIL:
@@ -262,7 +264,7 @@ if LOADABLE:
                 for c in range(gl.where(count > 0, 0, KEYS), means, KEYS):
                     p, acc, m_i, l_i = _step(
                         q, p, acc, m_i, l_i, c, lists, n, k_stages, v_stages, barriers, scale_log2, log_size,
-                        "tail", SIZE, STAGES, s_layout, p_layout,
+                        "tail", SIZE, KEYS, STAGES, s_layout, p_layout,
                     )  # fmt: skip
                     n += 1
             last, phase = _place(n - 1, STAGES)
@@ -303,15 +305,15 @@ if LOADABLE:
     @gluon.jit
     def _consume(
         HALF: gl.constexpr, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, log_size,
-        D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, HAS_ORDER: gl.constexpr,
-        HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+        HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr,
     ):  # fmt: skip
         q, q_order, out, lse, tokens = tensors
         q_stages, k_stages, v_stages = stages
         programs, _, groups, C, T, _ = sizes
         H, S, V = shape
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps = strides
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k_stages.shape[1], 16])
+        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
         o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
         p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
         across: gl.constexpr = BLOCK_D // 8
@@ -331,7 +333,7 @@ if LOADABLE:
             count, listed = _list_of(t, bh, lists, tokens, sizes, H, SIZE)
             acc, m_i, l_i, n = _attend(
                 q_shared, count, gl.where(count < C, T, 0) if HAS_TAIL else 0, listed, n, k_stages, v_stages, barriers,
-                scale_log2, log_size, BLOCK_D, SIZE, STAGES, HAS_TAIL, s_layout, o_layout, p_layout,
+                scale_log2, log_size, BLOCK_D, SIZE, KEYS, STAGES, HAS_TAIL, s_layout, o_layout, p_layout,
             )  # fmt: skip
             divisor = gl.where(l_i == 0, 1.0, l_i)  # a row with nothing to attend to gives zeros
             acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
@@ -381,9 +383,9 @@ if LOADABLE:
         gl.warp_specialize(
             [
                 (_consume, (0, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, log_size,
-                            D, BLOCK_D, SIZE, STAGES, HAS_ORDER, HAS_LSE, HAS_TAIL)),
+                            D, BLOCK_D, SIZE, KEYS, STAGES, HAS_ORDER, HAS_LSE, HAS_TAIL)),
                 (_consume, (1, tensors, stages, barriers, lists, sizes, shape, strides, scale_log2, log_size,
-                            D, BLOCK_D, SIZE, STAGES, HAS_ORDER, HAS_LSE, HAS_TAIL)),
+                            D, BLOCK_D, SIZE, KEYS, STAGES, HAS_ORDER, HAS_LSE, HAS_TAIL)),
                 (_produce, (k_desc, k_means, k_stages, (k_ready, k_empty), lists, sizes,
                             SIZE, KEYS, STAGES, PANELS, HAS_TAIL)),
                 (_produce, (v_desc, v_means, v_stages, (v_ready, v_empty), lists, sizes,

@@ -94,7 +94,9 @@ def check(
         raise ValueError(f"sm_scale must be positive, got {sm_scale}: scale q instead")
     _check_granules(q, granules)
     if q_order is not None and (q_order.dim() != 3 or q_order.shape[:2] != q.shape[:2]):
-        raise ValueError(f"q_order must be [B, H, V] with q's {tuple(q.shape[:2])}, got {tuple(q_order.shape)}: expand it")
+        raise ValueError(
+            f"q_order must be [B, H, V] with q's {tuple(q.shape[:2])}, got {tuple(q_order.shape)}: expand it"
+        )
     if q_order is not None and q_order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"q_order must be int32 or int64, got {q_order.dtype}: convert it")
     _check_lists(q, granules, lists, q.shape[2] if q_order is None else q_order.shape[2])

@@ -162,11 +162,43 @@ def _granules_kernel(
     m_i = tl.full([BLOCK_M], -1e30, dtype=tl.float32)  # finite: no difference of infinities
     for i in range(0, unmasked, EACH):
         acc, l_i, m_i = _attend_listed(
-            q_tile, k, v, listed, i, count, tokens, acc, l_i, m_i, scale_log2, D, BLOCK_D, BLOCK_N, SIZE, False, PRECISION
+            q_tile,
+            k,
+            v,
+            listed,
+            i,
+            count,
+            tokens,
+            acc,
+            l_i,
+            m_i,
+            scale_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            SIZE,
+            False,
+            PRECISION,
         )
     for i in range(unmasked, count, EACH):
         acc, l_i, m_i = _attend_listed(
-            q_tile, k, v, listed, i, count, tokens, acc, l_i, m_i, scale_log2, D, BLOCK_D, BLOCK_N, SIZE, True, PRECISION
+            q_tile,
+            k,
+            v,
+            listed,
+            i,
+            count,
+            tokens,
+            acc,
+            l_i,
+            m_i,
+            scale_log2,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            SIZE,
+            True,
+            PRECISION,
         )
     if TAIL:
         LOG_SIZE: tl.constexpr = 3 if SIZE == 8 else (4 if SIZE == 16 else (5 if SIZE == 32 else 6))

@@ -123,7 +123,9 @@ def relative(out, exact, q_order, rows):
     """The largest |out - exact| / |exact| of a row group."""
     index = q_order.long()[..., None].expand(-1, -1, -1, out.shape[-1])
     parts = [x.double().gather(2, index).split(rows, 2) for x in (out, exact)]
-    norms = [(a - b).flatten(2).norm(dim=2) / b.flatten(2).norm(dim=2).clamp_min(1e-9) for a, b in zip(*parts, strict=True)]
+    norms = [
+        (a - b).flatten(2).norm(dim=2) / b.flatten(2).norm(dim=2).clamp_min(1e-9) for a, b in zip(*parts, strict=True)
+    ]
     return torch.stack(norms).max().nan_to_num(torch.inf)
 
 
@@ -234,7 +236,9 @@ def time_all(sweep):
         rates = {row["name"]: row["tflops"] for row in rows}
         for tail in (False, True):
             share = rates[f"granules random tail={tail}"] / rates[f"granules tiles tail={tail}"]
-            print(f"{'ok  ' if share >= 0.95 else 'MISS'} density {density} tail={tail}: {share:.1%} of whole tiles' rate")
+            print(
+                f"{'ok  ' if share >= 0.95 else 'MISS'} density {density} tail={tail}: {share:.1%} of whole tiles' rate"
+            )
             yield {"name": f"share of whole tiles' rate, tail={tail}", "density": density, "share": share, "goal": 0.95}
     if sweep:
         yield from time_sweep()

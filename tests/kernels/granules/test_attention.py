@@ -29,7 +29,9 @@ class Problem:
     lists: values.GranuleLists
 
 
-def problem(V, text=0, *, B=2, H=2, D=64, dtype=torch.float32, size=16, rows=128, density=0.4, text_first=False, chosen=None):
+def problem(
+    V, text=0, *, B=2, H=2, D=64, dtype=torch.float32, size=16, rows=128, density=0.4, text_first=False, chosen=None
+):
     """q, k, v as views of [B, S, H, D]; the prompt of sample 0 is all of the text, that of sample 1 half of it."""
     S = V + text
     q, k, v = (torch.randn(B, S, H, D).to(dtype).transpose(1, 2) for _ in range(3))
@@ -114,7 +116,9 @@ def test_many_words_of_bits():
     """More granules than the bits of one stage's words; listed ones at the ends of words."""
     chosen = torch.zeros(1, 1, 2, 200, dtype=torch.bool)
     chosen[..., [0, 31, 32, 63, 64, 95, 127, 128, 159, 160, 199]] = True
-    assert_matches_definition(problem(200 * 8 - 3, B=1, H=1, size=8, rows=128, chosen=chosen[:, :, :1].expand(1, 1, 13, 200)))
+    assert_matches_definition(
+        problem(200 * 8 - 3, B=1, H=1, size=8, rows=128, chosen=chosen[:, :, :1].expand(1, 1, 13, 200))
+    )
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -151,7 +155,9 @@ def test_one_token_a_granule_listed_is_dense_attention():
     lists = lists_of(torch.ones(1, 1, 2, 2, dtype=torch.bool), granules.tokens, 16, 128)
     out = granule_attention(p.q, granules, lists, q_order=p.q_order)
     two = p.k_order[0, 0, :2].long()
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(p.q, p.k[:, :, two], p.v[:, :, two]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        out, F.scaled_dot_product_attention(p.q, p.k[:, :, two], p.v[:, :, two]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_constant_keys_in_a_granule_compensate_exactly():
