@@ -48,7 +48,7 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, keys, stages
         keys: keys of a stage, 64 or 128.
         stages: buffers of K and of V. Three of 128 keys leave 2 KB of shared memory at a head dim above 64.
     """
-    B, H, S, D = q.shape
+    H, S, D = q.shape[1:]
     programs, C, T = lists.counts.numel(), granules.tokens.shape[1], granules.k_mean.shape[2]
     V = S if q_order is None else q_order.shape[2]
     layout = gl.NVMMASharedLayout(128, 16)
@@ -124,16 +124,15 @@ if LOADABLE:
                         tma.async_copy_global_to_shared(granules, [rows[j], panel * 64], bar, box)
                 n += 1
             if HAS_TAIL:
-                if count < C:
-                    for c in range(0, T, KEYS):
-                        stage, phase = _place(n, STAGES)
-                        bar = ready.index(stage)
-                        mbarrier.wait(empty.index(stage), phase ^ 1)
-                        mbarrier.expect(bar, KEYS * PANELS * 128)
-                        for panel in gl.static_range(PANELS):
-                            box = panels.index(stage * PANELS + panel)
-                            tma.async_copy_global_to_shared(means, [bh * T + c, panel * 64], bar, box)
-                        n += 1
+                for c in range(0, gl.where(count < C, T, 0), KEYS):
+                    stage, phase = _place(n, STAGES)
+                    bar = ready.index(stage)
+                    mbarrier.wait(empty.index(stage), phase ^ 1)
+                    mbarrier.expect(bar, KEYS * PANELS * 128)
+                    for panel in gl.static_range(PANELS):
+                        box = panels.index(stage * PANELS + panel)
+                        tma.async_copy_global_to_shared(means, [bh * T + c, panel * 64], bar, box)
+                    n += 1
 
     @gluon.jit
     def _scores(q, k_stages, barriers, n, KEYS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
@@ -243,7 +242,7 @@ if LOADABLE:
             else:
                 s = _hide(s, 0, lists, "partial", SIZE, KEYS, s_layout)
                 bias = 0.0
-            p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, bias)
+            p_new, _, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, bias)
             p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
             n += 1
             whole = lists[0] // EACH * EACH

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+
 from svg.kernels import target
 from svg.kernels.granules import values
 from svg.kernels.granules.op import granule_attention
