@@ -8,6 +8,7 @@ compiled is exactly what the operation would launch. Run as a program, in a proc
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import struct
@@ -294,7 +295,7 @@ def compile_all(arch):
 
 
 def describe(cubins, arch):
-    """Cubin -> registers, bytes spilled a thread, reloads of them in a loop, matrix instructions, and what ptxas 12.8 got wrong.
+    """Cubin -> registers, bytes spilled a thread, reloads of them in a loop, matrix instructions, a hash, and what ptxas 12.8 got wrong.
 
     It packs two equal constants into FP8 beside whatever a register holds, the stack pointer for one.
     """
@@ -308,6 +309,8 @@ def describe(cubins, arch):
             "scaled": bool(re.search(r"OMMA\S*\.4X", assembly)),  # FP4 with a scale for each 16
             "stale": re.findall(r"F2FP\S*MERGE_C R\d+, (R[Z\d]+), \1, R\d+", assembly),
             "instructions": sorted(set(MATRIX.findall(assembly))),
+            "matrix": len(MATRIX.findall(assembly)),
+            "code": hashlib.sha256(code_of(cubin)).hexdigest()[:16],  # instructions alone: no names, no lines
         }
     return found
 
