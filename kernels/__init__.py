@@ -6,13 +6,9 @@ if __name__ == "kernels":
         "import `svg.kernels`, and run `pytest` rather than `python -m pytest` from the repository root"
     )
 
-from .block_sparse import block_sparse_attention, block_sparse_attention_reference
-from .block_sparse_quantised import (
-    block_sparse_attention_quantised,
-    block_sparse_attention_quantised_reference,
-)
-from .fp4_attention import fp4_attention, fp4_attention_reference
-from .kmeans import (
+from .block_sparse.triton import block_sparse_attention, block_sparse_attention_reference
+from .block_sparse_quantised.triton import block_sparse_attention_quantised, block_sparse_attention_quantised_reference
+from .clustering.kmeans import (
     Clustering,
     cluster_means,
     cluster_means_reference,
@@ -22,17 +18,8 @@ from .kmeans import (
     kmeans_update,
     kmeans_update_reference,
 )
-from .neighbours import neighbour_order, neighbour_order_reference
-from .norm_rope import (
-    gate_residual,
-    gate_residual_reference,
-    modulate,
-    modulate_reference,
-    norm_rope,
-    norm_rope_reference,
-)
-from .nvfp4 import quantize_nvfp4, quantize_nvfp4_reference
-from .permute import (
+from .clustering.neighbours import neighbour_order, neighbour_order_reference
+from .clustering.permute import (
     gather_tokens,
     gather_tokens_reference,
     inverse_permutation,
@@ -41,26 +28,31 @@ from .permute import (
     sort_labels,
     sort_labels_reference,
 )
-from .probe import probe_attention, probe_attention_reference
-from .quantised_attention import quantised_attention, quantised_attention_reference
-from .quantize import quantize_tokens, quantize_tokens_reference
-from .quantize_values import (
-    quantize_channels,
-    quantize_channels_reference,
-    statistics,
-    statistics_reference,
+from .dense_quantised.nvfp4 import fp4_attention, fp4_attention_reference
+from .dense_quantised.triton import quantised_attention, quantised_attention_reference
+from .dense_quantised.varlen import varlen_attention, varlen_attention_reference
+from .elementwise import (
+    gate_residual,
+    gate_residual_reference,
+    modulate,
+    modulate_reference,
+    norm_rope,
+    norm_rope_reference,
 )
-from .sparge import (
+from .quantize.channels import quantize_channels, quantize_channels_reference, statistics, statistics_reference
+from .quantize.nvfp4 import quantize_nvfp4, quantize_nvfp4_reference
+from .quantize.tokens import quantize_tokens, quantize_tokens_reference
+from .selection.probe import probe_attention, probe_attention_reference
+from .selection.sparge import (
     BlockStatistics,
     block_statistics,
     block_statistics_reference,
     sparge_block_map,
     sparge_block_map_reference,
 )
-from .top_p import top_p_block_map, top_p_block_map_reference
-from .training_attention import training_attention, training_attention_reference
-from .training_backward import training_attention_backward, training_attention_backward_reference
-from .varlen_attention import varlen_attention, varlen_attention_reference
+from .selection.top_p import top_p_block_map, top_p_block_map_reference
+from .training.backward import training_attention_backward, training_attention_backward_reference
+from .training.forward import training_attention, training_attention_reference
 
 __all__ = [
     "BlockStatistics",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from svg.kernels import target
+from svg.kernels.common import target
 
 from .config import Sage2Config
 from .engine.guard import Guarded, guarded

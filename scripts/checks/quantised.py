@@ -36,7 +36,6 @@ from svg.kernels import (
     fp4_attention_reference,
     quantised_attention,
     quantised_attention_reference,
-    quantised_hopper,
     quantize_channels,
     quantize_channels_reference,
     quantize_nvfp4,
@@ -45,11 +44,12 @@ from svg.kernels import (
     quantize_tokens_reference,
     statistics,
     statistics_reference,
-    target,
     varlen_attention,
 )
-from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
-from svg.kernels.block_sparse_quantised import LAUNCH as SPARSE_LAUNCH
+from svg.kernels.block_sparse_quantised import hopper as sparse_hopper
+from svg.kernels.block_sparse_quantised.triton import LAUNCH as SPARSE_LAUNCH
+from svg.kernels.common import target
+from svg.kernels.dense_quantised import hopper as quantised_hopper
 
 DEVICE = "cuda"
 Check = tuple[str, float, float]  # name, measured, largest allowed

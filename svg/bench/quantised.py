@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from svg.kernels import block_sparse_quantised as sparse_module
-from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
-from svg.kernels import quantised_hopper, quantised_tile, target
-from svg.kernels.precision import PRECISIONS, SPARSE_PRECISIONS
-from svg.kernels.quantised_attention import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
+from svg.kernels.block_sparse_quantised import hopper as sparse_hopper
+from svg.kernels.block_sparse_quantised import triton as sparse_module
+from svg.kernels.common import quantised_tile, target
+from svg.kernels.dense_quantised import hopper as quantised_hopper
+from svg.kernels.dense_quantised.triton import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
+from svg.kernels.quantize.precision import PRECISIONS, SPARSE_PRECISIONS
 
 from ..config import Sage2Config
 from ..engine.guard import guarded

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from svg.kernels import target
+from svg.kernels.common import target
 
 from ..config import ORDERS, SpargeConfig
 from ..engine.plan import Plan, execute

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -11,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg.kernels import target, training_attention
-from svg.kernels.training_backward import PRODUCTS
-from svg.kernels.training_inputs import channel_scale, pack_gradients, pack_keys, pack_queries
+from svg.kernels import training_attention
+from svg.kernels.common import target
+from svg.kernels.training import backward, forward
+from svg.kernels.training.backward import PRODUCTS
+from svg.kernels.training.inputs import channel_scale, pack_gradients, pack_keys, pack_queries
 
 from ..functional.training import training_attention as attention_with_gradients
 from .sweep import replaced, time_or_none
@@ -22,9 +23,6 @@ from .timing import median_ms
 DEVICE = "cuda"
 INPUTS = "normal"
 BASELINES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-# The packages' attributes of these names are functions.
-forward = importlib.import_module("svg.kernels.training_attention")
-backward = importlib.import_module("svg.kernels.training_backward")
 
 
 def bench_shape(bench, S: int, heads: int, dim: int, prefix: str, is_causal: bool = False, sweep: bool = False) -> None:

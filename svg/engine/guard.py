@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.block_sparse import block_sparse_attention
-from svg.kernels.heads import move_heads
-from svg.kernels.permute import gather_tokens
+from svg.kernels.block_sparse.triton import block_sparse_attention
+from svg.kernels.clustering.permute import gather_tokens
+from svg.kernels.common.heads import move_heads
 
 from .plan import Plan, head_groups
 

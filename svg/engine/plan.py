@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse import Tail, block_sparse_attention
-from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
-from svg.kernels.computed_pairs import computed_pairs
-from svg.kernels.permute import gather_tokens
+from svg.kernels.block_sparse.triton import Tail, block_sparse_attention
+from svg.kernels.block_sparse_quantised.triton import block_sparse_attention_quantised
+from svg.kernels.clustering.permute import gather_tokens
+from svg.kernels.selection.computed_pairs import computed_pairs
 
 from .layout import TokenLayout
 

@@ -7,8 +7,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from svg.kernels import fp4_attention, quantised_attention, target, varlen_attention
-from svg.kernels.precision import PRECISIONS, default_precision
+from svg.kernels import fp4_attention, quantised_attention, varlen_attention
+from svg.kernels.common import target
+from svg.kernels.quantize.precision import PRECISIONS, default_precision
 
 LAYOUTS = ("HND", "NHD")
 NVFP4 = "nvfp4"

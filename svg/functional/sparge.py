@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg.kernels import target
-from svg.kernels.block_sparse import block_sparse_attention
-from svg.kernels.block_sparse_quantised import block_sparse_attention_quantised
-from svg.kernels.sparge import block_statistics, sparge_block_map
+from svg.kernels.block_sparse.triton import block_sparse_attention
+from svg.kernels.block_sparse_quantised.triton import block_sparse_attention_quantised
+from svg.kernels.common import target
+from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ..config import SpargeConfig
 from ..engine.layout import TokenLayout

@@ -7,12 +7,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from svg.kernels import target, training_attention_backward
 from svg.kernels import training_attention as kernel
-from svg.kernels.quantize import padded_head_dim
-from svg.kernels.training_attention import Kept
-from svg.kernels.training_backward import PRODUCTS, empty_gradients
-from svg.kernels.training_inputs import packed_tokens
+from svg.kernels import training_attention_backward
+from svg.kernels.common import target
+from svg.kernels.quantize.tokens import padded_head_dim
+from svg.kernels.training.backward import PRODUCTS, empty_gradients
+from svg.kernels.training.forward import Kept
+from svg.kernels.training.inputs import packed_tokens
 
 LAYOUTS = ("HND", "NHD")
 

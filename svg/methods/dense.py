@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from svg.kernels import target
+from svg.kernels.common import target
 
 from ..config import DENSE_BACKENDS
 from ..engine.layout import TokenLayout

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svg.eval.files import write_json
-from svg.kernels.precision import default_precision
+from svg.kernels.quantize.precision import default_precision
 
 from ..config import METHODS, Sage2Config
 from ..methods.dense import key_mask

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svg.kernels.sparge import BlockStatistics, block_masses, block_statistics
+from svg.kernels.selection.sparge import BlockStatistics, block_masses, block_statistics
 
 from ..config import SpargeConfig
 from ..engine.layout import TokenLayout

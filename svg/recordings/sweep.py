@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from svg.eval.files import write_json
-from svg.kernels.block_sparse import block_sparse_attention
-from svg.kernels.permute import gather_tokens
+from svg.kernels.block_sparse.triton import block_sparse_attention
+from svg.kernels.clustering.permute import gather_tokens
 
 from ..attend import attend
 from ..config import MethodConfig

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from svg.kernels import target
+from svg.kernels.common import target
 
 if target.INTERPRETED:
     import triton_interpreter

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from svg.kernels import target
+from svg.kernels.common import target
 
 pytestmark = pytest.mark.skipif(target.INTERPRETED, reason="the interpreter compiles nothing")
 COMPILER = Path(__file__).parents[1] / "support" / "triton_aot.py"
@@ -61,7 +61,7 @@ def compiled(arch):
 
 
 def test_no_kernel_is_left_out():
-    source = "".join(path.read_text() for path in Path(target.__file__).parent.glob("*.py"))
+    source = "".join(path.read_text() for path in Path(target.__file__).parents[1].rglob("*.py"))
     assert set(re.findall(r"(\w+_kernel)\[", source)) == KERNELS
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from svg.kernels import target
+from svg.kernels.common import target
 
 if target.INTERPRETED:
     import triton
@@ -30,23 +30,15 @@ if target.INTERPRETED:
 
 
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="runs inside the interpreter's own process")
-# Those of a line share a process, which takes seconds to start: 20 to 50 s a line, the longest first.
-SUITES = (
-    "quantised_attention",
-    "kmeans heads neighbours",
-    "training_attention nvfp4",
-    "block_sparse norm_rope computed_pairs",
-    "block_sparse_quantised quantize merge",
-    "varlen_attention sparge interpreter",
-    "fp4_attention probe",
-    "top_p permute aligned_tiles",
-)
+HERE = Path(__file__).parent
+# A folder's tests share a process, which takes seconds to start; those beside this file share another.
+SUITES = [".", *sorted(path.name for path in HERE.iterdir() if path.is_dir() and list(path.glob("test_*.py")))]
 
 
 @pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")
-@pytest.mark.parametrize("suites", SUITES)
-def test_kernels_pass_the_same_tests_as_their_references(suites):
-    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in suites.split()]
+@pytest.mark.parametrize("suite", SUITES)
+def test_kernels_pass_the_same_tests_as_their_references(suite):
+    files = sorted(map(str, (HERE / suite).glob("test_*.py")))
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)

@@ -22,7 +22,6 @@ import triton
 from svg.kernels import (
     block_sparse_attention,
     block_sparse_attention_quantised,
-    block_sparse_quantised_hopper,
     block_statistics,
     gate_residual,
     gather_tokens,
@@ -34,23 +33,24 @@ from svg.kernels import (
     probe_attention,
     quantised_attention,
     sparge_block_map,
-    target,
     top_p_block_map,
     training_attention,
     training_attention_backward,
-    training_hopper,
 )
-from svg.kernels.block_sparse import LAUNCH, Launch, Tail
-from svg.kernels.block_sparse_quantised import LAUNCH as sparse_table
-from svg.kernels.computed_pairs import computed_pairs
-from svg.kernels.fp4_attention import fp4_attention
-from svg.kernels.heads import move_heads
-from svg.kernels.merge import merge_attention
-from svg.kernels.quantised_attention import LAUNCH as quantised_table
-from svg.kernels.rounded_attention import unsmoothed_lse
-from svg.kernels.training_backward import LAUNCH as backward_table
-from svg.kernels.training_backward import PLAIN_HOPPER
-from svg.kernels.varlen_attention import varlen_attention
+from svg.kernels.block_sparse_quantised import hopper as block_sparse_quantised_hopper
+from svg.kernels.common import target
+from svg.kernels.training import forward_hopper as training_hopper
+from svg.kernels.block_sparse.triton import LAUNCH, Launch, Tail
+from svg.kernels.block_sparse_quantised.triton import LAUNCH as sparse_table
+from svg.kernels.selection.computed_pairs import computed_pairs
+from svg.kernels.dense_quantised.nvfp4 import fp4_attention
+from svg.kernels.common.heads import move_heads
+from svg.kernels.common.merge import merge_attention
+from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
+from svg.kernels.common.rounded import unsmoothed_lse
+from svg.kernels.training.backward import LAUNCH as backward_table
+from svg.kernels.training.backward import PLAIN_HOPPER
+from svg.kernels.dense_quantised.varlen import varlen_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction

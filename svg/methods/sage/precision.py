@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svg.kernels import fp4_attention, quantised_attention, target
-from svg.kernels.precision import PRECISIONS, default_precision
+from svg.kernels import fp4_attention, quantised_attention
+from svg.kernels.common import target
+from svg.kernels.quantize.precision import PRECISIONS, default_precision
 
 from ...config import Sage2Config, Sage3Config
 from ...engine.plan import Plan

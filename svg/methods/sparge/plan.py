@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.sparge import block_statistics, sparge_block_map
+from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ...config import SpargeConfig
 from ...engine.layout import TokenLayout

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from svg.kernels.probe import probe_attention
+from svg.kernels.selection.probe import probe_attention
 
 from ...config import SVG1Config
 from ...engine.layout import TokenLayout

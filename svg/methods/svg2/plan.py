@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.block_sparse import Tail
-from svg.kernels.kmeans import Clustering, cluster_means, kmeans, kmeans_and_tiles
-from svg.kernels.neighbours import neighbour_order
-from svg.kernels.top_p import top_p_block_map
+from svg.kernels.block_sparse.triton import Tail
+from svg.kernels.clustering.kmeans import Clustering, cluster_means, kmeans, kmeans_and_tiles
+from svg.kernels.clustering.neighbours import neighbour_order
+from svg.kernels.selection.top_p import top_p_block_map
 
 from ...config import SVG2Config
 from ...engine.layout import TokenLayout

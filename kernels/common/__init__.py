@@ -1,0 +1,1 @@
+"""What several operations share: hardware, launches, tile lists, checks, smoothing, merging."""

@@ -1,0 +1,406 @@
+"""Dense attention with INT8 or INT4-range Q K^T, and P V in FP8 or 16 bits (SageAttention2 and 2++).
+
+    s_ij = sm_scale (q_scale_i k_scale_j (q8_i . k8_j) + q_mean . (k_j - k_mean))      the last term with smooth_q only
+    out  = v_scale sum_j e4m3(448 p_ij) v8_j / (448 sum_j p_ij) + v_mean,   p_ij = exp(s_ij - m_i), its sum in fp32
+
+| precision      | Q K^T | P V                                                                                        |
+|----------------|-------|--------------------------------------------------------------------------------------------|
+| int8-fp8       | INT8  | FP8 e4m3, V per channel; compute capability 8.9                                            |
+| int8-fp8-acc16 | INT8  | the same, V up to 2.25, products summed in fp16 over 64 keys, then in fp32 (2++)           |
+| int8-fp16      | INT8  | fp16 for an fp16 v, else bf16: the safe mode                                               |
+| int4-...       | INT4 range in INT8, an exact emulation for accuracy work, not faster; smooth_q by default          |
+
+The FP8 tensor core sums with 13 fraction bits: each tile's P V starts from zero and is added in fp32 (two levels).
+Sums in fp16 run at twice the rate on sm89 and sm120; sm90 and sm100 have the instruction too (QGMMA and UTCQMMA with
+16-bit sums), at the rate of the other: there it saves registers at best. On a CPU fp16 sums are emulated exactly.
+The output is clamped to what V's quantised range allows: a weighted mean cannot leave it, though rounding of P could.
+e4m3 has 3 mantissa bits: where attention averages V's of mean zero, P and V each cost 3e-4 of cosine similarity,
+whatever the scales; where V's channels have means, as in trained models, errors average out and .9999 is passed.
+sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from ..common import target
+from ..common.quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
+from ..common.rounded import (
+    check_inputs,
+    mean_scores,
+    note_failure_reference,
+    rounded_attention,
+    unsmoothed_lse,
+    unsmoothed_lse_reference,
+)
+from ..common.target import tl, triton
+from ..quantize.channels import (
+    QuantizedChannels,
+    fp8_values,
+    quantize_channels,
+    quantize_channels_reference,
+    statistics,
+    statistics_reference,
+)
+from ..quantize.precision import PRECISIONS, find_precision, pv_dtype
+from ..quantize.tokens import (
+    GROUPS,
+    QuantizedTokens,
+    dequantize_tokens,
+    padded_head_dim,
+    quantize_tokens,
+    quantize_tokens_reference,
+)
+from . import hopper as quantised_hopper
+
+LOG2_E = 1.4426950408889634
+ACC16_KEYS = 64  # keys whose products fp16 sums hold
+
+
+def quantised_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    precision: str = "int8-fp8",
+    is_causal: bool = False,
+    mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    smooth_q: bool | None = None,
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    q_groups: str = "token",
+    k_groups: str = "block",
+    failed: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query to every key, in 8 bits.
+
+    Args:
+        q: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
+        k, v: [B, Hkv, Sk, D], q's dtype; Hkv divides H, and query head h sees key head h // (H / Hkv).
+        precision: one of `precision.PRECISIONS`: bits of Q K^T, then of P V.
+        is_causal: query i sees keys 0 .. i (as in PyTorch, also where S != Sk).
+        mask: bool [B or 1, H or 1, S or 1, Sk], True where a query sees a key; hidden keys must be finite, and count in
+            the means and scales.
+        sm_scale: softmax scale; default D ** -0.5.
+        smooth_q: take the mean of every 128 queries off and add its scores back; None: with INT4 only. Costs 4 bytes
+            for each (128 queries, key) and head.
+        smooth_k: take K's mean over all tokens off.
+        smooth_v: take V's channel means off and add them to the output (FP8 only).
+        q_groups, k_groups: which tokens share a scale, see `quantize_tokens`. Single queries cost nothing extra, keys
+            in groups other than "block" one multiplication a score.
+        failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
+        return_lse: also return the log-sum-exp.
+
+    Returns:
+        out [B, H, S, D], q's dtype and memory layout; with return_lse also lse fp32 [B, H, S], natural log, of the
+        scores before smoothing. A query that sees no key gives zeros, and -inf.
+
+    Raises:
+        ValueError: shapes disagree, an unknown precision or groups, smooth_v without FP8, sm_scale is not positive.
+        TypeError: dtypes are mixed or not supported, or the mask is not bool.
+        NotImplementedError: head dim above 128; on the Triton path, a GPU without FP8 or a gradient would be needed.
+
+    Source: arXiv 2411.10958, section 3; arXiv 2505.21136, section 3 (sums in fp16).
+    """
+    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    kind = find_precision(precision, smooth_v=smooth_v)
+    for name, side, groups in (("q_groups", "q", q_groups), ("k_groups", "k", k_groups)):
+        if groups not in GROUPS[side]:
+            raise ValueError(f"{name} must be one of {', '.join(GROUPS[side])}, got {groups!r}")
+    check_inputs(q, k, v, sm_scale, mask)
+    target.refuse_gradients("quantised_attention", q, k, v)
+    op = _launch if target.use_triton(q) else quantised_attention_reference
+    return op(
+        q, k, v, precision=precision, is_causal=is_causal, mask=mask, sm_scale=sm_scale,
+        smooth_q=kind.bits == 4 if smooth_q is None else smooth_q, smooth_k=smooth_k, smooth_v=smooth_v,
+        q_groups=q_groups, k_groups=k_groups, failed=failed, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def quantised_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    precision: str = "int8-fp8",
+    is_causal: bool = False,
+    mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    smooth_q: bool | None = None,
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    q_groups: str = "token",
+    k_groups: str = "block",
+    failed: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Specification of `quantised_attention` in plain torch; same arguments and result.
+
+    P is rounded relative to a row's largest score, where the kernel rounds relative to the largest so far.
+    """
+    kind = PRECISIONS[precision]
+    D = q.shape[-1]
+    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    smooth_q = kind.bits == 4 if smooth_q is None else smooth_q
+    stats = statistics_reference(k, v)
+    mean = stats.k_mean if smooth_k else None
+    rows = quantize_tokens_reference(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
+    keys = quantize_tokens_reference(k, side="k", groups=k_groups, bits=kind.bits, mean=mean)
+    bias = mean_scores(rows.mean, k, mean) if smooth_q else None
+    if kind.fp8:
+        channels = quantize_channels_reference(v, stats, smooth=smooth_v, limit=kind.v_range)
+        values = fp8_values(channels, v.shape[2], D)
+    else:
+        values = v.to(pv_dtype(v)).float()
+    heads = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(heads, 1) for x in (dequantize_tokens(keys, D), values))
+    out, lse = rounded_attention(
+        dequantize_tokens(rows, D), keys, values, sm_scale, kind.p_dtype(v), is_causal, bias, mask, kind.acc16
+    )
+    if kind.fp8:
+        out = out * channels.scale[:, :, None, :D].repeat_interleave(heads, 1)
+    if smooth_v:
+        mean_out = channels.mean[:, :, None, :D].repeat_interleave(heads, 1)
+        out = torch.where(lse[..., None] == -torch.inf, 0.0, out + mean_out)
+    note_failure_reference(failed, out)
+    out = torch.empty_like(q).copy_(out)
+    return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
+
+
+# arch -> (P V in FP8, padded head dim) -> tile sizes. sm90 was measured on an H100, the others were not: chosen by ahead-of-time
+# compile (no spills, shared memory).
+LAUNCH = {
+    80: {(False, 64): Launch(128, 64, 4, 3), (False, 128): Launch(128, 64, 8, 3)},
+    89: {(False, 64): Launch(64, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
+         (True, 64): Launch(128, 64, 4, 3), (True, 128): Launch(128, 64, 8, 3)},
+    90: {(False, 64): Launch(128, 64, 8, 3), (False, 128): Launch(128, 64, 8, 3),
+         (True, 64): Launch(128, 128, 8, 3, tma=True, specialised=True),
+         (True, 128): Launch(128, 128, 8, 3, tma=True, specialised=True)},
+    100: {(False, 64): Launch(128, 64, 4, 3), (False, 128): Launch(128, 64, 8, 3),
+          (True, 64): Launch(128, 128, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
+    120: {(False, 64): Launch(64, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
+          (True, 64): Launch(128, 64, 4, 3, tma=True), (True, 128): Launch(64, 64, 4, 3, tma=True)},
+}  # fmt: skip
+
+
+def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) -> Launch:
+    """The row of the launch table for a precision and padded head dim; sums in fp16 take no more than 64 keys.
+
+    Args:
+        kind: one of `precision.PRECISIONS`.
+        block_d: 64 or 128.
+        device: where the tensors are.
+        roomy: leave registers for masks or packed sequences: 64 x 64 and 8 warps.
+    """
+    row = target.launch_row(LAUNCH, device)[kind.fp8, block_d]
+    if roomy:
+        return dataclasses.replace(row, block_m=64, block_n=64, num_warps=8)
+    return dataclasses.replace(row, block_n=min(row.block_n, ACC16_KEYS)) if kind.acc16 else row
+
+
+def _launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options):
+    interleave = runs_specialised(
+        q, options["precision"], options["k_groups"], plain=not (is_causal or mask is not None or options["smooth_q"])
+    )
+    inputs = quantize_inputs(q, k, v, sm_scale=sm_scale, interleave=interleave, **options)
+    out, lse = attend_quantized(inputs, torch.empty_like(q), is_causal, sm_scale, return_lse, mask, failed)
+    return (out, unsmoothed_lse(lse, q, inputs.k_mean, sm_scale)) if return_lse else out
+
+
+def runs_specialised(q: torch.Tensor, precision: str, k_groups: str, plain: bool) -> bool:
+    """Whether a call runs on quantised_hopper.py's kernel, which wants V interleaved.
+
+    Args:
+        q: [B, H, S, D].
+        precision, k_groups: as `quantised_attention` takes them.
+        plain: no mask of any kind, no smoothing of Q, no packed sequences.
+    """
+    kind = PRECISIONS[precision]
+    if not (plain and k_groups == "block" and quantised_hopper.takes(q.device, kind)):
+        return False
+    return launch_for(kind, padded_head_dim(q.shape[-1]), q.device).specialised
+
+
+@dataclass(frozen=True)
+class QuantizedInputs:
+    """What the kernel reads; `values` is quantised V, or V in 16 bits."""
+
+    precision: str
+    rows: QuantizedTokens
+    keys: QuantizedTokens
+    channels: QuantizedChannels | None
+    values: torch.Tensor
+    k_mean: torch.Tensor | None
+    bias: torch.Tensor | None
+    interleaved: bool
+
+
+def quantize_inputs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    precision: str,
+    sm_scale: float,
+    smooth_q: bool,
+    smooth_k: bool,
+    smooth_v: bool,
+    q_groups: str,
+    k_groups: str,
+    interleave: bool = False,
+) -> QuantizedInputs:
+    """Everything that `quantised_attention` does before its attention; same arguments, and V's order in a head."""
+    kind = PRECISIONS[precision]
+    if kind.fp8:
+        target.require_fp8(q.device)
+    stats = statistics(k, v) if smooth_k or kind.fp8 else None
+    mean = stats.k_mean if smooth_k else None
+    rows = quantize_tokens(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
+    channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, interleave=interleave) if kind.fp8 else None
+    return QuantizedInputs(
+        precision=precision,
+        rows=rows,
+        keys=quantize_tokens(k, side="k", groups=k_groups, bits=kind.bits, mean=mean),
+        channels=channels,
+        values=channels.values if kind.fp8 else v.to(pv_dtype(v)),
+        k_mean=mean,
+        bias=mean_scores(rows.mean, k, mean) * (sm_scale * LOG2_E) if smooth_q else None,
+        interleaved=interleave,
+    )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where packed sequences lie: int32 [n] each, in tokens; keys of a sequence begin at a multiple of 128."""
+
+    q_start: torch.Tensor
+    q_length: torch.Tensor
+    k_start: torch.Tensor
+    k_length: torch.Tensor
+
+    def tiles(self, tokens: int, block_m: int) -> tuple[torch.Tensor, int]:
+        """Where each sequence's query tiles end, int32 [n], and how many there are at most."""
+        ends = ((self.q_length + block_m - 1) // block_m).cumsum(0, dtype=torch.int32)
+        return ends, tokens // block_m + len(self.q_length)
+
+
+def attend_quantized(
+    inputs: QuantizedInputs,
+    out: torch.Tensor,
+    is_causal: bool,
+    sm_scale: float,
+    return_lse: bool,
+    mask: torch.Tensor | None = None,
+    failed: torch.Tensor | None = None,
+    sequences: Sequences | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention of `quantised_attention`, on inputs that are quantised; its lse is the smoothed scores'.
+
+    Args:
+        inputs: from `quantize_inputs`.
+        out: [B, H, S, D], written.
+        is_causal, sm_scale, return_lse, mask, failed: as in `quantised_attention`.
+        sequences: packed sequences in a batch of 1, each seen by itself; None: none are packed.
+
+    Returns:
+        out, and lse fp32 [B, H, S] or None.
+    """
+    B, H, S, D = out.shape
+    rows, keys, channels, values = inputs.rows, inputs.keys, inputs.channels, inputs.values
+    kv_heads, Sk, block_d = keys.values.shape[1:]
+    kind = PRECISIONS[inputs.precision]
+    row = launch_for(kind, block_d, out.device, roomy=mask is not None or sequences is not None)
+    lse = torch.empty(B, H, S, dtype=torch.float32, device=out.device) if return_lse else None
+    if inputs.interleaved:
+        quantised_hopper.launch(rows, keys, channels, out, lse, failed, sm_scale * LOG2_E)
+        return out, lse
+    if mask is not None:
+        mask = mask.expand(B, H, S, Sk).view(torch.uint8)
+    if sequences is None:
+        grid, packed, most = (triton.cdiv(S, row.block_m), B * H), (None,) * 5, 0
+    else:
+        ends, tiles = sequences.tiles(S, row.block_m)
+        grid, most = (tiles, H), triton.next_power_of_2(len(ends))
+        packed = (ends, sequences.q_start, sequences.q_length, sequences.k_start, sequences.k_length)
+    with target.on_device(out):
+        _quantised_attention_kernel[grid](
+            rows.values, rows.scale, key_source(keys.values, row), keys.scale, value_source(values, row),
+            channels.scale if channels else None, channels.mean if channels else None, inputs.bias, mask, out, lse,
+            failed, *packed, len(packed[0]) if most else 0, sm_scale * LOG2_E, H, H // kv_heads, S, Sk,
+            *values.stride()[:3], *out.stride()[:3], *((0,) * 4 if mask is None else mask.stride()),
+            D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
+            K_PER_TOKEN=keys.scale.shape[2] == Sk and Sk > 1, FP8=kind.fp8, ACC16=kind.acc16,
+            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma, SEQUENCES=most,
+            num_warps=row.num_warps, num_stages=row.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["S", "Sk", "n"])
+def _quantised_attention_kernel(
+    q, q_scale, k, k_scale, v, v_scale, v_mean, bias, mask, out, lse, failed, tile_ends, q_start, q_length, k_start, k_length, n,
+    scale_log2, H, HEADS_PER_KEY, S, Sk,
+    stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_mq, stride_mk,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr,
+    TMA: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    # The longest rows first, so that the last programs are short.
+    start = (tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)) * BLOCK_M
+    rows, keys, first_row, first_key = S, Sk, b * 0, b * 0
+    if SEQUENCES:
+        number = tl.arange(0, SEQUENCES)
+        ends = tl.load(tile_ends + number, mask=number < n, other=2147483647)
+        before = ends <= tl.program_id(0)
+        sequence = tl.sum(before.to(tl.int32))
+        if sequence >= n:
+            return
+        start = (tl.program_id(0) - tl.max(tl.where(before, ends, 0))) * BLOCK_M
+        rows, keys = tl.load(q_length + sequence), tl.load(k_length + sequence)
+        first_row = tl.load(q_start + sequence).to(tl.int64)
+        first_key = tl.multiple_of(tl.load(k_start + sequence).to(tl.int64), 128)
+    kv = bh // HEADS_PER_KEY
+    row = start + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = row < rows
+    place = bh * S + first_row + row  # of each query
+    q_tile = tl.load(q + place[:, None] * BLOCK_D + offs_d[None, :], mask=inside[:, None], other=0)
+    row_scale = tl.load(q_scale + place, mask=inside, other=1.0) * scale_log2  # [BM]
+    k_scale += kv * Sk + first_key if K_PER_TOKEN else kv * tl.cdiv(Sk, 128) + first_key // 128
+    k_row, v_row = (kv * Sk + first_key).to(tl.int32), (kv * BLOCK_D).to(tl.int32)
+    if not TMA:
+        k += (kv * Sk + first_key) * BLOCK_D
+    if not (TMA and FP8):
+        v += b * stride_vb + (h // HEADS_PER_KEY) * stride_vh + first_key * (1 if FP8 else stride_v)
+    if bias is not None:
+        bias += (bh * tl.cdiv(S, 128) + start // 128) * Sk
+    if mask is not None:
+        mask += b * stride_mb + h * stride_mh + tl.where(inside, row, 0).to(tl.int64) * stride_mq  # [BM]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    full = tl.minimum(start + 1, keys) // BLOCK_N if CAUSAL else keys // BLOCK_N
+    stop = tl.minimum(start + BLOCK_M, keys) if CAUSAL else keys
+    for i in range(full):
+        acc, l_i, m_i = attend_tile(
+            q_tile, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, first_key.to(tl.int32), stride_v, i * BLOCK_N,
+            BLOCK_N, row, acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, False, False, K_PER_TOKEN, FP8, ACC16, TWO_LEVEL, MAGIC, TMA,
+        )  # fmt: skip
+    for i in range(full, tl.cdiv(stop, BLOCK_N)):
+        acc, l_i, m_i = attend_tile(
+            q_tile, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, first_key.to(tl.int32), stride_v, i * BLOCK_N,
+            keys - i * BLOCK_N, row, acc, l_i, m_i,
+            D, BLOCK_D, BLOCK_N, True, CAUSAL, K_PER_TOKEN, FP8, ACC16, TWO_LEVEL, MAGIC, TMA,
+        )  # fmt: skip
+    acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, kv * BLOCK_D, BLOCK_D, FP8, ACC16)
+    out_ptr = out + b * stride_ob + h * stride_oh + (first_row + row)[:, None] * stride_os + offs_d[None, :]
+    tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
+    if lse is not None:
+        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (8.807354922057604 if FP8 else 0.0)
+        tl.store(lse + place, total * 0.6931471805599453, mask=inside)  # ln 2

@@ -1,0 +1,1 @@
+"""Quantisation of Q, K and V, and the names of precisions."""

@@ -1,0 +1,1 @@
+"""Which key blocks a query block sees: by probability mass, by prediction, by probing."""

@@ -1,0 +1,1 @@
+"""INT8 attention for training: forward and backward."""
