@@ -6,18 +6,13 @@ if __name__ == "kernels":
         "import `svg.kernels`, and run `pytest` rather than `python -m pytest` from the repository root"
     )
 
-from .block_sparse.triton import block_sparse_attention, block_sparse_attention_reference
-from .block_sparse_quantised.triton import block_sparse_attention_quantised, block_sparse_attention_quantised_reference
-from .clustering.kmeans import (
-    Clustering,
-    cluster_means,
-    cluster_means_reference,
-    kmeans,
-    kmeans_assign,
-    kmeans_assign_reference,
-    kmeans_update,
-    kmeans_update_reference,
-)
+from .block_sparse.op import block_sparse_attention
+from .block_sparse.reference import block_sparse_attention_reference
+from .block_sparse_quantised.op import block_sparse_attention_quantised
+from .block_sparse_quantised.reference import block_sparse_attention_quantised_reference
+from .clustering.assign import kmeans_assign, kmeans_assign_reference
+from .clustering.kmeans import Clustering, kmeans
+from .clustering.means import cluster_means, cluster_means_reference, kmeans_update, kmeans_update_reference
 from .clustering.neighbours import neighbour_order, neighbour_order_reference
 from .clustering.permute import (
     gather_tokens,
@@ -29,7 +24,8 @@ from .clustering.permute import (
     sort_labels_reference,
 )
 from .dense_quantised.nvfp4 import fp4_attention, fp4_attention_reference
-from .dense_quantised.triton import quantised_attention, quantised_attention_reference
+from .dense_quantised.op import quantised_attention
+from .dense_quantised.reference import quantised_attention_reference
 from .dense_quantised.varlen import varlen_attention, varlen_attention_reference
 from .elementwise import (
     gate_residual,
@@ -51,8 +47,8 @@ from .selection.sparge import (
     sparge_block_map_reference,
 )
 from .selection.top_p import top_p_block_map, top_p_block_map_reference
-from .training.backward import training_attention_backward, training_attention_backward_reference
-from .training.forward import training_attention, training_attention_reference
+from .training.op import training_attention, training_attention_backward
+from .training.reference import training_attention_backward_reference, training_attention_reference
 
 __all__ = [
     "BlockStatistics",

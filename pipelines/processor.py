@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from svg.attend import attend
 from svg.config import MethodConfig
 from svg.engine.state import RunState
-from svg.kernels.norm_rope import norm_rope
+from svg.kernels.elementwise import norm_rope
 
 # What Diffusers sets on every processor that declares it.
 CHOICES = ("_attention_backend", "_parallel_config")

@@ -1,10 +1,10 @@
-"""Block-sparse attention for Hopper: the loops of block_sparse.py with one producer and two consumers (Gluon).
+"""Block-sparse attention for Hopper: the loops of triton.py with one producer and two consumers (Gluon).
 
 A persistent program walks over query tiles of 128 rows. One warp fetches K and V tiles through the tensor memory
 accelerator, two at a time into 128-key stages, as fast as stages come free, also for the next query tile. Two warpgroups of
 64 rows each compute: while the softmax of one tile runs, the tensor cores do the next Q K^T and the previous P V, and the
 warpgroups drift apart so that one's softmax hides under the other's products. Same tile lists, same arithmetic as
-`block_sparse._attention_kernel`.
+`triton._attention_kernel`.
 
 Source: the schedule is FlashAttention-3's (arXiv 2407.08608, section 3), here over lists of tiles.
 """
@@ -23,7 +23,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row) -> bool:
 
     Args:
         q, k, v: as `block_sparse_attention` takes them.
-        row: a `block_sparse.Launch`.
+        row: a `triton.Launch`.
     """
     return (
         LOADABLE and target.arch(q.device) == 90 and q.element_size() == 2
@@ -33,7 +33,7 @@ def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row) -> bool:
 
 
 def launch(q, k, v, out, lse, permutation, map_index, lists, Cq, scale_log2, stages, tail) -> None:
-    """Attention over tile lists; arguments as `block_sparse._launch` makes them, with `stages` K and V buffers of 128 keys.
+    """Attention over tile lists; arguments as `triton.launch` makes them, with `stages` K and V buffers of 128 keys.
 
     At 3 stages a head dim above 64 leaves 2 KB of shared memory.
     """

@@ -1,6 +1,6 @@
-"""Block-sparse INT8 and FP8 attention for Hopper: `block_sparse_quantised._sparse_quantised_kernel` on three warpgroups a program.
+"""Block-sparse INT8 and FP8 attention for Hopper: `triton._sparse_quantised_kernel` on three warpgroups a program.
 
-A loop of a warpgroup is quantised_hopper.py's, the lists are block_sparse.py's: two list entries of 64 keys make a stage of 128.
+A loop of a warpgroup is dense_quantised/hopper.py's, the lists are block_sparse/triton.py's: two list entries of 64 keys make a stage of 128.
 There the three share K and V, here each has 64 query rows, a list and a ring of stages of its own, and a warp that fills it:
 query tiles stay small, and three loops at different places keep the tensor cores busy where two leave them idle a third of the
 time. What they fetch more comes from L2.
@@ -21,7 +21,7 @@ from ..dense_quantised.hopper import LOADABLE
 QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
-ONES = {64: True, 128: True}  # padded head dim -> row sums as `quantised_hopper.Launch.ones` has them
+ONES = {64: True, 128: True}  # padded head dim -> row sums as `dense_quantised.hopper.Launch.ones` has them
 FUSED_TAIL = False  # a tail as further stages here, not as a call of its own: not yet run on a GPU
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
@@ -332,7 +332,7 @@ if LOADABLE:
         q = q.to(gl.float32)
         size = gl.abs(q)
         largest = gl.max(gl.where(size < float("inf"), size, float("inf")), 1)
-        largest = gl.where(largest > 1e-30, largest, 1.0)  # quantize.TINY
+        largest = gl.where(largest > 1e-30, largest, 1.0)  # tokens.TINY
         rounded = (q * (127.0 / largest)[:, None] + 12582912.0) - 12582912.0
         q_shared.store(gl.where(gl.abs(rounded) < 128, rounded, 0.0).to(gl.int8))
         fence_async_shared()

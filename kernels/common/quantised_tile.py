@@ -104,7 +104,7 @@ def attend_tile(
             x = x * tl.load(k_scale + token)[None, :]
         scale = row_scale
     else:
-        scale = row_scale * tl.load(k_scale + first // 128)  # quantize.BLOCK
+        scale = row_scale * tl.load(k_scale + first // 128)  # tokens.BLOCK
     if bias is not None:
         x = x * scale[:, None] + tl.load(bias + token, mask=inside, other=0.0)[None, :]
         scale = tl.full([q.shape[0]], 1.0, dtype=tl.float32)

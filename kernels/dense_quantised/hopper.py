@@ -1,4 +1,4 @@
-"""Dense INT8 and FP8 attention for Hopper: `quantised_attention._quantised_attention_kernel` with one producer, several consumers.
+"""Dense INT8 and FP8 attention for Hopper: `triton._quantised_attention_kernel` with one producer, several consumers.
 
 One warp fetches K and V; each warpgroup of 64 rows computes Q K^T, softmax and P V of a tile, one after the other, and while
 it is at its softmax another one has the tensor cores. What the instructions of a warpgroup's loop cost decides: nothing narrower

@@ -15,16 +15,12 @@ for accuracy work, slower than 8 bits. sm80 and newer; head dims up to 128, padd
 import torch
 
 from ..common import target
+from ..common.checks import check_inputs
+from ..common.numbers import LOG2_E
 from ..common.quantised_tile import Launch, hide, note_failure
-from ..common.rounded import (
-    SCORE_CHUNK,
-    check_inputs,
-    mean_scores,
-    note_failure_reference,
-    unsmoothed_lse,
-    unsmoothed_lse_reference,
-)
+from ..common.rounded import SCORE_CHUNK, note_failure_reference
 from ..common.rounded import hide as hide_reference
+from ..common.smoothing import mean_scores, unsmoothed_lse, unsmoothed_lse_reference
 from ..common.target import tl, triton
 from ..quantize.channels import statistics, statistics_reference
 from ..quantize.nvfp4 import (
@@ -37,7 +33,6 @@ from ..quantize.nvfp4 import (
     round_to_e2m1,
     round_to_e4m3,
 )
-from .triton import LOG2_E
 
 P_RANGE = 6.0 * 448.0
 BLOCK = 128

@@ -1,23 +1,4 @@
-"""Dense attention with INT8 or INT4-range Q K^T, and P V in FP8 or 16 bits (SageAttention2 and 2++).
-
-    s_ij = sm_scale (q_scale_i k_scale_j (q8_i . k8_j) + q_mean . (k_j - k_mean))      the last term with smooth_q only
-    out  = v_scale sum_j e4m3(448 p_ij) v8_j / (448 sum_j p_ij) + v_mean,   p_ij = exp(s_ij - m_i), its sum in fp32
-
-| precision      | Q K^T | P V                                                                                        |
-|----------------|-------|--------------------------------------------------------------------------------------------|
-| int8-fp8       | INT8  | FP8 e4m3, V per channel; compute capability 8.9                                            |
-| int8-fp8-acc16 | INT8  | the same, V up to 2.25, products summed in fp16 over 64 keys, then in fp32 (2++)           |
-| int8-fp16      | INT8  | fp16 for an fp16 v, else bf16: the safe mode                                               |
-| int4-...       | INT4 range in INT8, an exact emulation for accuracy work, not faster; smooth_q by default          |
-
-The FP8 tensor core sums with 13 fraction bits: each tile's P V starts from zero and is added in fp32 (two levels).
-Sums in fp16 run at twice the rate on sm89 and sm120; sm90 and sm100 have the instruction too (QGMMA and UTCQMMA with
-16-bit sums), at the rate of the other: there it saves registers at best. On a CPU fp16 sums are emulated exactly.
-The output is clamped to what V's quantised range allows: a weighted mean cannot leave it, though rounding of P could.
-e4m3 has 3 mantissa bits: where attention averages V's of mean zero, P and V each cost 3e-4 of cosine similarity,
-whatever the scales; where V's channels have means, as in trained models, errors average out and .9999 is passed.
-sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
-"""
+"""Dense quantised attention in Triton: the kernel, its launch table, and what is quantised before it."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -25,149 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
+from ..common.numbers import LOG2_E
 from ..common.quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
-from ..common.rounded import (
-    check_inputs,
-    mean_scores,
-    note_failure_reference,
-    rounded_attention,
-    unsmoothed_lse,
-    unsmoothed_lse_reference,
-)
+from ..common.smoothing import mean_scores, unsmoothed_lse
 from ..common.target import tl, triton
-from ..quantize.channels import (
-    QuantizedChannels,
-    fp8_values,
-    quantize_channels,
-    quantize_channels_reference,
-    statistics,
-    statistics_reference,
-)
-from ..quantize.precision import PRECISIONS, find_precision, pv_dtype
-from ..quantize.tokens import (
-    GROUPS,
-    QuantizedTokens,
-    dequantize_tokens,
-    padded_head_dim,
-    quantize_tokens,
-    quantize_tokens_reference,
-)
+from ..quantize.channels import QuantizedChannels, quantize_channels, statistics
+from ..quantize.precision import PRECISIONS, pv_dtype
+from ..quantize.tokens import QuantizedTokens, padded_head_dim, quantize_tokens
 from . import hopper as quantised_hopper
 
-LOG2_E = 1.4426950408889634
 ACC16_KEYS = 64  # keys whose products fp16 sums hold
-
-
-def quantised_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    precision: str = "int8-fp8",
-    is_causal: bool = False,
-    mask: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    smooth_q: bool | None = None,
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    q_groups: str = "token",
-    k_groups: str = "block",
-    failed: torch.Tensor | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of every query to every key, in 8 bits.
-
-    Args:
-        q: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
-        k, v: [B, Hkv, Sk, D], q's dtype; Hkv divides H, and query head h sees key head h // (H / Hkv).
-        precision: one of `precision.PRECISIONS`: bits of Q K^T, then of P V.
-        is_causal: query i sees keys 0 .. i (as in PyTorch, also where S != Sk).
-        mask: bool [B or 1, H or 1, S or 1, Sk], True where a query sees a key; hidden keys must be finite, and count in
-            the means and scales.
-        sm_scale: softmax scale; default D ** -0.5.
-        smooth_q: take the mean of every 128 queries off and add its scores back; None: with INT4 only. Costs 4 bytes
-            for each (128 queries, key) and head.
-        smooth_k: take K's mean over all tokens off.
-        smooth_v: take V's channel means off and add them to the output (FP8 only).
-        q_groups, k_groups: which tokens share a scale, see `quantize_tokens`. Single queries cost nothing extra, keys
-            in groups other than "block" one multiplication a score.
-        failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
-        return_lse: also return the log-sum-exp.
-
-    Returns:
-        out [B, H, S, D], q's dtype and memory layout; with return_lse also lse fp32 [B, H, S], natural log, of the
-        scores before smoothing. A query that sees no key gives zeros, and -inf.
-
-    Raises:
-        ValueError: shapes disagree, an unknown precision or groups, smooth_v without FP8, sm_scale is not positive.
-        TypeError: dtypes are mixed or not supported, or the mask is not bool.
-        NotImplementedError: head dim above 128; on the Triton path, a GPU without FP8 or a gradient would be needed.
-
-    Source: arXiv 2411.10958, section 3; arXiv 2505.21136, section 3 (sums in fp16).
-    """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    kind = find_precision(precision, smooth_v=smooth_v)
-    for name, side, groups in (("q_groups", "q", q_groups), ("k_groups", "k", k_groups)):
-        if groups not in GROUPS[side]:
-            raise ValueError(f"{name} must be one of {', '.join(GROUPS[side])}, got {groups!r}")
-    check_inputs(q, k, v, sm_scale, mask)
-    target.refuse_gradients("quantised_attention", q, k, v)
-    op = _launch if target.use_triton(q) else quantised_attention_reference
-    return op(
-        q, k, v, precision=precision, is_causal=is_causal, mask=mask, sm_scale=sm_scale,
-        smooth_q=kind.bits == 4 if smooth_q is None else smooth_q, smooth_k=smooth_k, smooth_v=smooth_v,
-        q_groups=q_groups, k_groups=k_groups, failed=failed, return_lse=return_lse,
-    )  # fmt: skip
-
-
-def quantised_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    precision: str = "int8-fp8",
-    is_causal: bool = False,
-    mask: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    smooth_q: bool | None = None,
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    q_groups: str = "token",
-    k_groups: str = "block",
-    failed: torch.Tensor | None = None,
-    return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Specification of `quantised_attention` in plain torch; same arguments and result.
-
-    P is rounded relative to a row's largest score, where the kernel rounds relative to the largest so far.
-    """
-    kind = PRECISIONS[precision]
-    D = q.shape[-1]
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
-    smooth_q = kind.bits == 4 if smooth_q is None else smooth_q
-    stats = statistics_reference(k, v)
-    mean = stats.k_mean if smooth_k else None
-    rows = quantize_tokens_reference(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
-    keys = quantize_tokens_reference(k, side="k", groups=k_groups, bits=kind.bits, mean=mean)
-    bias = mean_scores(rows.mean, k, mean) if smooth_q else None
-    if kind.fp8:
-        channels = quantize_channels_reference(v, stats, smooth=smooth_v, limit=kind.v_range)
-        values = fp8_values(channels, v.shape[2], D)
-    else:
-        values = v.to(pv_dtype(v)).float()
-    heads = q.shape[1] // k.shape[1]
-    keys, values = (x.repeat_interleave(heads, 1) for x in (dequantize_tokens(keys, D), values))
-    out, lse = rounded_attention(
-        dequantize_tokens(rows, D), keys, values, sm_scale, kind.p_dtype(v), is_causal, bias, mask, kind.acc16
-    )
-    if kind.fp8:
-        out = out * channels.scale[:, :, None, :D].repeat_interleave(heads, 1)
-    if smooth_v:
-        mean_out = channels.mean[:, :, None, :D].repeat_interleave(heads, 1)
-        out = torch.where(lse[..., None] == -torch.inf, 0.0, out + mean_out)
-    note_failure_reference(failed, out)
-    out = torch.empty_like(q).copy_(out)
-    return (out, unsmoothed_lse_reference(lse, q, mean, sm_scale)) if return_lse else out
 
 
 # arch -> (P V in FP8, padded head dim) -> tile sizes. sm90 was measured on an H100, the others were not: chosen by ahead-of-time
@@ -201,7 +49,7 @@ def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) ->
     return dataclasses.replace(row, block_n=min(row.block_n, ACC16_KEYS)) if kind.acc16 else row
 
 
-def _launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options):
+def launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options):
     interleave = runs_specialised(
         q, options["precision"], options["k_groups"], plain=not (is_causal or mask is not None or options["smooth_q"])
     )
@@ -211,7 +59,7 @@ def _launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options
 
 
 def runs_specialised(q: torch.Tensor, precision: str, k_groups: str, plain: bool) -> bool:
-    """Whether a call runs on quantised_hopper.py's kernel, which wants V interleaved.
+    """Whether a call runs on hopper.py's kernel, which wants V interleaved.
 
     Args:
         q: [B, H, S, D].
@@ -259,7 +107,9 @@ def quantize_inputs(
     stats = statistics(k, v) if smooth_k or kind.fp8 else None
     mean = stats.k_mean if smooth_k else None
     rows = quantize_tokens(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
-    channels = quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, interleave=interleave) if kind.fp8 else None
+    channels = (
+        quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, interleave=interleave) if kind.fp8 else None
+    )
     return QuantizedInputs(
         precision=precision,
         rows=rows,

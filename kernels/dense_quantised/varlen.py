@@ -8,12 +8,13 @@ all sequences. Nothing waits for the device: lengths stay there.
 import torch
 
 from ..common import target
-from ..common.rounded import check_inputs
+from ..common.checks import check_inputs
 from ..common.target import tl, triton
 from ..quantize.channels import quantize_channels, statistics
 from ..quantize.precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
 from ..quantize.tokens import BLOCK, quantize_tokens
-from .triton import QuantizedInputs, Sequences, attend_quantized, quantised_attention_reference
+from .reference import quantised_attention_reference
+from .triton import QuantizedInputs, Sequences, attend_quantized
 
 
 def varlen_attention(
@@ -133,9 +134,7 @@ def _launch(q, k, v, q_ends, k_ends, *, precision, is_causal, sm_scale, smooth_k
     q_ends, k_ends = (ends.to(q.device, torch.int32) for ends in (q_ends, k_ends))
     lengths = k_ends.diff()
     padded = (lengths + BLOCK - 1) // BLOCK * BLOCK
-    sequences = Sequences(
-        q_ends[:-1].contiguous(), q_ends.diff(), (padded.cumsum(0) - padded).to(torch.int32), lengths
-    )
+    sequences = Sequences(q_ends[:-1].contiguous(), q_ends.diff(), (padded.cumsum(0) - padded).to(torch.int32), lengths)
     token = torch.arange(k.shape[1], device=q.device)
     number = torch.searchsorted(k_ends[1:], token, right=True)  # of the sequence that holds a key
     goal = token + (sequences.k_start - k_ends[:-1]).long()[number]
@@ -156,9 +155,7 @@ def _launch(q, k, v, q_ends, k_ends, *, precision, is_causal, sm_scale, smooth_k
         bias=None,
         interleaved=False,
     )
-    out, lse = attend_quantized(
-        inputs, torch.empty_like(q)[None], is_causal, sm_scale, return_lse, sequences=sequences
-    )
+    out, lse = attend_quantized(inputs, torch.empty_like(q)[None], is_causal, sm_scale, return_lse, sequences=sequences)
     if not return_lse:
         return out[0]
     return out[0], lse[0] if mean is None else lse[0] + sm_scale * _shift(q, mean, q_ends)

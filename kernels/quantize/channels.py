@@ -91,7 +91,7 @@ def quantize_channels(
         smooth: take the channel's mean off first; the attention adds it to its output.
         limit: largest quantised value, in (0, 448].
         permutation: int32 or int64 [B, H, S], sorted -> original index; None: identity.
-        interleave: reorder every 16 tokens as `INTERLEAVED`, which quantised_hopper.py reads.
+        interleave: reorder every 16 tokens as `INTERLEAVED`, which dense_quantised/hopper.py reads.
 
     Returns:
         The quantised values, tokens in sorted order.
@@ -274,7 +274,7 @@ def _scales_of_channels(
     largest = tl.maximum(
         tl.load(v_high + offs_d, mask=real, other=0.0) - mean, mean - tl.load(v_low + offs_d, mask=real, other=0.0)
     )
-    largest = tl.where(largest <= 1e-30, 1.0, largest)  # quantize.TINY
+    largest = tl.where(largest <= 1e-30, 1.0, largest)  # tokens.TINY
     finite = (tl.abs(centre) < float("inf")) & (tl.abs(largest) < float("inf"))
     scale = tl.where(finite, tl.div_rn(largest, tl.full([BLOCK_D], LIMIT, tl.float32)), float("nan"))
     return tl.where(real, scale, 1.0), mean

@@ -285,3 +285,12 @@ def _quantize_tokens_kernel(
         tl.store(scale + bh * blocks + tl.program_id(0), tl.max(size, 0))
     else:
         tl.store(scale + bh * S + offs_s, size, mask=inside)
+
+
+def key_groups(key_multiple: int) -> str:
+    """Which keys share a scale, as `quantize_tokens` has it: no tile of keys may begin inside of a group.
+
+    Args:
+        key_multiple: tiles begin at multiples of 16, and runs of tiles at multiples of this.
+    """
+    return "warp" if key_multiple % 64 == 0 else "sixteen"

@@ -10,11 +10,11 @@ between the outputs are differences of the masks. Two masks, head dims up to 128
 import torch
 
 from ..common import target
+from ..common.numbers import LOG2_E
 from ..common.target import tl, triton
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2_E = 1.4426950408889634
 CHUNK_BYTES = 256 << 20
 PROGRAMS_PER_SM = 2
 

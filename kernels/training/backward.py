@@ -1,8 +1,8 @@
-"""The backward of training_attention.py: all products in INT8 but dP = grad V^T, which stays in 16 bits.
+"""The backward of forward.py: all products in INT8 but dP = grad V^T, which stays in 16 bits.
 
 With products="bf16", dS K, dS^T Q and P^T grad are in bf16 too, and only Q K^T is in INT8: where a GPU spends more time on
 rounding P and dS than 8-bit products save, that is both faster and more accurate. Hopper is such a GPU: its kernels
-(training_backward_hopper.py) sum in bf16 whatever is asked for.
+(backward_hopper.py) sum in bf16 whatever is asked for.
 
     P = 2^(S - lse)      dP = grad V^T      delta_i = grad_i . out_i      dS = P (dP - delta)
     dV = P^T grad        dQ = sm_scale dS K         dK = sm_scale dS^T Q
@@ -28,96 +28,9 @@ import torch
 from ..common import target
 from ..common.target import tl, triton
 from . import backward_hopper as training_backward_hopper
-from .forward import Kept, Launch, larger, layouts, operand, pairs, rounded, scores_of, tile
-from .inputs import (
-    LN_2,
-    PackedGradients,
-    Sequences,
-    operand_order,
-    pack_gradients,
-    pack_gradients_reference,
-    turn,
-    unpack,
-    whole,
-)
-
-PRODUCTS = ("int8", "bf16")
-GROUPS = {"q": 64, "k": 64, "v": 64}  # scores that share a scale in a row, by whose gradient they make
-
-
-def training_attention_backward(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    kept: Kept,
-    *,
-    key_tokens: int,
-    is_causal: bool = False,
-    sm_scale: float,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    products: str = "int8",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `training_attention` by q, k and v.
-
-    Args:
-        grad: [B, H, S, D], of the output.
-        out: [B, H, S, D], the output.
-        kept: what the forward kept.
-        key_tokens: Sk.
-        is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k: the forward's.
-        products: "int8", or "bf16" for dS K, dS^T Q and P^T grad, which is more accurate; the same on Hopper.
-
-    Returns:
-        dq [B, H, S, D], dk and dv [B, Hkv, Sk, D], out's dtype; heads and tokens lie in memory as those of out do.
-
-    Source: arXiv 2505.11594, algorithm 3; arXiv 2603.02170.
-    """
-    if products not in PRODUCTS:
-        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {products!r}")
-    op = _launch if target.use_triton(out) else training_attention_backward_reference
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    return op(
-        grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, products=products,
-    )  # fmt: skip
-
-
-def training_attention_backward_reference(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    kept: Kept,
-    *,
-    key_tokens: int,
-    is_causal: bool = False,
-    sm_scale: float,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    products: str = "int8",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Specification of `training_attention_backward` in plain torch; same arguments and result."""
-    dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
-    rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
-    inputs = grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows
-    packed = pack_gradients_reference(*inputs, products == "bf16")
-    if products == "int8":
-        steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
-    sum_q, sum_k, sum_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (kept.queries, kept.keys, kept.keys))
-    for _, h, kv, m, n in pairs(kept, rows, columns):
-        keys, k_scale, q_scale = kept.keys[kv, n].float(), kept.k_scale[kv, n], kept.q_scale[h, m, None]
-        scores = scores_of(kept, h, kv, m, n, is_causal)
-        wide = packed.values[h, m].float() @ kept.values[kv, n].float().T - packed.delta[h, m, None] * k_scale
-        p, ds = (torch.exp2(scores - lse[h, m, None]) * x for lse, x in ((packed.lse, 1), (kept.lse, wide)))
-        factor, back = sm_scale * packed.scale[h, m, None], (LN_2 / k_scale)[:, None]
-        if products == "int8":
-            sum_q[h, m] = rounded(ds, GROUPS["q"]) @ keys * (factor / q_scale)
-            sum_k[kv, n] += rounded((ds * packed.scale[h, m, None]).T, GROUPS["k"]) @ kept.queries[h, m].float() * back
-            sum_v[kv, n] += rounded(p.T, GROUPS["v"]) @ steps[h, m].float()
-        else:
-            sum_q[h, m] = ds.bfloat16().float() @ keys * factor
-            queries = packed.queries[h, m].float()
-            sum_k[kv, n] += (ds * packed.scale[h, m, None]).bfloat16().float().T @ queries * back
-            sum_v[kv, n] += p.bfloat16().float().T @ packed.values[h, m].float()
-    return unpack(sum_q, rows, dq), unpack(sum_k, columns, dk), unpack(sum_v, columns, dv)
+from .forward import Launch, larger, operand, tile
+from .inputs import Kept, PackedGradients, empty_gradients, pack_gradients, turn, whole
+from .sequences import Sequences, layouts
 
 
 def packed_gradients(
@@ -131,18 +44,6 @@ def packed_gradients(
 def launch_of(kept: Kept, products: str) -> "BackwardLaunch":
     """The launches for what the forward kept, on its device."""
     return target.launch_row(LAUNCH, kept.queries.device)[products, kept.queries.shape[2]]
-
-
-def empty_gradients(
-    out: torch.Tensor, kv_heads: int, key_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Memory for dq, dk and dv; where tokens come before heads in `out`, they do so in all."""
-    B, _, _, D = out.shape
-    if out.stride(1) < out.stride(2):
-        dk, dv = (out.new_empty(B, key_tokens, kv_heads, D).transpose(1, 2) for _ in range(2))
-    else:
-        dk, dv = (out.new_empty(B, kv_heads, key_tokens, D) for _ in range(2))
-    return torch.empty_like(out), dk, dv
 
 
 @dataclass(frozen=True)
@@ -210,13 +111,13 @@ if training_backward_hopper.LOADABLE:
     LAUNCH[90] = dict.fromkeys(LAUNCH[90], BackwardLaunch(_SPECIALISED, _SPECIALISED, None))
 
 
-def _launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
+def launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
     dq, dk, dv = empty_gradients(out, kept.keys.shape[0], key_tokens)
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
     packed = packed_gradients(grad, out, kept, rows, products)
-    launch = launch_of(kept, products)
-    query_gradient(launch.query, dq, kept, packed, rows, columns, is_causal, sm_scale, products)
-    key_gradients(launch, dk, dv, kept, packed, rows, columns, is_causal, products)
+    chosen = launch_of(kept, products)
+    query_gradient(chosen.query, dq, kept, packed, rows, columns, is_causal, sm_scale, products)
+    key_gradients(chosen, dk, dv, kept, packed, rows, columns, is_causal, products)
     return dq, dk, dv
 
 

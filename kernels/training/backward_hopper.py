@@ -1,4 +1,4 @@
-"""training_backward.py's two kernels for Hopper, products="bf16": one producer warp and warpgroups that compute (Gluon).
+"""backward.py's two kernels for Hopper, products="bf16": one producer warp and warpgroups that compute (Gluon).
 
 The producer fetches tiles of 64 tokens through the tensor memory accelerator as fast as stages come free. A warpgroup owns 64
 queries (of dQ) or 64 keys (of dK and dV) and computes scores so that these are its rows: P and dS enter their products from
@@ -21,7 +21,7 @@ QUERIES = THREE
 
 
 def query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale, launch: Launch | None = None) -> None:
-    """Writes dq; arguments as in `training_backward.query_gradient`."""
+    """Writes dq; arguments as in `backward.query_gradient`."""
     launch = launch or QUERIES
     H, T, block_d = kept.queries.shape
     owner = training_hopper.programs(rows, launch.rows)
@@ -36,7 +36,7 @@ def query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale, launch:
 
 
 def key_gradients(dk, dv, kept, packed, rows, columns, is_causal) -> None:
-    """Writes dk and dv; arguments as in `training_backward.key_gradients`."""
+    """Writes dk and dv; arguments as in `backward.key_gradients`."""
     H, T, block_d = kept.queries.shape
     kv_heads = kept.keys.shape[0]
     with target.on_device(dk):

@@ -1,14 +1,4 @@
-"""Attention for training in INT8 (SageBwd): the forward. The backward is in training_backward.py.
-
-    s_ij  = q_scale_i k_scale_j (q8_i . k8_j)                          base 2: q_scale holds sm_scale log2 e
-    out_i = v_scale sum_J 2^(m_iJ - m_i) / 127 sum_(j in J) round(127 2^(s_ij - m_iJ)) v8_j / sum_j 2^(s_ij - m_i) + v_mean
-
-A tile J of keys has its own maximum m_iJ in each row, so that P uses all of INT8 in every tile ("per token"), and each
-tile's product is added in fp32. K and V are quantised without their means: K's drops out of the softmax, V's is added
-to the output; the backward may drop both, because rows of dS sum to zero. Q and K have a scale a token, V a channel.
-Any head dim up to 128; GQA; causal; packed sequences of different lengths. Deterministic. sm80 and newer; Hopper has a
-kernel of its own, with P V in bf16 (training_hopper.py).
-"""
+"""The forward of INT8 training attention in Triton."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,186 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
-from ..common.rounded import check_inputs as check_shapes
 from ..common.target import tl, triton
-from ..quantize.channels import statistics, statistics_reference
-from ..quantize.tokens import DTYPES
+from ..quantize.channels import statistics
 from . import forward_hopper as training_hopper
-from .inputs import (
-    LN_2,
-    PackedKeys,
-    Sequences,
-    channel_scale,
-    operand_order,
-    pack_keys,
-    pack_keys_reference,
-    pack_queries,
-    pack_queries_reference,
-    sequences,
-    unpack,
-    whole,
-)
-
-P_GROUP = 128  # keys that share a scale of P in a row; a launch may take fewer
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the backward needs of the forward besides its output.
-
-    Args:
-        queries: int8 [H, T, Dp], packed as training_inputs.py says.
-        q_scale: fp32 [H, T].
-        keys: int8 [Hkv, Tk, Dp].
-        k_scale: fp32 [Hkv, Tk].
-        values: bf16 [Hkv, Tk, Dp].
-        v_mean: fp32 [B, Hkv, D].
-        lse: fp32 [H, T], base 2; infinity where a row is padding or sees no key.
-    """
-
-    queries: torch.Tensor
-    q_scale: torch.Tensor
-    keys: torch.Tensor
-    k_scale: torch.Tensor
-    values: torch.Tensor
-    v_mean: torch.Tensor
-    lse: torch.Tensor
-
-
-def training_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Kept]:
-    """INT8 attention of every query to every key, and what `training_attention_backward` needs.
-
-    Args:
-        q: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
-        k, v: [B, Hkv, Sk, D], q's dtype; Hkv divides H, and query head h sees key head h // (H / Hkv).
-        is_causal: query i sees keys 0 .. i (as in PyTorch, also where S != Sk).
-        sm_scale: softmax scale; default D ** -0.5.
-        cu_seqlens_q, cu_seqlens_k: int32 [N + 1], for B = 1: sequence n is tokens cu_seqlens[n] ... cu_seqlens[n + 1] - 1,
-            from 0 to S (Sk), and sees itself only. None: each row of the batch is a sequence.
-
-    Returns:
-        out [B, H, S, D], q's dtype and memory layout, zeros where a sequence has no key; and what is to be kept.
-
-    Raises:
-        ValueError: shapes disagree, sm_scale is not positive, or cu_seqlens do not fit.
-        TypeError: dtypes are mixed or not supported.
-        NotImplementedError: head dim above 128, or autograd expects a gradient (`svg.training_attention` gives one).
-
-    Source: arXiv 2505.11594, section 4 (8-bit attention for training), algorithm 2; arXiv 2603.02170.
-    """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    check_inputs(q, k, v, sm_scale, cu_seqlens_q, cu_seqlens_k)
-    target.refuse_gradients("svg.kernels.training_attention", q, k, v)
-    op = _launch if target.use_triton(q) else training_attention_reference
-    return op(q, k, v, is_causal=is_causal, sm_scale=sm_scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-
-
-def training_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Kept]:
-    """Specification of `training_attention` in plain torch; same arguments and result."""
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    rows, columns = layouts(q, k, cu_seqlens_q, cu_seqlens_k)
-    stats = statistics_reference(k, v)
-    packed = pack_keys_reference(k, v, stats, columns)
-    queries, q_scale = pack_queries_reference(q, rows, sm_scale)
-    lse = torch.full_like(q_scale, torch.inf)
-    kept = Kept(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
-    steps = packed.values8[:, :, operand_order(columns.tokens, q.device).argsort()].transpose(1, 2)  # [Hkv, T, Dp]
-    v_scale, total = channel_scale(stats), q.new_zeros(*queries.shape[:2], q.shape[3], dtype=torch.float32)
-    for b, h, kv, m, n in pairs(kept, rows, columns):
-        scores = scores_of(kept, h, kv, m, n, is_causal)
-        seen = ~scores.isneginf().all(1)
-        lse[h, m] = torch.where(seen, (scores * LN_2).logsumexp(1) / LN_2, torch.inf)
-        means = rounded(torch.exp2(scores - lse[h, m, None]), P_GROUP) @ steps[kv, n, : q.shape[3]].float()
-        total[h, m] = (means * v_scale[b, kv] + stats.v_mean[b, kv]) * seen[:, None]
-    return unpack(total, rows, torch.empty_like(q)), kept
-
-
-def layouts(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
-) -> tuple[Sequences, Sequences]:
-    """Where the sequences of queries and of keys lie; arguments as in `training_attention`."""
-    return tuple(
-        sequences(x.shape[0], x.shape[2], starts, x.device) for x, starts in ((q, cu_seqlens_q), (k, cu_seqlens_k))
-    )
-
-
-def pairs(kept: Kept, rows: Sequences, columns: Sequences) -> Iterator[tuple[int, int, int, slice, slice]]:
-    """Batch, head, key head, packed rows and packed columns of every sequence and head."""
-    heads = kept.queries.shape[0]
-    group = heads // kept.keys.shape[0]
-    for (b, _, count, start), (_, _, keys, first) in zip(rows.table.tolist(), columns.table.tolist(), strict=True):
-        for h in range(heads if count and keys else 0):
-            yield b, h, h // group, slice(start, start + count), slice(first, first + keys)
-
-
-def scores_of(kept: Kept, h: int, kv: int, m: slice, n: slice, is_causal: bool) -> torch.Tensor:
-    """Scores of one head and sequence, base 2: fp32 [queries, keys]."""
-    scores = kept.queries[h, m].float() @ kept.keys[kv, n].float().T
-    scores = scores * kept.k_scale[kv, n] * kept.q_scale[h, m, None]
-    if is_causal:
-        scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    return scores
-
-
-def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """A matrix in INT8 and back, with one scale for `group` neighbours in a row."""
-    parts = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return ((parts / scale).round() * scale).flatten(1)[:, : x.shape[1]]
-
-
-def check_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sm_scale: float,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-) -> None:
-    """Raises where arguments of `training_attention` do not fit together; same arguments."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be fp16, bf16 or fp32, got {x.dtype}: convert it")
-        if x.dim() == 4 and x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"{name} must be contiguous in its last dim, got strides {x.stride()}: call .contiguous()")
-    check_shapes(q, k, v, sm_scale)
-    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together, got one: pass it twice for both")
-    if cu_seqlens_q is None:
-        return
-    for name, starts, tokens in (
-        ("cu_seqlens_q", cu_seqlens_q, q.shape[2]),
-        ("cu_seqlens_k", cu_seqlens_k, k.shape[2]),
-    ):
-        if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape != cu_seqlens_q.shape or len(starts) < 2:
-            raise ValueError(
-                f"{name} must be int32 [N + 1], the same N for both, got {starts.dtype} {tuple(starts.shape)}: convert it"
-            )
-        if starts.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {starts.device}: move it")
-        if q.shape[0] != 1:
-            raise ValueError(f"{name} needs a batch of 1, got {q.shape[0]}: pack the sequences along the tokens")
-        # On CUDA the look would cost a wait for the device.
-        if not starts.is_cuda and (starts[0] != 0 or starts[-1] != tokens or bool((starts.diff() < 0).any())):
-            raise ValueError(f"{name} must rise from 0 to {tokens}, got {starts.tolist()}: count every token once")
+from .inputs import Kept, PackedKeys, channel_scale, pack_keys, pack_queries, whole
+from .sequences import Sequences, layouts
 
 
 @dataclass(frozen=True)
@@ -258,7 +73,7 @@ LAUNCH = {
 }
 
 
-def _launch(q, k, v, *, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
+def launch(q, k, v, *, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
     rows, columns = layouts(q, k, cu_seqlens_q, cu_seqlens_k)
     stats = statistics(k, v)
     packed = pack_keys(k, v, stats, columns)

@@ -1,4 +1,4 @@
-"""training_attention.py's forward for Hopper: one producer warp and warpgroups that compute (Gluon). P V is in bf16.
+"""forward.py's forward for Hopper: one producer warp and warpgroups that compute (Gluon). P V is in bf16.
 
 A warpgroup owns 64 queries. While one computes the softmax of a tile of 128 keys, the tensor cores work for the others. In
 INT8, P V would cost more instructions (scales of P, a sum in fp32) than it would save products, so V stays in 16 bits, which
@@ -54,7 +54,7 @@ def programs(layout, rows: int) -> torch.Tensor:
     """What each program owns, so many rows of one sequence: int32 [P, 2], the sequence (-1: none) and its first row there.
 
     Args:
-        layout: `training_inputs.Sequences`.
+        layout: `sequences.Sequences`.
         rows: of a program.
     """
     padded = (layout.table[:, 2] + 127) // 128 * 128
@@ -69,7 +69,7 @@ def programs(layout, rows: int) -> torch.Tensor:
 def attend(
     queries, q_scale, packed, rows, columns, q, is_causal, launch: Launch | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp; arguments as in `training_attention.attend_packed`."""
+    """Output and log-sum-exp; arguments as in `forward.attend_packed`."""
     launch = launch or LAUNCH
     H, T, block_d = queries.shape
     out, lse = torch.empty_like(q), torch.empty_like(q_scale)

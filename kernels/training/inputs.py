@@ -18,81 +18,47 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
+from ..common.numbers import LOG2_E
 from ..common.target import tl, triton
 from ..quantize.channels import Statistics
 from ..quantize.tokens import TINY, absmax_of_rows, padded_head_dim
 from . import forward_hopper as training_hopper
-
-BLOCK = 128
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from .sequences import Sequences, operand_order, pack
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Where the sequences of queries, or of keys, lie.
+class Kept:
+    """What the backward needs of the forward besides its output.
 
     Args:
-        tokens: T, a multiple of 128.
-        owner: int32 [T / 128], the sequence of each block; -1: none.
-        table: int32 [N, 4], of each sequence: batch, first token there, tokens, first row in [heads, T, Dp].
+        queries: int8 [H, T, Dp], packed as this module says.
+        q_scale: fp32 [H, T].
+        keys: int8 [Hkv, Tk, Dp].
+        k_scale: fp32 [Hkv, Tk].
+        values: bf16 [Hkv, Tk, Dp].
+        v_mean: fp32 [B, Hkv, D].
+        lse: fp32 [H, T], base 2; infinity where a row is padding or sees no key.
     """
 
-    tokens: int
-    owner: torch.Tensor
-    table: torch.Tensor
+    queries: torch.Tensor
+    q_scale: torch.Tensor
+    keys: torch.Tensor
+    k_scale: torch.Tensor
+    values: torch.Tensor
+    v_mean: torch.Tensor
+    lse: torch.Tensor
 
 
-def sequences(batch: int, tokens: int, cu_seqlens: torch.Tensor | None, device: torch.device) -> Sequences:
-    """Lay out a batch of equal sequences, or the sequences of a packed row; nothing waits for the device.
-
-    Args:
-        batch: B.
-        tokens: S.
-        cu_seqlens: int32 [N + 1], where each sequence of the one row begins, and S; None: a batch.
-        device: where the tables go.
-
-    Returns:
-        The layout.
-    """
-    if cu_seqlens is None:
-        n = torch.arange(batch, dtype=torch.int32, device=device)
-        blocks = -(-tokens // BLOCK)
-        table = torch.stack([n, torch.zeros_like(n), torch.full_like(n, tokens), n * (blocks * BLOCK)], 1)
-        return Sequences(batch * blocks * BLOCK, n.repeat_interleave(blocks), table)
-    lengths = cu_seqlens.diff()
-    used = (lengths + (BLOCK - 1)) // BLOCK
-    ends = used.cumsum(0)
-    count = tokens // BLOCK + len(lengths)  # at least as many as are used
-    owner = torch.searchsorted(ends, torch.arange(count, device=device), right=True)
-    owner = torch.where(owner < len(lengths), owner, -1).int()
-    table = torch.stack([torch.zeros_like(lengths), cu_seqlens[:-1], lengths, (ends - used) * BLOCK], 1)
-    return Sequences(count * BLOCK, owner, table.int())
-
-
-def packed_tokens(batch: int, tokens: int, count: int | None) -> int:
-    """T of `sequences`, without tensors.
-
-    Args:
-        batch: B.
-        tokens: S.
-        count: N of a packed row; None: a batch.
-    """
-    return (batch * -(-tokens // BLOCK) if count is None else tokens // BLOCK + count) * BLOCK
-
-
-def operand_order(tokens: int, device: torch.device) -> torch.Tensor:
-    """Which token is at each place of a turned copy: in 16, thread t of 4 holds 2t, 2t + 1, 8 + 2t and 8 + 2t + 1.
-
-    Args:
-        tokens: T, a multiple of 16.
-        device: where the result goes.
-
-    Returns:
-        int64 [T].
-    """
-    place = torch.arange(tokens, device=device)
-    return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
+def empty_gradients(
+    out: torch.Tensor, kv_heads: int, key_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for dq, dk and dv; where tokens come before heads in `out`, they do so in all."""
+    B, _, _, D = out.shape
+    if out.stride(1) < out.stride(2):
+        dk, dv = (out.new_empty(B, key_tokens, kv_heads, D).transpose(1, 2) for _ in range(2))
+    else:
+        dk, dv = (out.new_empty(B, kv_heads, key_tokens, D) for _ in range(2))
+    return torch.empty_like(out), dk, dv
 
 
 @dataclass(frozen=True)
@@ -104,7 +70,7 @@ class PackedKeys:
         keys: int8 [Hkv, T, Dp], K without its mean.
         scale: fp32 [Hkv, T], of the keys.
         values: bf16 [Hkv, T, Dp], V without its mean, times the key's scale.
-        wide: bf16 [Hkv, T, Dp], V without its mean, for a forward with P V in 16 bits (training_hopper.py); else None.
+        wide: bf16 [Hkv, T, Dp], V without its mean, for a forward with P V in 16 bits (forward_hopper.py); else None.
         offset: fp32 [B, Hkv, D], with `wide`: V's mean less that of `wide`. bf16 V less a small number rounds to itself, so
             errors have a mean, which would grow beside an output that shrinks with the number of keys.
     """
@@ -262,31 +228,6 @@ def turn(x: torch.Tensor) -> torch.Tensor:
 def turn_reference(x: torch.Tensor) -> torch.Tensor:
     """Specification of `turn` in plain torch; same arguments and result."""
     return x[:, operand_order(x.shape[1], x.device)].transpose(1, 2).contiguous()
-
-
-def places(layout: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Batch and token of every packed row, int64 [T], and whether there is one, bool [T]."""
-    owner = layout.owner.repeat_interleave(BLOCK)
-    batch, first, length, start = layout.table[owner.clamp(min=0)].long().unbind(1)
-    position = torch.arange(layout.tokens, device=owner.device) - start
-    inside = (owner >= 0) & (position < length)
-    return batch, torch.where(inside, first + position, 0), inside
-
-
-def pack(x: torch.Tensor, layout: Sequences) -> torch.Tensor:
-    """[B, H, S, D] as fp32 [H, T, Dp], zeros where there is no token."""
-    batch, token, inside = places(layout)
-    packed = x.new_zeros(x.shape[1], layout.tokens, padded_head_dim(x.shape[3]), dtype=torch.float32)
-    packed[:, inside, : x.shape[3]] = x[batch[inside], :, token[inside]].transpose(0, 1).float()
-    return packed
-
-
-def unpack(packed: torch.Tensor, layout: Sequences, out: torch.Tensor) -> torch.Tensor:
-    """Write [H, T, Dp] into `out` [B, H, S, D], zeros where no sequence has the token; returns `out`."""
-    batch, token, inside = places(layout)
-    out.zero_()
-    out[batch[inside], :, token[inside]] = packed[:, inside, : out.shape[3]].transpose(0, 1).to(out.dtype)
-    return out
 
 
 def _quantized_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

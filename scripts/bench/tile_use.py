@@ -18,7 +18,7 @@ import torch
 
 from svg.engine.plan import Plan
 from svg.kernels import kmeans, neighbour_order, top_p_block_map
-from svg.kernels.kmeans import cluster_means
+from svg.kernels.clustering.means import cluster_means
 from svg.recordings.record import open_recording
 from svg.recordings.sweep import dense_rows, recall
 

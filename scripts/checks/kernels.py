@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg.kernels import (
-    block_sparse,
     block_sparse_attention,
     block_sparse_attention_reference,
     gate_residual,
@@ -43,10 +42,11 @@ from svg.kernels import (
     scatter_tokens,
     sort_labels,
     sort_labels_reference,
-    target,
     top_p_block_map,
     top_p_block_map_reference,
 )
+from svg.kernels.block_sparse import triton as block_sparse
+from svg.kernels.common import target
 
 DEVICE = "cuda"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -520,9 +520,8 @@ def time_clustering(note, S, H, D, sweep):
 
 
 def sweep_assign(note, op, label):
-    import svg.kernels.kmeans  # noqa: F401, the package's attribute of that name is the function
+    from svg.kernels.clustering import assign as module
 
-    module = sys.modules["svg.kernels.kmeans"]
     table = target.launch_row(module.LAUNCH, torch.device(DEVICE))
     kept = table[2]
     for s, c, warps, stages in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):

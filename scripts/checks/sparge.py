@@ -33,11 +33,11 @@ from svg.kernels import (
     block_statistics_reference,
     sparge_block_map,
     sparge_block_map_reference,
-    target,
 )
-from svg.kernels import block_sparse_quantised_hopper as sparse_hopper
-from svg.kernels.block_sparse_quantised import LAUNCH
-from svg.kernels.precision import PRECISIONS
+from svg.kernels.block_sparse_quantised import hopper as sparse_hopper
+from svg.kernels.block_sparse_quantised.triton import LAUNCH
+from svg.kernels.common import target
+from svg.kernels.quantize.precision import PRECISIONS
 from svg.methods.sparge import plan as sparge
 from svg.recordings import sparge_fit
 from svg.recordings.sparge_fit import Sampling

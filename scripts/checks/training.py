@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 import svg
 from svg.bench.run import Bench, bench_ceilings, bench_training
-from svg.kernels import target, training_hopper
+from svg.kernels.common import target
+from svg.kernels.training import forward_hopper as training_hopper
 
 DEVICE = "cuda"
 # Of the relative l2 error at N(0, 1), for gradients summed in INT8 and in bf16: a fifth above the references' own.

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from world import SHAPES, captions, render, sample_scenes
 
 import svg
-from svg.kernels.training_backward import PRODUCTS
+from svg.kernels.training.op import PRODUCTS
 
 BAR = 0.01  # of the final loss, relative
 SHARE = 4  # the final loss is the mean over the last 1 / SHARE of the steps

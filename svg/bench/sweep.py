@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svg.kernels import kmeans_assign
 from svg.kernels.block_sparse import triton as block_sparse
-from svg.kernels.clustering import kmeans as kmeans_module
+from svg.kernels.clustering import assign
 from svg.kernels.common import target
 
 from .timing import median_ms
@@ -47,9 +47,9 @@ def sweep_assign(bench, x: Tensor, start: Tensor, prefix: str, shape: str, input
         x, start: tokens and centroids.
         prefix, shape, inputs: as `Bench.note` takes them.
     """
-    table = target.launch_row(kmeans_module.LAUNCH, x.device)
+    table = target.launch_row(assign.LAUNCH, x.device)
     for s, c, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3)):
-        with replaced(table, x.element_size(), kmeans_module.Launch(s, c, warps, stages)):
+        with replaced(table, x.element_size(), assign.Launch(s, c, warps, stages)):
             ms = time_or_none(lambda: kmeans_assign(x, start))
         if ms is not None:
             name = f"{prefix}/assign_{s}x{c}_w{warps}_s{stages}/ms"

@@ -12,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg.kernels import training_attention
 from svg.kernels.common import target
+from svg.kernels.quantize.channels import statistics
 from svg.kernels.training import backward, forward
-from svg.kernels.training.backward import PRODUCTS
-from svg.kernels.training.inputs import channel_scale, pack_gradients, pack_keys, pack_queries
+from svg.kernels.training.inputs import channel_scale, empty_gradients, pack_gradients, pack_keys, pack_queries
+from svg.kernels.training.op import PRODUCTS
+from svg.kernels.training.sequences import layouts
 
 from ..functional.training import training_attention as attention_with_gradients
 from .sweep import replaced, time_or_none
@@ -78,12 +80,12 @@ def _parts(
     sweep: bool,
 ) -> None:
     q, k, v = arguments
-    scale, (rows, columns) = q.shape[-1] ** -0.5, forward.layouts(q, k, None, None)
-    stats = forward.statistics(k, v)
+    scale, (rows, columns) = q.shape[-1] ** -0.5, layouts(q, k, None, None)
+    stats = statistics(k, v)
     queries, q_scale = pack_queries(q, rows, scale)
     out, kept = training_attention(q, k, v, is_causal=is_causal, sm_scale=scale)
     gradients = backward.packed_gradients(grad, out, kept, rows, products)
-    dq, dk, dv = backward.empty_gradients(out, k.shape[1], k.shape[2])
+    dq, dk, dv = empty_gradients(out, k.shape[1], k.shape[2])
     width = kept.queries.shape[2]
     row = target.launch_row(backward.LAUNCH, q.device)[products, width]
 

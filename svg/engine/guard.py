@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.block_sparse.triton import block_sparse_attention
+from svg.kernels.block_sparse.op import block_sparse_attention
 from svg.kernels.clustering.permute import gather_tokens
 from svg.kernels.common.heads import move_heads
 

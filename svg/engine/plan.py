@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse.triton import Tail, block_sparse_attention
-from svg.kernels.block_sparse_quantised.triton import block_sparse_attention_quantised
+from svg.kernels.block_sparse.blocks import Tail
+from svg.kernels.block_sparse.op import block_sparse_attention
+from svg.kernels.block_sparse_quantised.op import block_sparse_attention_quantised
 from svg.kernels.clustering.permute import gather_tokens
 from svg.kernels.selection.computed_pairs import computed_pairs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse.triton import block_sparse_attention
-from svg.kernels.block_sparse_quantised.triton import block_sparse_attention_quantised
+from svg.kernels.block_sparse.op import block_sparse_attention
+from svg.kernels.block_sparse_quantised.op import block_sparse_attention_quantised
 from svg.kernels.common import target
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 

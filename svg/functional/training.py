@@ -11,9 +11,9 @@ from svg.kernels import training_attention as kernel
 from svg.kernels import training_attention_backward
 from svg.kernels.common import target
 from svg.kernels.quantize.tokens import padded_head_dim
-from svg.kernels.training.backward import PRODUCTS, empty_gradients
-from svg.kernels.training.forward import Kept
-from svg.kernels.training.inputs import packed_tokens
+from svg.kernels.training.inputs import Kept, empty_gradients
+from svg.kernels.training.op import PRODUCTS
+from svg.kernels.training.sequences import packed_tokens
 
 LAYOUTS = ("HND", "NHD")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svg.eval.files import write_json
-from svg.kernels.block_sparse.triton import block_sparse_attention
+from svg.kernels.block_sparse.op import block_sparse_attention
 from svg.kernels.clustering.permute import gather_tokens
 
 from ..attend import attend

@@ -5,7 +5,7 @@ from svg.attend import attend, dense_attention
 from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
-from svg.kernels import target
+from svg.kernels.common import target
 from svg.methods.sparge import plan as sparge
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")

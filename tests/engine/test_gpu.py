@@ -9,7 +9,7 @@ from svg.attend import attend
 from svg.config import SpargeConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
-from svg.kernels import target
+from svg.kernels.common import target
 
 ALWAYS = {"warmup_steps": 0, "warmup_layers": 0, "check_finite": False}
 SVG2 = {**ALWAYS, "top_p": 1.0, "budget": 0.03, "min_k_ratio": 0.0, "first_iterations": 2}

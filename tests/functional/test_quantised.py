@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import svg
-from svg.kernels import quantised_attention, target
+from svg.kernels import quantised_attention
+from svg.kernels.common import target
 
 pytestmark = pytest.mark.filterwarnings("ignore:svg.attention computes its plain PyTorch reference")
 

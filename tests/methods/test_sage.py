@@ -19,7 +19,7 @@ from svg.config import (
 from svg.engine import guard
 from svg.engine.layout import TokenLayout
 from svg.engine.summary import summarise
-from svg.kernels import target
+from svg.kernels.common import target
 from svg.methods.sage import precision as sage
 from svg.methods.sage.layers_file import layers_content
 

@@ -8,7 +8,7 @@ from svg.config import SVG1Config
 from svg.engine.layout import TokenLayout
 from svg.engine.plan import execute
 from svg.engine.state import LayerState
-from svg.kernels import probe
+from svg.kernels.selection import probe
 from svg.methods.svg1 import plan as svg1
 
 CPU = torch.device("cpu")

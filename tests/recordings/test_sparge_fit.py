@@ -7,8 +7,8 @@ import torch
 
 from svg.config import SpargeConfig
 from svg.engine.layout import TokenLayout
-from svg.kernels.block_sparse_quantised import skipped_tiles
-from svg.kernels.sparge import block_statistics, sparge_block_map
+from svg.kernels.block_sparse_quantised.reference import skipped_tiles
+from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 from svg.methods.sparge.plan import K_BLOCK, Q_BLOCK, video_blocks
 from svg.recordings.sparge_fit import (
     SIMTHRESH,

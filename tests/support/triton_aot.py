@@ -37,20 +37,21 @@ from svg.kernels import (
     training_attention,
     training_attention_backward,
 )
+from svg.kernels.block_sparse.blocks import Tail
+from svg.kernels.block_sparse.triton import LAUNCH, Launch
 from svg.kernels.block_sparse_quantised import hopper as block_sparse_quantised_hopper
-from svg.kernels.common import target
-from svg.kernels.training import forward_hopper as training_hopper
-from svg.kernels.block_sparse.triton import LAUNCH, Launch, Tail
 from svg.kernels.block_sparse_quantised.triton import LAUNCH as sparse_table
-from svg.kernels.selection.computed_pairs import computed_pairs
-from svg.kernels.dense_quantised.nvfp4 import fp4_attention
+from svg.kernels.common import target
 from svg.kernels.common.heads import move_heads
 from svg.kernels.common.merge import merge_attention
+from svg.kernels.common.smoothing import unsmoothed_lse
+from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
-from svg.kernels.common.rounded import unsmoothed_lse
+from svg.kernels.dense_quantised.varlen import varlen_attention
+from svg.kernels.selection.computed_pairs import computed_pairs
+from svg.kernels.training import forward_hopper as training_hopper
 from svg.kernels.training.backward import LAUNCH as backward_table
 from svg.kernels.training.backward import PLAIN_HOPPER
-from svg.kernels.dense_quantised.varlen import varlen_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from svg.kernels.kmeans import kmeans
-from svg.kernels.neighbours import neighbour_order
-from svg.kernels.permute import sort_labels
+from svg.kernels.clustering.kmeans import kmeans
+from svg.kernels.clustering.neighbours import neighbour_order
+from svg.kernels.clustering.permute import sort_labels
 
 from ...config import NearConfig
 from ...engine.layout import TokenLayout

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svg.kernels.block_sparse.triton import Tail
-from svg.kernels.clustering.kmeans import Clustering, cluster_means, kmeans, kmeans_and_tiles
+from svg.kernels.block_sparse.blocks import Tail
+from svg.kernels.clustering.kmeans import Clustering, kmeans, kmeans_and_tiles
+from svg.kernels.clustering.means import cluster_means
 from svg.kernels.clustering.neighbours import neighbour_order
 from svg.kernels.selection.top_p import top_p_block_map
 

@@ -7,7 +7,7 @@ from svg.kernels import (
     block_sparse_attention_quantised_reference,
     quantised_attention,
 )
-from svg.kernels.block_sparse.triton import Tail
+from svg.kernels.block_sparse.blocks import Tail
 from svg.kernels.block_sparse_quantised.triton import LAUNCH
 from svg.kernels.common import target
 from svg.kernels.common.quantised_tile import Launch

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-import sys
 
 import pytest
 import torch
-from svg.kernels.clustering import kmeans_hopper
+from svg.kernels.clustering import assign, kmeans_hopper
+from svg.kernels.clustering.kmeans import kmeans_and_tiles
 from svg.kernels.clustering.permute import new_counters
 from svg.kernels.common import target
 
-module = sys.modules["svg.kernels.clustering.kmeans"]
 HOPPER = torch.cuda.is_available() and target.arch(torch.device("cuda")) == 90
 on_hopper = pytest.mark.skipif(not HOPPER or not kmeans_hopper.LOADABLE, reason="needs a Hopper GPU")
 
@@ -32,7 +31,7 @@ def counted(x, scored):
     """Labels, and how often each chunk has each."""
     clusters = scored.directions.shape[2]
     counts = new_counters(x.shape[0] * x.shape[1], x.shape[2], clusters, x.device).counts
-    return module._assign(x, scored, counts), counts
+    return assign._assign(x, scored, counts), counts
 
 
 @on_hopper
@@ -48,10 +47,10 @@ def test_same_labels_and_counts_as_the_plain_kernel(monkeypatch, S, D, clusters,
     x = torch.randn(2, S, 3, D, device="cuda", dtype=dtype).transpose(1, 2)
     start = torch.randn(2, 3, clusters, D, device="cuda")
     start[:, :, clusters // 2 :] = start[:, :, : clusters - clusters // 2]  # ties, and empty clusters
-    scored = module._centred(x, start)
+    scored = assign.centred(x, start)
     monkeypatch.setattr(kmeans_hopper, "launch", functools.partial(kmeans_hopper.launch, few=few))
     labels, counts = counted(x, scored)
-    monkeypatch.setitem(module.LAUNCH[90], 2, dataclasses.replace(module.LAUNCH[90][2], specialised=False))
+    monkeypatch.setitem(assign.LAUNCH[90], 2, dataclasses.replace(assign.LAUNCH[90][2], specialised=False))
     plain_labels, plain_counts = counted(x, scored)
     assert torch.equal(labels, plain_labels)
     assert torch.equal(counts, plain_counts)
@@ -61,16 +60,16 @@ def test_same_labels_and_counts_as_the_plain_kernel(monkeypatch, S, D, clusters,
 @pytest.mark.parametrize("clusters", [300, 1000])
 def test_many_tokens_give_the_same_labels_every_time(monkeypatch, clusters):
     x = torch.randn(1, 75_600, 4, 128, device="cuda").bfloat16().transpose(1, 2)
-    scored = module._centred(x, x[:, :, :clusters].float())
+    scored = assign.centred(x, x[:, :, :clusters].float())
     found = [counted(x, scored) for _ in range(20)]
-    monkeypatch.setitem(module.LAUNCH[90], 2, dataclasses.replace(module.LAUNCH[90][2], specialised=False))
+    monkeypatch.setitem(assign.LAUNCH[90], 2, dataclasses.replace(assign.LAUNCH[90][2], specialised=False))
     plain_labels, plain_counts = counted(x, scored)
     for labels, counts in found:
         assert torch.equal(labels, plain_labels) and torch.equal(counts, plain_counts)
 
 
 def everything(x):
-    found, tiles = module.kmeans_and_tiles(x, x[:, :, :300].float(), 3, 64)
+    found, tiles = kmeans_and_tiles(x, x[:, :, :300].float(), 3, 64)
     return *found, tiles
 
 
@@ -78,7 +77,7 @@ def everything(x):
 def test_same_clustering_as_the_plain_kernel(monkeypatch):
     x = torch.randn(1, 20_001, 2, 128, device="cuda").bfloat16().transpose(1, 2)
     first, second = (everything(x) for _ in range(2))
-    monkeypatch.setitem(module.LAUNCH[90], 2, dataclasses.replace(module.LAUNCH[90][2], specialised=False))
+    monkeypatch.setitem(assign.LAUNCH[90], 2, dataclasses.replace(assign.LAUNCH[90][2], specialised=False))
     plain = everything(x)
     for a, b, c in zip(first, second, plain, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from svg.kernels import block_sparse_attention, block_sparse_attention_quantised
-from svg.kernels.block_sparse.triton import Tail
+from svg.kernels.block_sparse.blocks import Tail
 from svg.kernels.common.merge import merge_attention
-from svg.kernels.common.rounded import unsmoothed_lse
+from svg.kernels.common.smoothing import unsmoothed_lse
 
 
 def parts(S, D, dtype, heads_last):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svg.kernels import target
+from svg.kernels.common import target
 from svg.kernels.granules import values
 from svg.kernels.granules.op import granule_attention
 from svg.kernels.granules.reference import cut_granules_reference, granule_attention_reference, lists_of

@@ -1,5 +1,3 @@
-import sys
-
 import pytest
 import torch
 from svg.kernels import (
@@ -15,10 +13,10 @@ from svg.kernels import (
 )
 from svg.kernels.common import target
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
+from svg.kernels.training import backward
 from svg.kernels.training.backward import BackwardLaunch
 from svg.kernels.training.forward import LAUNCH, Launch
 
-backward = sys.modules["svg.kernels.training.backward"]
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of the Triton kernel only")
 BARS = {"out": 0.0195, "dq": 0.020, "dk": 0.024, "dv": 0.018}  # of the relative l2 error, at N(0, 1)
 

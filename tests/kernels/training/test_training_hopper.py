@@ -1,6 +1,5 @@
 """Hopper's training kernels: how they split sequences, on any machine; and their results, on a Hopper GPU only."""
 
-import sys
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ from svg.kernels.common import target
 from svg.kernels.quantize.channels import statistics_reference
 from svg.kernels.training import backward_hopper as training_backward_hopper
 from svg.kernels.training import forward_hopper as training_hopper
-from svg.kernels.training.inputs import pack_keys, sequences
+from svg.kernels.training.inputs import pack_keys
+from svg.kernels.training.sequences import sequences
 
-backward = sys.modules["svg.kernels.training.backward"]
 HOPPER = torch.cuda.is_available() and target.arch(torch.device("cuda")) == 90
 on_hopper = pytest.mark.skipif(not HOPPER or not training_hopper.LOADABLE, reason="needs a Hopper GPU")
 BARS = {"out": 0.0115, "dq": 0.0135, "dk": 0.0135, "dv": 0.0115}  # of the relative l2 error, at N(0, 1)
