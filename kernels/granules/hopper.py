@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from .. import target
+from ..common import target
 
 LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 ROWS = 128  # of a query group: two warpgroups of 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import target
+from ..common import target
 from . import hopper, triton
 from .reference import granule_attention_reference
 from .values import ROWS, SIZES, GranuleLists, Granules

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import target
-from ..target import tl, triton
+from ..common import target
+from ..common.target import tl, triton
 
 
 @dataclass(frozen=True)
