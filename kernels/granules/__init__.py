@@ -4,8 +4,8 @@ A granule is the unit of selection, of compensation and of copying: whatever is 
 holds what the operations hand to each other, `reference.py` their specification in plain torch.
 """
 
+from .op import granule_attention
 from .reference import cut_granules_reference as cut_granules
-from .reference import granule_attention_reference as granule_attention
 from .reference import granule_scores_reference as granule_scores
 from .reference import select_granules_reference as select_granules
 from .values import GranuleLists, Granules
