@@ -24,6 +24,29 @@ MODULES = {
     "svg.fingerprint": "svg.pipelines.fingerprint",
     "svg.guard": "svg.engine.guard",
     "svg.job": "svg.generate.job",
+    "svg.kernels.aligned_tiles": "svg.kernels.common.aligned_tiles",
+    "svg.kernels.block_sparse_hopper": "svg.kernels.block_sparse.hopper",
+    "svg.kernels.block_sparse_quantised_hopper": "svg.kernels.block_sparse_quantised.hopper",
+    "svg.kernels.computed_pairs": "svg.kernels.selection.computed_pairs",
+    "svg.kernels.fp4_attention": "svg.kernels.dense_quantised.nvfp4",
+    "svg.kernels.heads": "svg.kernels.common.heads",
+    "svg.kernels.kmeans_hopper": "svg.kernels.clustering.kmeans_hopper",
+    "svg.kernels.merge": "svg.kernels.common.merge",
+    "svg.kernels.neighbours": "svg.kernels.clustering.neighbours",
+    "svg.kernels.norm_rope": "svg.kernels.elementwise",
+    "svg.kernels.nvfp4": "svg.kernels.quantize.nvfp4",
+    "svg.kernels.permute": "svg.kernels.clustering.permute",
+    "svg.kernels.precision": "svg.kernels.quantize.precision",
+    "svg.kernels.probe": "svg.kernels.selection.probe",
+    "svg.kernels.quantised_hopper": "svg.kernels.dense_quantised.hopper",
+    "svg.kernels.quantised_tile": "svg.kernels.common.quantised_tile",
+    "svg.kernels.quantize_values": "svg.kernels.quantize.channels",
+    "svg.kernels.sparge": "svg.kernels.selection.sparge",
+    "svg.kernels.target": "svg.kernels.common.target",
+    "svg.kernels.top_p": "svg.kernels.selection.top_p",
+    "svg.kernels.training_backward_hopper": "svg.kernels.training.backward_hopper",
+    "svg.kernels.training_hopper": "svg.kernels.training.forward_hopper",
+    "svg.kernels.varlen_attention": "svg.kernels.dense_quantised.varlen",
     "svg.layer_file": "svg.methods.sage.layers_file",
     "svg.layout": "svg.engine.layout",
     "svg.method_config": "svg.config.base",
@@ -47,6 +70,36 @@ MODULES = {
     "svg.tune.stage": "svg.tune.video_trials",
     "svg.versions": "svg.environment",
 }
+# old module -> the modules its names are in now
+SPLIT = {
+    "svg.kernels.kmeans": (
+        "svg.kernels.clustering.kmeans",
+        "svg.kernels.clustering.assign",
+        "svg.kernels.clustering.means",
+    ),
+    "svg.kernels.quantised_attention": (
+        "svg.kernels.dense_quantised.op",
+        "svg.kernels.dense_quantised.reference",
+        "svg.kernels.dense_quantised.triton",
+    ),
+    "svg.kernels.rounded_attention": (
+        "svg.kernels.common.rounded",
+        "svg.kernels.common.smoothing",
+        "svg.kernels.common.checks",
+    ),
+    "svg.kernels.training_attention": (
+        "svg.kernels.training.op",
+        "svg.kernels.training.reference",
+        "svg.kernels.training.forward",
+        "svg.kernels.training.sequences",
+    ),
+    "svg.kernels.training_backward": (
+        "svg.kernels.training.op",
+        "svg.kernels.training.reference",
+        "svg.kernels.training.backward",
+    ),
+    "svg.kernels.training_inputs": ("svg.kernels.training.inputs", "svg.kernels.training.sequences"),
+}
 # package that was one module -> where the names of that module are now
 PACKAGES = {
     "svg.generate": "svg.generate.run_job",
@@ -54,6 +107,18 @@ PACKAGES = {
     "svg.methods.sparge": "svg.methods.sparge.plan",
     "svg.methods.svg1": "svg.methods.svg1.plan",
     "svg.methods.svg2": "svg.methods.svg2.plan",
+    "svg.kernels.block_sparse": (
+        "svg.kernels.block_sparse.op",
+        "svg.kernels.block_sparse.blocks",
+        "svg.kernels.block_sparse.triton",
+        "svg.kernels.common.tile_lists",
+    ),
+    "svg.kernels.block_sparse_quantised": (
+        "svg.kernels.block_sparse_quantised.op",
+        "svg.kernels.block_sparse_quantised.reference",
+        "svg.kernels.block_sparse_quantised.triton",
+    ),
+    "svg.kernels.quantize": "svg.kernels.quantize.tokens",
 }
 
 
@@ -62,9 +127,10 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in MODULES:
+        homes = _homes(name, {**MODULES, **SPLIT})
+        if not homes:
             return None
-        _warn(name, MODULES[name])
+        _warn(name, " and ".join(homes))
         return ModuleSpec(name, _Finder)
 
     @staticmethod
@@ -73,7 +139,38 @@ class _Finder:
 
     @staticmethod
     def exec_module(module: ModuleType) -> None:
-        sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
+        name = module.__name__
+        package, _, child = name.rpartition(".")
+        if callable(getattr(sys.modules[package], child, None)):
+            sys.modules[package].__class__ = _KeepsOperations
+        if name in MODULES:
+            sys.modules[name] = importlib.import_module(MODULES[name])
+        else:
+            module.__getattr__ = lambda wanted: _look_up(name, SPLIT, wanted)
+
+
+class _KeepsOperations(ModuleType):
+    """A package in which an operation has the name of the module that held it: importing that module does not hide it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
+            super().__setattr__(name, value)
+
+
+def _homes(name: str, table: dict[str, str | tuple[str, ...]]) -> tuple[str, ...]:
+    found = table.get(name, ())
+    return (found,) if isinstance(found, str) else found
+
+
+def _look_up(old: str, table: dict[str, str | tuple[str, ...]], name: str) -> Any:
+    """What the module had by a name; AttributeError where it had nothing of the kind."""
+    for home in _homes(old, table) if not name.startswith("__") else ():
+        module = importlib.import_module(home)
+        if hasattr(module, name):
+            if table is PACKAGES:  # an old module has warned when it was imported
+                _warn(f"{old}.{name}", f"{home}.{name}")
+            return getattr(module, name)
+    raise AttributeError(f"module {old!r} has no attribute {name!r}")
 
 
 def install() -> None:
@@ -95,12 +192,7 @@ def names_of(package: str) -> Callable[[str], Any]:
     def find(name: str) -> Any:
         if importlib.util.find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")  # `from package import module`, which asks here first
-        if not name.startswith("__"):
-            home = importlib.import_module(PACKAGES[package])
-            if hasattr(home, name):
-                _warn(f"{package}.{name}", f"{home.__name__}.{name}")
-                return getattr(home, name)
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return _look_up(package, PACKAGES, name)
 
     return find
 
