@@ -12,7 +12,6 @@ from svg.config import METHODS, MethodConfig, config_from_dict
 
 _FOLDER = Path(__file__).parent
 _SPARSE = tuple(method for method in METHODS if method != "dense")
-_FOR_ANY_MODEL = ("dense", "sage2", "sage2++", "sage3")  # nothing in them depends on the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,9 @@ def _preset(name: str, content: Any) -> Preset:
     for key in ("model", "source"):
         if not isinstance(content[key], str):
             raise TypeError(f"{key} must be text, got {content[key]!r}")
-    methods: dict[str, MethodConfig] = {method: METHODS[method]() for method in _FOR_ANY_MODEL}
+    methods: dict[str, MethodConfig] = {
+        method: config() for method, config in METHODS.items() if config.for_any_model
+    }
     for method in _SPARSE:
         if method in content:
             methods[method] = _method(method, content[method])

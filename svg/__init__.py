@@ -43,9 +43,10 @@ _FOREIGN = ("svg.py", "svg.path")
 def __getattr__(name: str):
     if f"svg.{name}" in _moved.MODULES:
         return importlib.import_module(f"svg.{name}")
-    if name not in _HOME:
+    home = _HOME.get(name, "svg.config" if name.endswith("Config") else None)
+    if home is None:
         raise AttributeError(f"module 'svg' has no attribute {name!r}; choose from {', '.join(__all__)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

@@ -54,7 +54,7 @@ MODULES = {
     "svg.methods.plan": "svg.engine.plan",
     "svg.methods.sparge_fit": "svg.recordings.sparge_fit",
     "svg.record": "svg.recordings.record",
-    "svg.sage_config": "svg.config.sage",
+    "svg.sage_config": "svg.methods.sage.config",
     "svg.sparge_command": "svg.cli.sparge_tune",
     "svg.sparge_tune": "svg.recordings.sparge_tune",
     "svg.state": "svg.engine.state",

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from svg.kernels.common import target
 
-from .config import Sage2Config
+from .config import MethodConfig
+from .engine.execute import is_emulated
 from .engine.guard import Guarded, guarded
 from .engine.layout import TokenLayout
-from .engine.plan import Plan
+from .engine.plan import CallPlan
 from .engine.state import CallRecord, ObservedCall, RunState, Timer
 from .methods.dense import dense_attention, key_mask
-from .methods.near import plan as near
-from .methods.sage import precision as sage
-from .methods.sparge import plan as sparge
-from .methods.svg1 import plan as svg1
-from .methods.svg2 import plan as svg2
+from .methods.registry import planner
 
 __all__ = ["attend", "dense_attention"]
-
-_PLAN = {"near": near.plan, "svg1": svg1.plan, "svg2": svg2.plan, "sparge": sparge.plan}
 
 
 @torch.compiler.disable
@@ -67,23 +60,19 @@ def attend(
     if not state.records:
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
-    dense = config.is_dense(layer) or state.is_warmup(layer)
-    visible = key_mask(layout, text_mask)
-    kind, density, plan, precision, seen = None, torch.ones(q.shape[:2]), None, None, None
-    if not dense and isinstance(config, Sage2Config):
-        precision = sage.precision_of(config, state, layer, q.device)
-        dense = precision == "native"
+    dense, precision = config.is_dense(layer) or state.is_warmup(layer), None
+    if not dense:
+        precision, dense = _precision(config, state, layer, q.device)
+    kind, density, plan, seen = None, torch.ones(q.shape[:2]), None, None
     if dense:
-        out = dense_attention(q, k, v, visible, dense_backend or config.dense_backend)
-    elif precision is not None:
-        out, seen = _quantised(q, k, v, state, layer, precision, visible)
+        out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
     else:
-        out, plan, seen = _sparse(q, k, v, state, layer, text_mask)
+        out, plan, seen = _planned(q, k, v, state, layer, precision, text_mask)
         density, kind = plan.density(), plan.kind
-        precision = config.precision if config.precision != "native" else None
+        precision = None if precision == "native" else precision
     if timer is not None:
         timer.stop()
-    emulated = precision is not None and sage.is_emulated(precision, q.device)
+    emulated = precision is not None and is_emulated(precision, q.device)
     reused = plan is not None and plan.reused
     state.records.append(
         CallRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, seen, reused)
@@ -93,43 +82,38 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, text_mask: Tensor | None):
+def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.device) -> tuple[str, bool]:
+    """What a method computes a call in, and whether dense attention runs in its place."""
+    choose = getattr(planner(config), "precision_of", None)
+    if choose is None:
+        return config.precision, False
+    found = choose(config, state, layer, device)
+    return found, found == "native"
+
+
+def _planned(
+    q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, text_mask: Tensor | None
+) -> tuple[Tensor, CallPlan, Guarded | None]:
     config, layout = state.config, state.layout
-    if target.use_triton(q):
+    if precision != "native":
+        target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
+    elif target.use_triton(q):
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
-        plan = _PLAN[config.method](q, k, v, config, memory, layout, text_mask)
-    if config.precision == "native":
-        return plan.execute(q, k, v), plan, None
+        plan = planner(config).plan(q, k, v, config, memory, layout, text_mask)
+    if precision == "native" or not config.guard:
+        return plan.execute(q, k, v, precision), plan, None
 
-    def run(failed: Tensor | None) -> Tensor:
-        return plan.execute(q, k, v, config.precision, failed)
+    def run(failed: Tensor) -> Tensor:
+        return plan.execute(q, k, v, precision, failed)
 
-    out, seen = _guard(run, plan, q, k, v, state, layer)
-    return out, plan, seen
-
-
-def _quantised(
-    q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, visible: Tensor | None
-) -> tuple[Tensor, Guarded | None]:
-    run = sage.quantised(precision, state.config, q, k, v, visible)
-    return _guard(run, sage.dense_plan(q, visible), q, k, v, state, layer)
-
-
-def _guard(
-    run: Callable[[Tensor | None], Tensor], plan: Plan, q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int
-) -> tuple[Tensor, Guarded | None]:
-    config = state.config
-    target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
-    if not config.guard:
-        return run(None), None
     with torch.no_grad():
         out, seen = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
     if getattr(config, "min_cosine", None) is not None and seen.cosine is not None:
         state.note_cosine(layer, seen.cosine)
-    return out, seen
+    return out, plan, seen
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

@@ -6,6 +6,7 @@ from urllib.parse import quote
 METRICS = ("psnr", "ssim", "lpips", "temporal_psnr", "vmaf")
 _MISSING = 255  # byte of a layer that has no value in a step; 0 .. 254 stand for 0 .. 1
 _DIGITS = 4
+_MAIN_SETTINGS = ("density", "top_p", "budget", "topk", "cdf")  # in the label of a method that has them
 _CPU_NOTE = "on a CPU sparse attention runs the plain-torch reference: no speed-up is expected"
 
 
@@ -97,8 +98,7 @@ def method_label(method):
     """A method with its main setting, such as "svg2 top_p=0.9"."""
     if _is_tuned(method):
         return _method_name(method)
-    names = {"svg1": ("density",), "svg2": ("top_p", "budget"), "sparge": ("topk", "cdf")}.get(method["method"], ())
-    settings = [f"{name}={method[name]:g}" for name in names if method.get(name) is not None]
+    settings = [f"{name}={method[name]:g}" for name in _MAIN_SETTINGS if method.get(name) is not None]
     return " ".join([method["method"], *settings])
 
 

@@ -18,8 +18,9 @@ import torch
 
 from svg.attend import attend, dense_attention
 from svg.config import SpargeConfig, SVG1Config, SVG2Config
+from svg.engine.execute import execute
 from svg.engine.layout import TokenLayout
-from svg.engine.plan import Plan, execute
+from svg.engine.plan import Plan
 from svg.engine.state import RunState
 from svg.methods.dense import key_mask
 from svg.methods.sparge import plan as sparge

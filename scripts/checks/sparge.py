@@ -24,8 +24,8 @@ from svg.bench.inputs import synthetic
 from svg.bench.run import Bench, bench_ceilings, bench_sparge
 from svg.bench.sweep import replaced
 from svg.config import SpargeConfig
+from svg.engine.execute import execute
 from svg.engine.layout import TokenLayout
-from svg.engine.plan import execute
 from svg.engine.state import LayerState, RunState
 from svg.kernels import (
     block_sparse_attention_quantised,

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from svg.kernels.granules import cut_granules, granule_attention, granule_scores, select_granules
 from svg.kernels.clustering.kmeans import kmeans
+from svg.kernels.granules import cut_granules, granule_attention, granule_scores, select_granules
 
 from ..attend import attend
 from ..config import MethodConfig, NearConfig, SVG2Config

@@ -15,8 +15,9 @@ from svg.kernels.dense_quantised.triton import LAUNCH, attend_quantized, quantiz
 from svg.kernels.quantize.precision import PRECISIONS, SPARSE_PRECISIONS
 
 from ..config import Sage2Config
+from ..engine.execute import execute
 from ..engine.guard import guarded
-from ..engine.plan import Plan, execute
+from ..engine.plan import Plan
 from ..methods.dense import dense_attention
 from ..methods.sage.precision import dense_plan, quantised
 from .sweep import replaced, time_or_none

@@ -10,7 +10,8 @@ from torch import Tensor
 from svg.kernels.common import target
 
 from ..config import ORDERS, SpargeConfig
-from ..engine.plan import Plan, execute
+from ..engine.execute import execute
+from ..engine.plan import Plan
 from ..engine.state import LayerState
 from ..methods.sparge import plan as sparge
 from .inputs import Inputs

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 BUSY_CYCLES = 4_000_000  # about 2 ms
 
 

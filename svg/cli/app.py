@@ -14,7 +14,9 @@ import click
 
 from .. import __version__
 from ..config import METHODS
+from ..methods.registry import method_flags
 from .adapt import adapt
+from .options import method_options
 from .sparge_tune import sparge_tune
 from .sweep import record, sweep
 from .tune import tune
@@ -22,10 +24,6 @@ from .tune import tune
 LPIPS_NETS = ("alex", "vgg", "none")
 BENCHES = ("attention", "kmeans", "permute", "near", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
 OFFLOADS = ("none", "model", "group", "sequential")
-_METHOD_FLAGS = (
-    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
-    *("warmup_steps", "warmup_layers", "dense_backend"),
-)
 _GENERATION_FLAGS = (
     *("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed"),
     *("negative_prompt", "image", "fps"),
@@ -46,20 +44,10 @@ def cli() -> None:
 @click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
 @click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
 @click.option("--method", type=click.Choice(tuple(METHODS)), default="svg2", show_default=True)
-@click.option("--density", type=float, help="svg1: share of the attention map to compute, in (0, 1].")
-@click.option("--top-p", type=float, help="svg2: attention mass kept per query cluster, in (0, 1].")
-@click.option("--budget", type=float, help="svg2: upper bound on density, in (0, 1].")
-@click.option("--num-q-clusters", type=int, help="svg2: query clusters a head.")
-@click.option("--num-k-clusters", type=int, help="svg2: key clusters a head.")
-@click.option("--topk", type=float, help="sparge: share of the key blocks kept per query block, in (0, 1].")
-@click.option("--cdf", type=float, help="sparge: predicted mass of the kept key blocks, in (0, 1].")
-@click.option("--thresholds", type=click.Path(), help="sparge: file of `svg sparge-tune`, thresholds of every head.")
-@click.option("--warmup-steps", type=float, help="Share of the steps kept dense, in [0, 1].")
-@click.option("--warmup-layers", type=float, help="Share of the layers kept dense, in [0, 1].")
+@method_options
 @click.option(
     "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
 )
-@click.option("--dense-backend", help="Backend of dense attention: auto, cudnn, flash, efficient, math.")
 @click.option("--height", type=int)
 @click.option("--width", type=int)
 @click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1.")
@@ -90,7 +78,7 @@ def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> N
 
     quiet_loading()
     console = Console()
-    flags = {name: options.pop(name) for name in _METHOD_FLAGS}
+    flags = {name: options.pop(name) for name in method_flags()}
     settings = {name: value for name, value in flags.items() if value is not None}
     settings |= parse_assignments(options.pop("assignments"))
     generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}

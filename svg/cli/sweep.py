@@ -12,6 +12,7 @@ import click
 
 from ..config import METHODS
 
+_BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if (axis := one.sweep_field()))
 _LPIPS = ("alex", "vgg", "none")
 _DTYPES = ("bf16", "fp16", "fp32")
 _OFFLOADS = ("none", "model", "group", "sequential")
@@ -71,7 +72,7 @@ def run_options(command: Callable) -> Callable:
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
 @click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
-@click.option("--budgets", type=Numbers(float), help="With commas: densities for svg1, upper bounds for svg2, shares of key blocks for sparge.")
+@click.option("--budgets", type=Numbers(float), help=f"With commas: {_BUDGETS}.")
 @click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
 @click.option("--negative-prompt")
 @size_options

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
+ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
+PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")  # of a sparse method
+
+
+def setting(default: Any, *, flag: type | None = None, help: str = "", sweep: str = "") -> Any:
+    """A field of a method's settings with what programs need to know of it.
+
+    Args:
+        default: its value where it is not given.
+        flag: type of its own flag of `svg generate`: int, float, str, or pathlib.Path for a file; None: `--set` alone.
+        help: what the flag's help says.
+        sweep: what the numbers of `svg sweep --budgets` are to this method, in the plural; "": they are not this field.
+
+    Returns:
+        A dataclass field.
+    """
+    return field(default=default, metadata={"flag": flag, "help": help, "sweep": sweep})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +46,21 @@ class MethodConfig:
 
     method: ClassVar[str] = ""
     rivals: ClassVar[tuple[str, ...]] = ()  # settings of which one is given: a flag drops a preset's others
+    for_any_model: ClassVar[bool] = False  # whether the settings are good for every model, so that every preset has them
     # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
+    # A method that has both can be tuned: at which levels of the budget heads are measured, ascending, the last one 1
+    # (all of the map), and at which of them single heads are tried, far enough from dense to be seen above rounding.
     budget_field: ClassVar[str | None] = None
     head_field: ClassVar[str | None] = None
+    levels: ClassVar[tuple[float, ...]] = ()
+    probed_level: ClassVar[float] = 0.0
 
-    warmup_steps: float = 0.2
-    warmup_layers: float = 0.03
+    warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
+    warmup_layers: float = setting(0.03, flag=float, help="Share of the layers kept dense, in [0, 1].")
     seed: int = 0
-    dense_backend: str = "auto"
+    dense_backend: str = setting(
+        "auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}."
+    )
     check_finite: bool = True
     fused: bool = False
 
@@ -81,6 +105,16 @@ class MethodConfig:
         budgets = self.head_budgets(layer)
         return self.method == "dense" or (budgets is not None and min(budgets) == 1)
 
+    @classmethod
+    def sweep_field(cls) -> tuple[str, str] | None:
+        """The setting that `svg sweep --budgets` gives, and what it is called in the plural; None: there is none."""
+        found = ((one.name, one.metadata["sweep"]) for one in fields(cls) if one.metadata.get("sweep"))
+        return next(found, None)
+
+    def for_warm_up(self) -> MethodConfig:
+        """These settings without what kernels take as a number, so that one warm-up serves all values of it."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as a plain dict, `method` first.
 
@@ -88,6 +122,14 @@ class MethodConfig:
             What `config_from_dict` takes back.
         """
         return {"method": self.method, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(MethodConfig):
+    """Dense attention on the best backend present: the baseline, and what warm-up runs."""
+
+    method: ClassVar[str] = "dense"
+    for_any_model: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,3 +192,14 @@ def integer(config: MethodConfig, name: str, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def check_max_drift(config: Any) -> None:
+    """Raise unless max_drift is none, or a positive number beside a refresh that it can end."""
+    if config.max_drift is None:
+        return
+    number(config, "max_drift")
+    if not config.max_drift > 0:
+        raise ValueError(f"max_drift must be > 0, got {config.max_drift}")
+    if config.refresh == 1:
+        raise ValueError("max_drift must come with refresh > 1, got 1, which clusters anew at every step: raise it")

@@ -1,23 +1,45 @@
-"""What a sparse method decides for one attention call, how dense it is, and its execution."""
+"""What a method decides for one attention call, and how dense it is."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from svg.kernels.block_sparse.blocks import Tail
-from svg.kernels.block_sparse.op import block_sparse_attention
-from svg.kernels.block_sparse_quantised.op import block_sparse_attention_quantised
-from svg.kernels.clustering.permute import gather_tokens
 from svg.kernels.selection.computed_pairs import computed_pairs
 
+from .execute import execute
 from .layout import TokenLayout
+from .repair import probe_rows, repair
 
-# Blocks of all heads that run at once: lists have 4 to 6 bytes for each, and with tiles they grow with S^2.
-LISTED_BLOCKS = 1 << 25
+
+class CallPlan(Protocol):
+    """What `svg.attend` asks of a method's plan. A block map makes a `Plan`; a method with kernels of its own makes its own.
+
+    Args:
+        kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
+        reused: whether an earlier call made it.
+    """
+
+    kind: Tensor | None
+    reused: bool
+
+    def density(self) -> Tensor:
+        """Computed share of what dense attention computes, float32 [B, H]."""
+
+    def execute(self, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None = None) -> Tensor:
+        """Attention as planned, [B, H, S, D]; see `svg.engine.execute.execute`."""
+
+    def probe_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """How far some rows are from unquantised attention; see `svg.engine.repair.probe_rows`."""
+
+    def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
+        """Compute failed heads again without quantisation, in place; see `svg.engine.repair.repair`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +123,9 @@ class Plan:
             share=None if self.share is None else self.share[maps],
         )
 
-    def execute(
-        self, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
-    ) -> Tensor:
-        """Block-sparse attention as planned; see `execute`."""
-        return execute(self, q, k, v, precision, failed)
+    execute = execute
+    probe_rows = probe_rows
+    repair = repair
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, token-weighted.
@@ -127,84 +147,6 @@ def map_shares(
     """Density of each map of a plan, float32 [M]; arguments as `Plan` has them."""
     area = computed_pairs(block_map, q_sizes, k_sizes, 0 if tail is None else tail.bias.shape[2])
     return (area.double() / (q_sizes.sum(-1) * visible_keys)).float()
-
-
-def execute(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
-) -> Tensor:
-    """Block-sparse attention as planned, of some heads at a time where lists of all heads' blocks would be large.
-
-    Args:
-        plan: the plan of this call.
-        q, k, v: float [B, H, S, D] in original order.
-        precision: "native", "int8-fp8", "int8-fp8-acc16" or "int8-fp16".
-        failed: int32 [B, H], set where a quantised head's sums are not to be trusted, or None.
-
-    Returns:
-        [B, H, S, D] in original order and q's dtype.
-    """
-    groups = head_groups(plan)
-    if len(groups) == 1:
-        return _execute(plan, q, k, v, precision, failed)
-    out = torch.empty_like(q)
-    for group in groups:
-        part = plan.of_heads(group)
-        out[group] = _execute(part, q[group], k[group], v[group], precision, None if failed is None else failed[group])
-    return out
-
-
-def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
-    """Which samples and heads run at once: all, or as many heads of a sample as keep lists of their blocks small.
-
-    Args:
-        plan: of a call.
-
-    Returns:
-        Indices into [B, H], that `Plan.of_heads` takes where there are several.
-    """
-    B, H = plan.map_index.shape
-    at_once = max(1, LISTED_BLOCKS // plan.block_map[0].numel())
-    if not plan.own_maps or at_once >= B * H:
-        return [(slice(0, B), slice(0, H))]
-    starts = itertools.product(range(B), range(0, H, at_once))
-    return [(slice(sample, sample + 1), slice(first, min(first + at_once, H))) for sample, first in starts]
-
-
-def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
-    if precision != "native":
-        return _execute_quantised(plan, q, k, v, precision, failed)
-    if plan.k_permutation is not None:
-        k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
-    return block_sparse_attention(
-        q,
-        k,
-        v,
-        plan.block_map,
-        plan.q_sizes,
-        plan.k_sizes,
-        map_index=plan.map_index,
-        q_permutation=plan.q_permutation,
-        tail=plan.tail,
-    )
-
-
-def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
-    return block_sparse_attention_quantised(
-        q,
-        k,
-        v,
-        plan.block_map,
-        plan.q_sizes,
-        plan.k_sizes,
-        map_index=plan.map_index,
-        q_permutation=plan.q_permutation,
-        k_permutation=plan.k_permutation,
-        precision=precision,
-        pv_threshold=plan.pv_threshold,
-        key_multiple=plan.key_multiple,
-        failed=failed,
-        tail=plan.tail,
-    )
 
 
 def tile_multiple(tile: int, layout: TokenLayout) -> int:

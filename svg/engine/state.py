@@ -317,7 +317,7 @@ class RunState:
                 self.safer[layer] = self.safer.get(layer, 0) + 1
 
     def _read_drifts(self) -> None:
-        """What a call of each layer adds to its drift, measured in the forward before (`svg.methods.svg2.reuse`)."""
+        """What a call of each layer adds to its drift, measured in the forward before (`svg.methods.reuse`)."""
         caches = [memory.cache for memory in self._layers.values() if "measured_drift" in memory.cache]
         if not caches:
             return

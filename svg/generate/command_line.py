@@ -9,12 +9,9 @@ from typing import Any
 from svg.configs import load_preset
 
 from ..config import METHODS, MethodConfig
+from ..methods.registry import method_flags
 from .job import Job
 
-_METHOD = (
-    *("density", "top_p", "budget", "num_q_clusters", "num_k_clusters", "topk", "cdf", "thresholds"),
-    *("warmup_steps", "warmup_layers", "dense_backend"),
-)
 _REQUEST = ("height", "width", "num_frames", "steps", "guidance", "true_cfg", "seed", "negative_prompt", "fps")
 
 
@@ -33,7 +30,7 @@ def command_line(job: Job) -> str:
         "model": job.model,
         "preset": job.preset,
         "method": job.config.method,
-        **{name: settings.get(name) for name in _METHOD},
+        **{name: settings.get(name) for name in method_flags()},
         **{name: getattr(job.request, name) for name in _REQUEST},
         "image": job.image_path,
         **{name: getattr(job, name) for name in ("flow_shift", "device", "dtype", "offload", "lpips")},
@@ -50,9 +47,9 @@ def command_line(job: Job) -> str:
 def _unflagged(job: Job) -> dict[str, Any]:
     """Settings without a flag that a bare `svg generate` of this model, preset and method would not have."""
     settings = job.config.to_dict()
-    method = settings.pop("method")
+    method, flags = settings.pop("method"), method_flags()
     bare = _bare_config(job.preset, method).to_dict()
-    return {name: value for name, value in settings.items() if name not in _METHOD and value != bare[name]}
+    return {name: value for name, value in settings.items() if name not in flags and value != bare[name]}
 
 
 def _bare_config(preset: str | None, method: str) -> MethodConfig:

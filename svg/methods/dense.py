@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg.kernels.common import target
 
-from ..config import DENSE_BACKENDS
+from ..config.base import DENSE_BACKENDS
 from ..engine.layout import TokenLayout
 
 _NAMED = {

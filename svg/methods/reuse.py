@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import SVG2Config
 from ..engine.plan import Plan
 from ..engine.state import LayerState
+from .near.config import NearConfig
+from .svg2.config import SVG2Config
 
 if TYPE_CHECKING:
     from .svg2.plan import Chosen
@@ -54,7 +55,7 @@ class Kept(NamedTuple):
     sample: Sample | None
 
 
-def still_good(state: LayerState, config: SVG2Config) -> Kept | None:
+def still_good(state: LayerState, config: SVG2Config | NearConfig) -> Kept | None:
     """What an earlier call left, if it serves this one: made fewer than `refresh` calls ago, within `max_drift`."""
     kept = state.cache.get("kept")
     if kept is None or kept.calls >= config.refresh:
@@ -66,7 +67,7 @@ def still_good(state: LayerState, config: SVG2Config) -> Kept | None:
 
 
 def remember(
-    state: LayerState, config: SVG2Config, kept: Kept | None, plan: Plan, chosen: Chosen, q: Tensor, k: Tensor
+    state: LayerState, config: SVG2Config | NearConfig, kept: Kept | None, plan: Plan, chosen: Chosen, q: Tensor, k: Tensor
 ) -> None:
     """Keep what later calls may share, and note how far this one is from the last clustering.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import ORDERS
+from ..config.base import ORDERS
 from ..engine.layout import TokenLayout
 
 

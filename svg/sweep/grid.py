@@ -253,12 +253,13 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
     method = entry.get("method")
     if method not in METHODS:
         raise GridError(f"{entry.where('method')}method must be one of {', '.join(METHODS)}, got {method!r}")
-    names = [field.name for field in fields(METHODS[method])]
+    config = METHODS[method]
+    names = [field.name for field in fields(config)]
     entry.check(f"method {method}", ["method", *names])
     settings: dict[str, Any] = dict(entry)
-    rival = any(name in settings for name in METHODS[method].rivals)
-    if budgets is not None and not rival and (budget := _budget_field(names)) is not None:
-        settings.setdefault(budget, budgets)
+    rival = any(name in settings for name in config.rivals)
+    if budgets is not None and not rival and (axis := config.sweep_field()) is not None:
+        settings.setdefault(axis[0], budgets)
     choices = [[(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()]
     for combination in itertools.product(*choices):
         chosen = dict(combination)
@@ -268,8 +269,3 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
             key = next((key for key in chosen if key in str(error)), None)
             raise GridError(f"{entry.where(key)}{error}") from error
         yield chosen
-
-
-def _budget_field(names: list[str]) -> str | None:
-    """What a budget means to a method: svg1's density, svg2's upper bound, sparge's share of key blocks; dense has none."""
-    return next((name for name in ("density", "budget", "topk") if name in names), None)

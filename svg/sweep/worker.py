@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -119,7 +118,7 @@ class Worker:
     def _warmed_up(self, pipe: Any, cell: Cell, job: Job) -> MethodConfig:
         """Compile and allocate, untimed, once for every setting and size."""
         request = job.request
-        key = (cell.role, _compiled(job.config), request.height, request.width, request.num_frames, request.guidance > 1)
+        key = (cell.role, job.config.for_warm_up(), request.height, request.width, request.num_frames, request.guidance > 1)
         if key not in self._configs:
             warm_up(pipe, job, job.config)  # tells a control how large the attention map is
             self._configs[key] = self._control(pipe, job) if cell.role == "control" else None
@@ -137,14 +136,6 @@ class Worker:
             raise Stopped("the sweep was interrupted")
         if self._on_step is not None:
             self._on_step(cell, progress)
-
-
-def _compiled(config: MethodConfig) -> MethodConfig:
-    """A config without what kernels take as a number, so that one warm-up serves all values of it."""
-    if config.method != "svg2":
-        return config
-    own = None if config.head_top_p is None else ((1.0,),)
-    return dataclasses.replace(config, top_p=1.0, head_top_p=own)
 
 
 def _density(summary: dict[str, Any]) -> dict[str, float | None]:

@@ -16,8 +16,6 @@ from ..engine.state import ObservedCall, RunState, device_name
 from ..recordings.record import RecordedCall
 from .curves import measure_call
 
-# The level at which single heads are tried: far enough from dense to be seen above rounding.
-PROBED = {"svg1": 0.3, "svg2": 0.6}
 PROBES = ("heads", "layers", "none")
 
 
@@ -158,7 +156,7 @@ class _Probe:
     def _alone(self, layer: int, heads: list[int]) -> MethodConfig:
         table = [[1.0] * self._state.records[-1].density.shape[1] for _ in self._fixed]
         for head in heads:
-            table[layer][head] = PROBED[self._config.method]
+            table[layer][head] = self._config.probed_level
         return dataclasses.replace(self._config, **{self._config.head_field: table})
 
 

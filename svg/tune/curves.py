@@ -19,12 +19,6 @@ from ..recordings.sweep import dense_rows
 
 BUSY_CYCLES = 8_000_000  # about 4 ms: more than the host takes to queue a call
 
-# The last level is all of the map: nothing to measure, no error.
-LEVELS = {
-    "svg1": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0),
-    "svg2": (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.87, 0.92, 0.96, 0.985, 1.0),
-}
-
 
 @dataclass(frozen=True)
 class Curves:

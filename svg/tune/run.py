@@ -22,8 +22,8 @@ from ..generate.job import Job
 from ..sweep.journal import Journal
 from ..sweep.run import Display, now
 from .allocate import Problem, fit_cost, uniform_cost, uniform_value, weights_of, within
-from .calibrate import PROBED, is_fixed
-from .curves import LEVELS, curves_of
+from .calibrate import is_fixed
+from .curves import curves_of
 from .preset import write_preset
 from .search import Search, Target
 from .video_trials import KeptPool, Stage
@@ -124,7 +124,7 @@ class Tuner:
         self._command, self._display = command, display
         self._pool: KeptPool | None = None
         self._config, self._on_gpu = plan.job.config, device.startswith("cuda")
-        self._levels = LEVELS[self._config.method]
+        self._levels = self._config.levels
         self._place = {"mark": fingerprint(plan.job.model), "device": device.split(":")[0], "dtype": dtype}
         self._notes: list[str] = []
         self._trials: list[dict[str, Any]] = []
@@ -182,7 +182,7 @@ class Tuner:
         cost, notes = fit_cost(rows, dense, self._on_gpu)
         self._notes += notes
         free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
-        return Problem(curves, weights_of(curves, effects, PROBED[self._config.method]), cost, free)
+        return Problem(curves, weights_of(curves, effects, self._config.probed_level), cost, free)
 
     def _families(self, problem: Problem) -> tuple[_Family, _Family]:
         """Per-head budgets and one budget for all, both by what they cost as a share of dense attention."""

@@ -5,9 +5,10 @@ import torch
 
 from svg.attend import attend
 from svg.config import SpargeConfig, SVG2Config
-from svg.engine import plan as plans
-from svg.engine.guard import only_heads, repair
+from svg.engine import execute as plans
 from svg.engine.layout import TokenLayout
+from svg.engine.plan import Plan
+from svg.engine.repair import only_heads, repair
 from svg.engine.state import RunState
 
 LAYOUT = TokenLayout(3, 6, 8, 9, "last")
@@ -75,7 +76,7 @@ def test_a_repair_in_turn(monkeypatch):
 def test_maps_that_no_failed_head_uses_have_no_queries(own):
     sizes = torch.tensor([[3, 5], [4, 4], [1, 7], [8, 0]], dtype=torch.int32)
     maps = 4 if own else 2
-    plan = plans.Plan(
+    plan = Plan(
         q_permutation=None,
         k_permutation=None,
         q_sizes=sizes[:maps],

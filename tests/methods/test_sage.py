@@ -16,7 +16,7 @@ from svg.config import (
     SVG2Config,
     config_from_dict,
 )
-from svg.engine import guard
+from svg.engine import repair
 from svg.engine.layout import TokenLayout
 from svg.engine.summary import summarise
 from svg.kernels.common import target
@@ -77,9 +77,9 @@ def test_a_broken_head_is_computed_again(config, layout, make_qkv, make_state, m
     plain = dataclasses.replace(config, **native) if native else DenseConfig()
     expected = attend(*qkv, make_state(plain, layout), 3, mask)
     whole = attend(*qkv, make_state(config, layout), 3, mask)
-    from svg.engine import plan
+    from svg.engine import execute
 
-    home, name = run or (plan, "block_sparse_attention_quantised")
+    home, name = run or (execute, "block_sparse_attention_quantised")
     kernel = getattr(home, name)
 
     def broken(*args, failed=None, **kwargs):
@@ -148,7 +148,7 @@ def test_the_map_of_chosen_heads_alone(make_qkv, make_state, make_mask, layout, 
     plan = seen[0].plan
     chosen = torch.tensor([[0, 1, 0], [1, 0, 0]], dtype=torch.int32)
     for skip in (False, True):
-        only = guard.only_heads(plan, chosen, skip)
+        only = repair.only_heads(plan, chosen, skip)
         for b, h in ((0, 1), (1, 0)):
             assert torch.equal(token_map(dataclasses.replace(only, k_permutation=plan.k_permutation), b, h),
                                token_map(plan, b, h))  # fmt: skip

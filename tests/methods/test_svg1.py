@@ -5,8 +5,8 @@ import torch
 
 from svg.attend import attend, dense_attention
 from svg.config import SVG1Config
+from svg.engine.execute import execute
 from svg.engine.layout import TokenLayout
-from svg.engine.plan import execute
 from svg.engine.state import LayerState
 from svg.kernels.selection import probe
 from svg.methods.svg1 import plan as svg1

@@ -6,8 +6,8 @@ import torch
 
 from svg.attend import attend, dense_attention
 from svg.config import SVG2Config
+from svg.engine.execute import execute
 from svg.engine.layout import TokenLayout
-from svg.engine.plan import execute
 from svg.engine.state import LayerState, RunState
 from svg.methods import reuse
 from svg.methods.dense import key_mask

@@ -26,9 +26,9 @@ def test_by_name_and_close_to_dense(load, run, name, method):
 
 def test_the_guard_gives_finite_frames_where_a_kernel_does_not(load, run, monkeypatch):
     """A head that comes out as NaN never reaches the frames, whichever method and step."""
-    from svg.engine import plan
+    from svg.engine import execute
 
-    kernel = plan.block_sparse_attention_quantised
+    kernel = execute.block_sparse_attention_quantised
 
     def broken(*args, failed, **kwargs):
         out = kernel(*args, failed=failed, **kwargs)
@@ -39,7 +39,7 @@ def test_the_guard_gives_finite_frames_where_a_kernel_does_not(load, run, monkey
     pipe = load("wan")
     config = {"top_p": 0.5, "num_q_clusters": 4, "num_k_clusters": 6, "first_iterations": 5, "warmup_layers": 0.0}
     native = run(svg.accelerate(pipe, SVG2Config(**config)))
-    monkeypatch.setattr(plan, "block_sparse_attention_quantised", broken)
+    monkeypatch.setattr(execute, "block_sparse_attention_quantised", broken)
     out = run(svg.accelerate(pipe, SVG2Config(**config, precision="int8-fp8")))
     assert out.isfinite().all() and (out - native).norm() < 0.1 * native.norm()
     (part,) = svg.report(pipe)["transformers"].values()

@@ -11,10 +11,10 @@ from svg.kernels.clustering.kmeans import kmeans
 from svg.kernels.clustering.neighbours import neighbour_order
 from svg.kernels.clustering.permute import sort_labels
 
-from ...config import NearConfig
 from ...engine.layout import TokenLayout
 from ...engine.state import LayerState
 from ..video_order import video_order
+from .config import NearConfig
 
 
 def token_orders(

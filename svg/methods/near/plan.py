@@ -23,11 +23,11 @@ from svg.kernels.granules import (
     select_granules,
 )
 
-from ...config import NearConfig
 from ...engine.layout import TokenLayout
 from ...engine.state import LayerState
 from .. import reuse
 from ..dense import dense_attention, key_mask
+from .config import NearConfig
 from .orders import token_orders
 
 PROBE_ROWS = 64
@@ -101,7 +101,7 @@ class NearPlan:
     def execute(
         self, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
     ) -> Tensor:
-        """Attention as planned; arguments and result as `svg.engine.plan.execute` has them."""
+        """Attention as planned; arguments and result as `svg.engine.execute.execute` has them."""
         out = torch.empty_like(q)
         for heads, lists in zip(self.stretches, self.chosen.lists):
             part = {"q_order": self.chosen.q_order[:, heads], "out": out[:, heads]}
@@ -121,7 +121,7 @@ class NearPlan:
     def probe_rows(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Neighbouring rows of every head against 16-bit attention over the same keys; as `svg.engine.guard.probe_rows`."""
+        """Neighbouring rows of every head against 16-bit attention over the same keys; as `svg.engine.repair.probe_rows`."""
         rows = self.chosen.lists[0].rows
         groups = math.ceil(self.layout.video_tokens / rows)
         group = int(torch.rand((), generator=generator) * groups)
@@ -146,7 +146,7 @@ class NearPlan:
         return error, (got * exact).sum() / (norm(got) * norm(exact)).clamp_min(1e-30)
 
     def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
-        """Compute failed heads again without quantisation, in `out`; as `svg.engine.guard.repair`."""
+        """Compute failed heads again without quantisation, in `out`; as `svg.engine.repair.repair`."""
         if not q.is_cuda and not failed.any():
             return
         for heads, lists in zip(self.stretches, self.chosen.lists):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ...config import LAYER_PRECISIONS
+from .config import LAYER_PRECISIONS
 
 FORMAT, VERSION = "svg-layers", 1
 

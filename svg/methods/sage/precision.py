@@ -12,9 +12,9 @@ from svg.kernels import fp4_attention, quantised_attention
 from svg.kernels.common import target
 from svg.kernels.quantize.precision import PRECISIONS, default_precision
 
-from ...config import Sage2Config, Sage3Config
 from ...engine.plan import Plan
 from ...engine.state import RunState
+from .config import Sage2Config, Sage3Config
 from .layers_file import choice
 
 
@@ -48,16 +48,6 @@ def precision_of(config: Sage2Config, state: RunState, layer: int, device: torch
 def safer(precision: str) -> str:
     """The next safer precision: P V in 16 bits, then nothing quantised."""
     return "native" if precision in ("int8-fp16", "native") else "int8-fp16"
-
-
-def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether a precision's numbers are computed exactly, but not by units of that width.
-
-    Args:
-        precision: as `precision_of` gives it.
-        device: where the call runs.
-    """
-    return precision.startswith("int4") or (precision == "nvfp4" and not target.has_fp4(device))
 
 
 def quantised(

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
-from ...config import SpargeConfig
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, tile_multiple, visible_keys
 from ...engine.state import LayerState
 from ..video_order import video_order
+from .config import SpargeConfig
 from .thresholds_file import Thresholds, thresholds_of
 
 Q_BLOCK, K_BLOCK = 128, 64

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from svg.kernels.selection.probe import probe_attention
 
-from ...config import SVG1Config
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, map_shares, visible_keys
 from ...engine.state import LayerState
 from ..dense import key_mask
+from .config import SVG1Config
 
 SPATIAL, TEMPORAL = 0, 1
 Q_BLOCKS = 2  # a block of queries is as long as two of keys: the kernels' tiles are 128 x 64

@@ -25,11 +25,11 @@ from svg.kernels.clustering.means import cluster_means
 from svg.kernels.clustering.neighbours import neighbour_order
 from svg.kernels.selection.top_p import top_p_block_map
 
-from ...config import SVG2Config
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, tile_multiple, visible_keys
 from ...engine.state import LayerState
 from .. import reuse
+from .config import SVG2Config
 
 Q_TILE, K_TILE = 128, 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import GuardedConfig, choice, integer, share
+from ...config.base import GuardedConfig, choice, integer, share
 
 DENSE_PRECISIONS = {
     "sage2": ("auto", "int8-fp8", "int8-fp16", "int4-fp8", "int4-fp16"),
@@ -35,6 +35,7 @@ class Sage2Config(GuardedConfig):
     """
 
     method: ClassVar[str] = "sage2"
+    for_any_model: ClassVar[bool] = True
 
     warmup_steps: float = 0.0
     warmup_layers: float = 0.0

@@ -1,0 +1,86 @@
+"""Settings of near."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, integer, setting, share
+from ...config.tuned import TunedFor, check_head_table
+
+QUERY_ORDERS = ("clusters", "hilbert")
+GRANULES = (8, 16, 32, 64)
+GRANULE_ROWS = (64, 128)
+POOLS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearConfig(GuardedConfig):
+    """Near-lossless: small groups of keys are computed exactly where their means would err most; means are all the rest.
+
+    Keys are ordered by k-means and cut into granules of a fixed size. For every group of query rows the error that each
+    granule's mean would leave is estimated, and one threshold for all heads of a layer decides what is computed.
+
+    Args:
+        budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
+        granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
+        rows: query rows that share a list of granules: 64 or 128.
+        floor: share of the mean number of exact granules that every group of rows gets at least, in [0, 1].
+        pool: neighbouring query rows whose mean stands for them in the estimate: 1, 2, 4, 8 or 16.
+        cluster_tokens: keys of a k-means cluster on average, >= 1; inside a cluster keys follow a curve through the video.
+        query_order: what puts queries into groups: "clusters" (k-means) or "hilbert" (a curve through the video, free).
+        query_cluster_tokens: queries of a k-means cluster on average, >= 1.
+        first_iterations: k-means iterations on a layer's first sparse call of a run, >= 1.
+        iterations: k-means iterations on later calls, from the cached centroids, >= 1.
+        refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
+        max_drift: with refresh, choose anew also where queries or keys would be further from those of the choice, as a
+            share of their spread, > 0, or None: however far they are.
+        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
+            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+        head_budget: each head's own budget, [layers][heads], or None; a layer whose heads all have 1 runs dense.
+        tuned_for: what the settings were tuned on and are refused elsewhere, or None.
+
+    Source: semantic order from Sparse VideoGen2 (arXiv 2505.18875), means for what is left out and selection by their
+        error from SVG-EAR (arXiv 2603.08982); granules, pooled queries and the threshold of a layer are this project's.
+    """
+
+    method: ClassVar[str] = "near"
+    budget_field: ClassVar[str | None] = "budget"
+    head_field: ClassVar[str | None] = "head_budget"
+    levels: ClassVar[tuple[float, ...]] = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+    probed_level: ClassVar[float] = 0.3
+
+    budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
+    granule: int = 16
+    rows: int = 128
+    floor: float = 0.25
+    pool: int = 4
+    cluster_tokens: int = 64
+    query_order: str = "clusters"
+    query_cluster_tokens: int = 256
+    first_iterations: int = 20
+    iterations: int = 1
+    refresh: int = 1
+    max_drift: float | None = None
+    precision: str = "native"
+    head_budget: tuple[tuple[float, ...], ...] | None = None
+    tuned_for: TunedFor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        share(self, "budget", zero=False)
+        share(self, "floor")
+        choice(self, "granule", GRANULES)
+        choice(self, "rows", GRANULE_ROWS)
+        choice(self, "pool", POOLS)
+        choice(self, "query_order", QUERY_ORDERS)
+        choice(self, "precision", PRECISIONS)
+        for name in ("cluster_tokens", "query_cluster_tokens", "first_iterations", "iterations", "refresh"):
+            integer(self, name, least=1)
+        if self.budget <= 1 / self.granule:
+            raise ValueError(
+                f"budget must be above 1 / granule = {1 / self.granule:g}, the share of the means, which are always "
+                f"computed, got {self.budget}: raise it, or take a larger granule"
+            )
+        check_max_drift(self)
+        check_head_table(self)

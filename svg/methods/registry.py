@@ -1,0 +1,74 @@
+"""Every method. One is a folder beside this file: `config.py` with its settings, and `plan.py`, loaded when it first runs, with
+
+    plan(q, k, v, config, state, layout, text_mask) -> CallPlan     of one attention call; tensors are [B, H, S, D]
+    precision_of(config, state, layer, device) -> str       optional, else the setting `precision`; "native": dense attention runs
+
+To add a method, make its folder and name its settings here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+from ..config.base import DenseConfig, MethodConfig
+from .near.config import NearConfig
+from .sage.config import Sage2Config, Sage2PlusConfig, Sage3Config
+from .sparge.config import SpargeConfig
+from .svg1.config import SVG1Config
+from .svg2.config import SVG2Config
+
+METHODS: dict[str, type[MethodConfig]] = {
+    config.method: config
+    for config in (
+        DenseConfig, NearConfig, SVG1Config, SVG2Config, SpargeConfig, Sage2Config, Sage2PlusConfig, Sage3Config,
+    )
+}
+
+
+def planner(config: MethodConfig) -> ModuleType:
+    """The module `plan` beside the one that a method's settings are from."""
+    return importlib.import_module(f"{type(config).__module__.rpartition('.')[0]}.plan")
+
+
+def method_flags() -> dict[str, tuple[type, str]]:
+    """Settings with a flag of their own: type and help by name, in the order of METHODS, what all methods have last."""
+    common = {one.name for one in fields(MethodConfig)}
+    flags: dict[str, tuple[type, dict[str, list[str]]]] = {}
+    for config in METHODS.values():
+        for one in fields(config):
+            if one.metadata.get("flag") and one.name not in common:
+                _, said = flags.setdefault(one.name, (one.metadata["flag"], {}))
+                said.setdefault(one.metadata["help"], []).append(config.method)
+    own = {
+        name: (kind, " ".join(f"{', '.join(methods)}: {text}" for text, methods in said.items()))
+        for name, (kind, said) in flags.items()
+    }
+    shared = {one.name: (one.metadata["flag"], one.metadata["help"]) for one in fields(MethodConfig) if one.metadata}
+    return own | shared
+
+
+def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
+    """Build a method's config from a plain dict such as `to_dict` gives or a YAML file holds.
+
+    Args:
+        settings: "method" (one of METHODS) and any of that method's fields.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: the method or a key is unknown, or a value is outside its range.
+        TypeError: a value has the wrong type.
+    """
+    values = dict(settings)
+    method = values.pop("method", None)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    choices = [field.name for field in fields(METHODS[method])]
+    for key in values:
+        if key not in choices:
+            raise ValueError(f"unknown key {key!r} for method {method}; choose from {', '.join(choices)}")
+    return METHODS[method](**values)
