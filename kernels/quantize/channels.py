@@ -37,12 +37,14 @@ class QuantizedChannels:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean of K and mean, least and largest value of V over all tokens, fp32 [B, H, D] each."""
+    """Mean, least and largest value of K and of V over all tokens, fp32 [B, H, D] each."""
 
     k_mean: torch.Tensor
     v_mean: torch.Tensor
     v_low: torch.Tensor
     v_high: torch.Tensor
+    k_low: torch.Tensor
+    k_high: torch.Tensor
 
 
 def statistics(k: torch.Tensor, v: torch.Tensor) -> Statistics:
@@ -70,8 +72,8 @@ def statistics(k: torch.Tensor, v: torch.Tensor) -> Statistics:
 
 def statistics_reference(k: torch.Tensor, v: torch.Tensor) -> Statistics:
     """Specification of `statistics` in plain torch; same arguments and result."""
-    v_wide = v.float()
-    return Statistics(k.float().mean(2), v_wide.mean(2), v_wide.amin(2), v_wide.amax(2))
+    k, v = k.float(), v.float()
+    return Statistics(k.mean(2), v.mean(2), v.amin(2), v.amax(2), k.amin(2), k.amax(2))
 
 
 def quantize_channels(
@@ -132,12 +134,29 @@ def quantize_channels_reference(
 
 def _channel_scales(stats, smooth, limit):
     """Scale and mean of every channel, fp32 [B, H, Dp]; the mean is zero where it stays."""
-    mean = stats.v_mean if smooth else torch.zeros_like(stats.v_mean)
-    largest = torch.maximum(stats.v_high - mean, mean - stats.v_low)
+    centre = stats.v_mean
+    return channel_scales(centre, stats.v_low, stats.v_high, limit, centre if smooth else torch.zeros_like(centre))
+
+
+def channel_scales(
+    centre: torch.Tensor, low: torch.Tensor, high: torch.Tensor, limit: float, mean: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale of every channel, 1 for padding, and the mean that is taken off.
+
+    Args:
+        centre, low, high: fp32 [B, H, D], of the channels.
+        limit: the largest quantised value.
+        mean: fp32 [B, H, D] to take off; None: the centre.
+
+    Returns:
+        fp32 [B, H, Dp] both.
+    """
+    mean = centre if mean is None else mean
+    largest = torch.maximum(high - mean, mean - low)
     largest = torch.where(largest <= TINY, 1.0, largest)
     step = largest / torch.full_like(largest, limit)  # by a number a GPU multiplies by its reciprocal
     # Minimum and maximum may skip NaN; the mean never does.
-    scale = torch.where(stats.v_mean.isfinite() & largest.isfinite(), step, torch.nan)
+    scale = torch.where(centre.isfinite() & largest.isfinite(), step, torch.nan)
     padding = (0, padded_head_dim(mean.shape[-1]) - mean.shape[-1])
     return F.pad(scale, padding, value=1.0), F.pad(mean, padding)
 
@@ -178,15 +197,15 @@ STATISTICS_ROWS, STATISTICS_STEP = 1024, 16  # tokens that one program of the st
 def _statistics(k, v):
     B, H, S, D = k.shape
     parts = triton.cdiv(S, STATISTICS_ROWS)
-    partial = torch.empty(4, B, H, parts, D, dtype=torch.float32, device=k.device)
+    partial = torch.empty(6, B, H, parts, D, dtype=torch.float32, device=k.device)
     with target.on_device(k):
         _statistics_kernel[(parts, B * H)](
             k, v, partial, partial.stride(0), H, S, parts, *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=STATISTICS_STEP,
             num_warps=target.launch_row(LAUNCH, k.device)[0],
         )  # fmt: skip
-        stats = torch.empty(4, B, H, D, dtype=torch.float32, device=k.device)
-        _join_statistics_kernel[(4, B * H)](
+        stats = torch.empty(6, B, H, D, dtype=torch.float32, device=k.device)
+        _join_statistics_kernel[(6, B * H)](
             partial, stats, B * H, parts, S, D=D, BLOCK_D=padded_head_dim(D), BLOCK_P=32, num_warps=4
         )
     return Statistics(*stats)
@@ -223,11 +242,15 @@ def _statistics_kernel(
     v_sum = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     low = tl.full([BLOCK_S, BLOCK_D], float("inf"), dtype=tl.float32)
     high = tl.full([BLOCK_S, BLOCK_D], float("-inf"), dtype=tl.float32)
+    k_low, k_high = low, high
     start = tl.program_id(0).to(tl.int64) * ROWS
     for first in range(start, tl.minimum(start + ROWS, S), BLOCK_S):
         offs_s = first + tl.arange(0, BLOCK_S)
         mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
-        k_sum += tl.load(k + offs_s[:, None] * stride_ks, mask=mask, other=0.0).to(tl.float32)
+        row = tl.load(k + offs_s[:, None] * stride_ks, mask=mask, other=0.0).to(tl.float32)
+        k_sum += row
+        k_low = tl.minimum(k_low, tl.where(mask, row, float("inf")))
+        k_high = tl.maximum(k_high, tl.where(mask, row, float("-inf")))
         row = tl.load(v + offs_s[:, None] * stride_vs, mask=mask, other=0.0).to(tl.float32)
         v_sum += row
         low = tl.minimum(low, tl.where(mask, row, float("inf")))
@@ -238,13 +261,15 @@ def _statistics_kernel(
     tl.store(partial + stride_part, tl.sum(v_sum, 0), mask=real)
     tl.store(partial + 2 * stride_part, tl.min(low, 0), mask=real)
     tl.store(partial + 3 * stride_part, tl.max(high, 0), mask=real)
+    tl.store(partial + 4 * stride_part, tl.min(k_low, 0), mask=real)
+    tl.store(partial + 5 * stride_part, tl.max(k_high, 0), mask=real)
 
 
 @triton.jit(do_not_specialize=["heads", "parts", "S"])
 def _join_statistics_kernel(
     partial, stats, heads, parts, S, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """One of the four statistics of a head: mean of K, mean, least and largest of V."""
+    """One of the six statistics of a head: mean of K; mean, least and largest of V; least and largest of K."""
     which, bh = tl.program_id(0), tl.program_id(1)
     offs_p, offs_d = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     partial += (which * heads + bh).to(tl.int64) * parts * D + offs_d[None, :]
@@ -258,12 +283,12 @@ def _join_statistics_kernel(
         low = tl.minimum(low, tl.where(mask, row, float("inf")))
         high = tl.maximum(high, tl.where(mask, row, float("-inf")))
     mean = tl.div_rn(tl.sum(total, 0), tl.full([BLOCK_D], 0.0, tl.float32) + S)
-    result = tl.where(which < 2, mean, tl.where(which == 2, tl.min(low, 0), tl.max(high, 0)))
+    result = tl.where(which < 2, mean, tl.where(which % 2 == 0, tl.min(low, 0), tl.max(high, 0)))
     tl.store(stats + (which * heads + bh) * D + offs_d, result, mask=offs_d < D)
 
 
 @triton.jit
-def _scales_of_channels(
+def scales_of_channels(
     v_mean, v_low, v_high, D: tl.constexpr, BLOCK_D: tl.constexpr, LIMIT: tl.constexpr, SMOOTH: tl.constexpr
 ):
     """`_channel_scales` of one head."""
@@ -302,7 +327,7 @@ def _quantize_channels_kernel(
     rows = tl.load(
         v + b * stride_vb + h * stride_vh + token[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0
     )
-    step, centre = _scales_of_channels(v_mean + bh * D, v_low + bh * D, v_high + bh * D, D, BLOCK_D, LIMIT, SMOOTH)
+    step, centre = scales_of_channels(v_mean + bh * D, v_low + bh * D, v_high + bh * D, D, BLOCK_D, LIMIT, SMOOTH)
     if tl.program_id(0) == 0:
         tl.store(scale + bh * BLOCK_D + offs_d, step)
         tl.store(mean + bh * BLOCK_D + offs_d, centre)
