@@ -63,9 +63,9 @@ def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> N
         _hopper_granules_int8_kernel[(min(-(-tiles // CONSUMERS), target.sm_count(q.device)),)](
             *descriptors, q, granules.k_scale, granules.v_scale, granules.v_mean, out, lse, failed, q_order, granules.tokens,
             lists.entries, lists.starts, lists.whole, lists.counts, lists.chosen,
-            scale_log2, tiles, H, V, S, C, T, means, lists.counts.shape[2], lists.chosen.shape[3],
+            scale_log2, tiles, H, V, S, C, T, means, lists.counts.shape[2], lists.chosen.shape[3], lists.rows // 64,
             *q.stride()[:3], *out.stride()[:3], *strides,
-            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, SIZE=granules.size, ROWS=lists.rows, STAGES=STAGES,
+            CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, SIZE=granules.size, STAGES=STAGES,
             BIAS=math.log2(granules.size), HAS_ORDER=q_order is not None, HAS_LSE=lse is not None,
             HAS_FAILED=failed is not None, HAS_TAIL=tail, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
@@ -116,18 +116,18 @@ if LOADABLE:
         return PART * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
 
     @gluon.jit
-    def _list_of(t, lists, sizes, ROWS: gl.constexpr):
+    def _list_of(t, lists, sizes):
         """Head, first row, group and list of the t-th query tile: where the list begins, its whole entries, all entries."""
         entries, starts, whole, counts, _ = lists
-        groups, tiles = sizes
+        groups, tiles, shared = sizes
         bh, tile = t // tiles, t % tiles
-        group = bh.to(gl.int64) * groups + tile // (ROWS // 64)
+        group = bh.to(gl.int64) * groups + tile // shared
         return bh, tile * 64, group, entries + gl.load(starts + group), gl.load(whole + group), gl.load(counts + group)
 
     @gluon.jit
     def _produce(
         PART: gl.constexpr, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS: gl.constexpr, BLOCK_D: gl.constexpr,
-        SIZE: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
+        SIZE: gl.constexpr, STAGES: gl.constexpr, HAS_TAIL: gl.constexpr,
     ):  # fmt: skip
         """Fills the stages of one consumer."""
         k_desc, v_desc, k_tail, v_tail = descriptors
@@ -138,7 +138,7 @@ if LOADABLE:
         BLOCK: gl.constexpr = SIZE * BLOCK_D // 128  # rows of 128 bytes that a granule of V has
         n = 0
         for t in range(gl.program_id(0) * CONSUMERS + PART, count, gl.num_programs(0) * CONSUMERS):
-            bh, _, _, entries, _, total = _list_of(t, lists, sizes, ROWS)
+            bh, _, _, entries, _, total = _list_of(t, lists, sizes)
             for i in range(0, total, NUMBER):
                 stage, phase = _place(n, PART, STAGES)
                 bar = ready.index(stage)
@@ -255,7 +255,7 @@ if LOADABLE:
     @gluon.jit
     def _consume(
         PART: gl.constexpr, tensors, stages, barriers, lists, sizes, shape, rows, strides, scale_log2, CONSUMERS: gl.constexpr,
-        D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
+        D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
         HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr, HAS_TAIL: gl.constexpr,
     ):  # fmt: skip
         q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens = tensors
@@ -271,7 +271,7 @@ if LOADABLE:
         q_shared = q_stages.index(PART)
         n = 0
         for t in range(gl.program_id(0) * CONSUMERS + PART, count, gl.num_programs(0) * CONSUMERS):
-            bh, first, group, entries, whole, total = _list_of(t, lists, sizes, ROWS)
+            bh, first, group, entries, whole, total = _list_of(t, lists, sizes)
             b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
             channel = bh.to(gl.int64) * BLOCK_D
             order = q_order + b * spb + h * sph if HAS_ORDER else q_order
@@ -324,13 +324,13 @@ if LOADABLE:
                 natural = gl.where(l_row == 0, float("-inf"), natural * 0.6931471805599453)  # ln 2
                 gl.store(lse + bh.to(gl.int64) * S + token, gl.convert_layout(natural, by_row), mask=inside)
 
-    @gluon.jit(do_not_specialize=["count", "V", "S", "C", "T", "means", "groups", "width"])
+    @gluon.jit(do_not_specialize=["count", "V", "S", "C", "T", "means", "groups", "width", "shared"])
     def _hopper_granules_int8_kernel(
         k_desc, v_desc, k_tail, v_tail, q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens,
-        entries, starts, whole, counts, chosen, scale_log2, count, H, V, S, C, T, means, groups, width,
+        entries, starts, whole, counts, chosen, scale_log2, count, H, V, S, C, T, means, groups, width, shared,
         sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
         spb: gl.int64, sph: gl.int64, sps: gl.int64,
-        CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+        CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
         BIAS: gl.constexpr, HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_FAILED: gl.constexpr, HAS_TAIL: gl.constexpr,
         num_warps: gl.constexpr,
     ):  # fmt: skip
@@ -355,20 +355,20 @@ if LOADABLE:
         descriptors, barriers = (k_desc, v_desc, k_tail, v_tail), (ready, empty)
         stages, boxes = (q_stages, k_stages, v_stages, ones), (k_boxes, v_boxes, k_stages, v_flat)
         tensors = (q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens)
-        lists, sizes = (entries, starts, whole, counts, chosen), (groups, gl.cdiv(V, 64))
+        lists, sizes = (entries, starts, whole, counts, chosen), (groups, gl.cdiv(V, 64), shared)
         shape, rows = (count, C, T, means), (H, V, S, width)
         strides = (sqb, sqh, sqs, sob, soh, sos, spb, sph, sps)
         gl.warp_specialize(
             [
                 (_consume, (0, tensors, stages, barriers, lists, sizes, shape, rows, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            SIZE, ROWS, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
+                            SIZE, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
                 (_consume, (1, tensors, stages, barriers, lists, sizes, shape, rows, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            SIZE, ROWS, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
+                            SIZE, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
                 (_consume, (2, tensors, stages, barriers, lists, sizes, shape, rows, strides, scale_log2, CONSUMERS, D, BLOCK_D,
-                            SIZE, ROWS, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
-                (_produce, (0, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, ROWS, STAGES, HAS_TAIL)),
-                (_produce, (1, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, ROWS, STAGES, HAS_TAIL)),
-                (_produce, (2, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, ROWS, STAGES, HAS_TAIL)),
+                            SIZE, STAGES, BIAS, HAS_ORDER, HAS_LSE, HAS_FAILED, HAS_TAIL)),
+                (_produce, (0, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, STAGES, HAS_TAIL)),
+                (_produce, (1, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, STAGES, HAS_TAIL)),
+                (_produce, (2, descriptors, boxes, barriers, lists, sizes, shape, CONSUMERS, BLOCK_D, SIZE, STAGES, HAS_TAIL)),
             ],
             [4, 4, 1, 1, 1],
             [160, 160, 24, 24, 24],
