@@ -20,21 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import target
-from ..precision import SPARSE_PRECISIONS, find_precision, pv_dtype
-from ..quantize import check, padded_head_dim, round_to_int8
-from ..quantize_values import (
-    INTERLEAVED,
+from ..common import target
+from ..common.target import tl, triton
+from ..quantize.channels import (
     FP8_MAX,
+    INTERLEAVED,
     Statistics,
     channel_scales,
     scales_of_channels,
     statistics,
     statistics_reference,
 )
-from ..target import tl, triton
-from .quantized_hopper import SIZES as HOPPER_SIZES
+from ..quantize.precision import SPARSE_PRECISIONS, find_precision, pv_dtype
+from ..quantize.tokens import check, padded_head_dim, round_to_int8
 from .quantized_hopper import LOADABLE
+from .quantized_hopper import SIZES as HOPPER_SIZES
 from .reference import cut_granules_reference
 from .values import SIZES, Granules
 
@@ -233,7 +233,7 @@ LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
 
 
 def _quantize(k, v, k_order, *, size, text, prompt_tokens, scales, precision, interleave):
-    B, H, S, D = k.shape
+    B, H, _, D = k.shape
     V, L, block_d = k_order.shape[2], 0 if text is None else text.shape[1], padded_head_dim(D)
     tokens = granule_tokens(V, size, L, prompt_tokens, B, k.device)
     T, C = triton.cdiv(V, size), tokens.shape[1]
@@ -330,7 +330,7 @@ def _quantize_granules_kernel(
         tokens += b * C
     k_step, k_middle = scales_of_channels(k_centre + bh * D, k_low + bh * D, k_high + bh * D, D, BLOCK_D, 127.0, True)
     if HEAD:
-        largest = tl.max(tl.where(k_step == k_step, tl.where(real, k_step, 0.0), float("inf")), 0)
+        largest = tl.max(tl.where(real, tl.where(k_step < float("inf"), k_step, float("inf")), 0.0), 0)  # NaN counts
         k_step = tl.where(real, tl.where(largest < float("inf"), largest, float("nan")), 1.0)
     v_step, v_middle = scales_of_channels(v_centre + bh * D, v_low + bh * D, v_high + bh * D, D, BLOCK_D, 448.0, True)
     if tl.program_id(0) == 0:

@@ -12,10 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import target
-from ..quantize import dequantize_tokens, quantize_tokens_reference
-from ..quantize_values import INTERLEAVED
-from ..rounded_attention import note_failure_reference, unsmoothed_lse, unsmoothed_lse_reference
+from ..common import target
+from ..common.rounded import note_failure_reference
+from ..common.smoothing import unsmoothed_lse, unsmoothed_lse_reference
+from ..quantize.channels import INTERLEAVED
+from ..quantize.tokens import dequantize_tokens, quantize_tokens_reference
 from . import quantized_hopper as hopper
 from . import quantized_triton as plain
 from .quantize import QuantizedGranules

@@ -1,7 +1,7 @@
 """Attention over granules in INT8 and FP8 for Hopper: dense 8-bit attention's loop, filled granule by granule.
 
-The loop of a warpgroup is quantised_hopper.py's: integer scores used as the floats their bits spell, P left in the registers
-that Q K^T put it in, P V of a stage from zero and added in fp32. As in block_sparse_quantised_hopper.py each of three
+The loop of a warpgroup is dense_quantised/hopper.py's: integer scores used as the floats their bits spell, P left in the registers
+that Q K^T put it in, P V of a stage from zero and added in fp32. As in block_sparse_quantised/hopper.py each of three
 warpgroups has 64 query rows, a list and a ring of stages of its own, and a warp that fills it.
 
 A stage of 128 keys is 128 / size granules, copied one by one. Rows of 128 bytes in the swizzle of 128 bytes repeat every 8
@@ -19,8 +19,8 @@ import math
 
 import torch
 
-from .. import target
-from ..quantised_hopper import LOADABLE
+from ..common import target
+from ..dense_quantised.hopper import LOADABLE
 
 CONSUMERS, STAGES = 3, 2  # warpgroups of 64 query rows, and stages of 128 keys of each
 SIZES = (16, 32, 64)  # keys of a granule: V's blocks hold 16
@@ -34,7 +34,9 @@ def takes(q: torch.Tensor, granules) -> bool:
         q: [B, H, S, D].
         granules: `QuantizedGranules`.
     """
-    return LOADABLE and target.arch(q.device) == 90 and q.element_size() == 2 and granules.fp8 and granules.size in SIZES
+    return (
+        LOADABLE and target.arch(q.device) == 90 and q.element_size() == 2 and granules.fp8 and granules.size in SIZES
+    )
 
 
 def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> None:
@@ -92,7 +94,7 @@ if LOADABLE:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ..quantised_hopper import (
+    from ..dense_quantised.hopper import (
         by_sixteens,
         in_values_range,
         integer_scores,
@@ -148,9 +150,13 @@ if LOADABLE:
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 mbarrier.expect(bar, 2 * 128 * BLOCK_D)
                 for j in gl.static_range(NUMBER):
-                    tma.async_copy_global_to_shared(k_desc, [found[j] * SIZE, 0], bar, k_boxes.index(stage * NUMBER + j))
+                    tma.async_copy_global_to_shared(
+                        k_desc, [found[j] * SIZE, 0], bar, k_boxes.index(stage * NUMBER + j)
+                    )
                 for j in gl.static_range(NUMBER):
-                    tma.async_copy_global_to_shared(v_desc, [found[j] * BLOCK, 0], bar, v_boxes.index(stage * NUMBER + j))
+                    tma.async_copy_global_to_shared(
+                        v_desc, [found[j] * BLOCK, 0], bar, v_boxes.index(stage * NUMBER + j)
+                    )
                 n += 1
             if HAS_TAIL:
                 for c in range(0, T, 128):
@@ -313,7 +319,9 @@ if LOADABLE:
             summed = gl.convert_layout(gl.max(t_i, 1), by_row)
             some = summed != 0  # a row with nothing to attend to gives zeros; NaN is something
             acc = acc / gl.where(some, summed, 1.0)[:, None]
-            acc = in_values_range(acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout)
+            acc = in_values_range(
+                acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout
+            )
             acc += gl.where(some[:, None], gl.load(v_mean + channel + column)[None, :], 0.0)
             token, inside = _tokens(first, V, order, sps, HAS_ORDER, by_row)
             out_ptr = out + b * sob + h * soh + token[:, None] * sos + column[None, :]

@@ -2,10 +2,10 @@
 
 import math
 
-from .. import target
-from ..quantised_tile import add_values, finish_rows
-from ..quantize import absmax_of_rows, round_to_int8
-from ..target import tl, triton
+from ..common import target
+from ..common.quantised_tile import add_values, finish_rows
+from ..common.target import tl, triton
+from ..quantize.tokens import absmax_of_rows, round_to_int8
 
 # arch -> (P V in FP8, padded head dim) -> keys of a stage, warps, stages; 64 query rows. Not measured: chosen by ahead-of-time
 # compile (no spills, shared memory).

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from svg.bench.timing import median_ms
 from svg.kernels import block_sparse_attention_quantised
 from svg.kernels.granules.quantize import quantize_granules, quantize_granules_reference
 from svg.kernels.granules.quantized import granule_attention_quantized, granule_attention_quantized_reference
 from svg.kernels.granules.reference import cut_granules_reference, granule_attention_reference, lists_of
-
-from svg.bench.timing import median_ms
 from svg.methods.dense import dense_attention
 
 DEVICE = "cuda"

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+
 from svg.kernels.granules.quantize import quantize_granules, quantize_granules_reference
 from svg.kernels.granules.quantized import granule_attention_quantized, granule_attention_quantized_reference
 from svg.kernels.granules.reference import cut_granules_reference, granule_attention_reference, lists_of
@@ -136,7 +137,9 @@ def test_a_head_with_numbers_that_are_not_finite_is_reported(where):
 def test_values_that_are_not_finite_show():
     q, k, v, q_order, k_order, layout, _, lists = calls(B=1, V=100, L=0)
     v[0, 1, 3, 5] = float("nan")
-    out = granule_attention_quantized(q, quantize_granules(k, v, k_order, **layout, interleave=False), lists, q_order=q_order)
+    out = granule_attention_quantized(
+        q, quantize_granules(k, v, k_order, **layout, interleave=False), lists, q_order=q_order
+    )
     assert out[0, 1, :, 5].isnan().all() and out[0, 0].isfinite().all()
 
 
@@ -151,7 +154,11 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"size": 24}, "size must be"), ({"scales": "token"}, "scales one of"), ({"precision": "int8-fp8-acc16"}, "precision")],
+    [
+        ({"size": 24}, "size must be"),
+        ({"scales": "token"}, "scales one of"),
+        ({"precision": "int8-fp8-acc16"}, "precision"),
+    ],
 )
 def test_bad_settings_are_refused(change, words):
     _, k, v, _, k_order, layout, _, _ = calls(L=0)
