@@ -5,14 +5,21 @@ holds what the operations hand to each other, `reference.py` their specification
 """
 
 from .op import granule_attention
+from .quantize import QuantizedGranules, quantize_granules
+from .quantized import granule_attention_quantized
 from .reference import cut_granules_reference as cut_granules
 from .reference import granule_scores_reference as granule_scores
 from .reference import select_granules_reference as select_granules
 from .values import GranuleLists, Granules
 
-
-def granule_attention_quantized(*args, **kwargs):
-    raise NotImplementedError("granule attention in 8 bits is not built yet")
-
-
-__all__ = ["GranuleLists", "Granules", "cut_granules", "granule_attention", "granule_attention_quantized", "granule_scores", "select_granules"]
+__all__ = [
+    "GranuleLists",
+    "Granules",
+    "QuantizedGranules",
+    "cut_granules",
+    "granule_attention",
+    "granule_attention_quantized",
+    "granule_scores",
+    "quantize_granules",
+    "select_granules",
+]

@@ -177,5 +177,12 @@ def _launch(q, granules, lists, *, q_order, sm_scale, tail, failed, return_lse, 
     out = new(q) if out is None else out
     lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device) if return_lse else None
     kernel = hopper if granules.interleaved else plain
-    kernel.launch(q, granules, lists, out, lse, failed, q_order, sm_scale * LOG2_E, tail)
+    flags = (
+        failed
+        if failed is None or failed.is_contiguous()
+        else torch.zeros_like(failed, memory_format=torch.contiguous_format)
+    )
+    kernel.launch(q, granules, lists, out, lse, flags, q_order, sm_scale * LOG2_E, tail)
+    if flags is not failed:
+        failed |= flags
     return (out, unsmoothed_lse(lse, q, granules.k_mean, sm_scale)) if return_lse else out

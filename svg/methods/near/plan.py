@@ -20,6 +20,7 @@ from svg.kernels.granules import (
     granule_attention,
     granule_attention_quantized,
     granule_scores,
+    quantize_granules,
     select_granules,
 )
 
@@ -108,10 +109,18 @@ class NearPlan:
             if precision == "native":
                 granule_attention(q[:, heads], self.granules(k, v, heads), lists, **part)
             else:
-                granules = self.granules(k, v, heads, gather=False)
+                text, prompt_tokens = text_order(self.layout, self.text_mask, k)
+                granules = quantize_granules(
+                    k[:, heads],
+                    v[:, heads],
+                    self.chosen.k_order[:, heads],
+                    size=self.size,
+                    text=text,
+                    prompt_tokens=prompt_tokens,
+                    precision=precision,
+                )
                 flags = None if failed is None else failed[:, heads]
-                parts = (x[:, heads] for x in (q, k, v))
-                granule_attention_quantized(*parts, granules, lists, precision=precision, failed=flags, **part)
+                granule_attention_quantized(q[:, heads], granules, lists, failed=flags, **part)
         if self.layout.text_tokens:
             text = self.layout.text_slice
             seen = key_mask(self.layout, self.text_mask)

@@ -129,9 +129,9 @@ def test_a_head_with_numbers_that_are_not_finite_is_reported(where):
     q, k, v, q_order, k_order, layout, _, lists = calls(B=1, V=100, L=0)
     {"q": q, "k": k}[where][0, 1, 3, 5] = float("nan")
     quantized = quantize_granules(k, v, k_order, **layout, interleave=False)
-    failed = torch.zeros(1, 2, dtype=torch.int32)
-    granule_attention_quantized(q, quantized, lists, q_order=q_order, failed=failed)
-    assert failed.tolist() == [[0, 1]]
+    failed = torch.zeros(1, 4, dtype=torch.int32)
+    granule_attention_quantized(q, quantized, lists, q_order=q_order, failed=failed[:, ::2])
+    assert failed.tolist() == [[0, 0, 1, 0]]
 
 
 def test_values_that_are_not_finite_show():
