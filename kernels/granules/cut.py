@@ -1,0 +1,195 @@
+"""Cut keys and values into granules: gather them in sorted order and take every granule's statistics, in one pass.
+
+A program holds some granules with one slot of each granule after the other in a thread's own registers, so that sums
+over a granule's keys need no other thread. Variances are sums of squared deviations, never differences of squares: keys
+share a large mean. Granules of more than `PART` keys are put together from parts in order (Chan's formula), so two runs
+are bit-equal. fp16, bf16 and fp32, head dims up to 128, sm80 and newer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import target
+from ..common.target import tl, triton
+from .reference import cut_granules_reference
+from .values import SIZES, Granules
+
+MAX_HEAD_DIM = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PART = 16  # keys of a granule that a thread holds at a time
+
+
+def cut_granules(
+    k: Tensor,
+    v: Tensor,
+    k_order: Tensor,
+    size: int,
+    text: Tensor | None = None,
+    prompt_tokens: Tensor | None = None,
+    *,
+    gather: bool = True,
+) -> Granules:
+    """Gather keys and values in sorted order and take every granule's statistics.
+
+    Args:
+        k, v: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous, other strides arbitrary.
+        k_order: int32 or int64 [B, H, V], sorted -> original index of the video's keys; any strides.
+        size: keys a granule, one of SIZES.
+        text: int32 or int64 [B, L], original index of text tokens, the prompt's first; None: there is no text.
+        prompt_tokens: int [B], how many of them belong to the prompt; None: all.
+        gather: False leaves `k` and `v` of the granules None, where another kernel gathers and quantizes them.
+
+    Returns:
+        The granules; those of the text begin at a multiple of `size`.
+
+    Raises:
+        ValueError: shapes disagree, a size that is not in SIZES, or a strided last dim.
+        TypeError: a dtype that is not supported, or indices that are not integers.
+        NotImplementedError: on the Triton path, head dim above 128 or a gradient would be needed.
+
+    Example:
+        >>> granules = cut_granules(k, v, k_order, 16)  # k_order from sort_labels(kmeans(k, ...).labels, ...)
+    """
+    _check(k, v, k_order, size, text, prompt_tokens)
+    if not target.use_triton(k):
+        found = cut_granules_reference(k, v, k_order, size, text, prompt_tokens)
+        return found if gather else Granules(**(vars(found) | {"k": None, "v": None}))
+    return _cut(k, v, k_order, size, text, prompt_tokens, gather)
+
+
+def _check(k, v, k_order, size, text, prompt_tokens):
+    if k.dim() != 4 or v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(
+            f"k and v must be [B, H, S, D] of one shape and dtype, got {k.dtype} {tuple(k.shape)} and "
+            f"{v.dtype} {tuple(v.shape)}: cut them together"
+        )
+    if k_order.dim() != 3 or k_order.shape[:2] != k.shape[:2] or not 0 < k_order.shape[2] <= k.shape[2]:
+        raise ValueError(
+            f"k_order must be [B, H, V] with 1 <= V <= S for k {tuple(k.shape)}, got {tuple(k_order.shape)}: "
+            "expand it over batch and heads"
+        )
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))} keys, got {size}: 16 is the usual choice")
+    if text is not None and (text.dim() != 2 or text.shape[0] != k.shape[0]):
+        raise ValueError(f"text must be [B, L] with B = {k.shape[0]}, got {tuple(text.shape)}: one row a sample")
+    if prompt_tokens is not None and (text is None or prompt_tokens.shape != k.shape[:1]):
+        raise ValueError(
+            f"prompt_tokens must be [B] = [{k.shape[0]}] and go with text, got {tuple(prompt_tokens.shape)}: "
+            "pass text, or leave it None"
+        )
+    for name, x in (("k_order", k_order), ("text", text), ("prompt_tokens", prompt_tokens)):
+        if x is not None and x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {x.dtype}: convert it")
+    for name, x in (("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(
+                f"{name} must be contiguous in its last dim, got strides {x.stride()}: call .contiguous() first"
+            )
+
+
+# arch -> (granules of 16 keys that a program holds, warps). Not measured: chosen by ahead-of-time compile (no spills).
+LAUNCH = {80: (8, 4), 89: (8, 4), 90: (8, 4), 100: (8, 4), 120: (8, 4)}
+
+
+def _cut(k, v, k_order, size, text, prompt_tokens, gather):
+    B, H, _, D = k.shape
+    if k.dtype not in DTYPES:
+        raise TypeError(f"k and v must be fp16, bf16 or fp32, got {k.dtype}: convert them")
+    if D > MAX_HEAD_DIM:
+        raise NotImplementedError(f"head dim must be at most {MAX_HEAD_DIM}, got {D}: use dense attention")
+    target.refuse_gradients("cut_granules", k, v)
+    V, L = k_order.shape[2], 0 if text is None else text.shape[1]
+    T = triton.cdiv(V, size)
+    C = T + triton.cdiv(L, size)
+    like = {"device": k.device}
+    keys, values = (torch.empty(B, H, C * size, D, dtype=k.dtype, **like) if gather else None for _ in range(2))
+    k_mean, v_mean = (torch.empty(B, H, T, D, dtype=k.dtype, **like) for _ in range(2))
+    spread, weight = (torch.empty(B, H, T, dtype=torch.float32, **like) for _ in range(2))
+    tokens = torch.empty(B, C, dtype=torch.int32, **like)
+    block, num_warps = target.launch_row(LAUNCH, k.device)
+    with target.on_device(k):
+        _cut_kernel[(triton.cdiv(C, block), B * H)](
+            k, v, k_order, text, prompt_tokens, keys, values, k_mean, v_mean, spread, weight, tokens,
+            H, V, T, L, C, *k.stride()[:3], *v.stride()[:3], *k_order.stride(),
+            *((0, 0) if text is None else text.stride()), 0 if prompt_tokens is None else prompt_tokens.stride(0),
+            SIZE=size, PART=min(size, PART if k.element_size() == 2 else PART // 2),
+            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_G=block, num_warps=num_warps,
+        )  # fmt: skip
+    return Granules(keys, values, tokens, k_mean, v_mean, spread, weight, size)
+
+
+@triton.jit
+def _take(x, out, token, slot, seen, in_out, offs_d, stride_s, D: tl.constexpr):
+    """Rows of x, and their copy in sorted order where it is wanted: [PART, BG, BD] in x's dtype."""
+    inside = (offs_d < D)[None, None, :]
+    tile = tl.load(x + token[:, :, None] * stride_s + offs_d[None, None, :], mask=seen[:, :, None] & inside, other=0.0)
+    if out is not None:
+        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], tile, mask=in_out[:, :, None] & inside)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _moments(tile, seen, number, before, mean, squares):
+    """Mean [BG, BD] and summed squared deviations with `number` more tokens [BG], after `before` of them."""
+    part_mean = tl.sum(tile, 0) / tl.maximum(number, 1.0)[:, None]
+    deviation = tl.where(seen[:, :, None], tile - part_mean[None], 0.0)
+    part_squares = tl.sum(deviation * deviation, 0)
+    share = number / tl.maximum(before + number, 1.0)
+    step = part_mean - mean
+    squares += part_squares + step * step * (before * share)[:, None]
+    return mean + step * share[:, None], squares
+
+
+@triton.jit(do_not_specialize=["V", "T", "L", "C"])
+def _cut_kernel(
+    k, v, order, text, prompt_tokens, k_out, v_out, k_mean, v_mean, spread, weight, tokens,
+    H, V, T, L, C, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os, stride_tb, stride_ts, stride_pb,
+    SIZE: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    k += b * stride_kb + h * stride_kh
+    v += b * stride_vb + h * stride_vh
+    order += b * stride_ob + h * stride_oh
+    if k_out is not None:
+        k_out += bh * C * SIZE * D
+        v_out += bh * C * SIZE * D
+    granule = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
+    is_video = granule < T
+    prompt = L
+    if prompt_tokens is not None:
+        prompt = tl.minimum(tl.load(prompt_tokens + b * stride_pb), L).to(tl.int32)
+    number = tl.where(is_video, V - granule * SIZE, prompt - (granule - T) * SIZE)
+    number = tl.minimum(tl.maximum(number, 0), SIZE)
+    tl.store(tokens + b * C + granule, number, mask=(granule < C) & (h == 0))
+    offs_d = tl.arange(0, BLOCK_D)
+    k_centre, k_squares, v_centre, v_squares = (tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),) * 4
+    for first in tl.static_range(0, SIZE, PART):
+        place = first + tl.arange(0, PART)
+        slot = granule[None, :] * SIZE + place[:, None]  # [PART, BG]
+        seen = place[:, None] < number[None, :]
+        token = tl.load(order + slot.to(tl.int64) * stride_os, mask=seen & is_video[None, :], other=0).to(tl.int64)
+        if text is not None:
+            word = text + b * stride_tb + (slot - T * SIZE).to(tl.int64) * stride_ts
+            token += tl.load(word, mask=seen & (granule >= T)[None, :], other=0)
+        if k_out is None:
+            seen = seen & is_video[None, :]
+        in_out = (granule < C)[None, :] & (place >= 0)[:, None]
+        slot = slot.to(tl.int64)
+        before = tl.minimum(number, first).to(tl.float32)
+        more = tl.minimum(tl.maximum(number - first, 0), PART).to(tl.float32)
+        tile = _take(k, k_out, token, slot, seen, in_out, offs_d, stride_ks, D)
+        k_centre, k_squares = _moments(tile, seen, more, before, k_centre, k_squares)
+        tile = _take(v, v_out, token, slot, seen, in_out, offs_d, stride_vs, D)
+        v_centre, v_squares = _moments(tile, seen, more, before, v_centre, v_squares)
+    at = bh * T + granule
+    cell = at[:, None] * D + offs_d[None, :]
+    inside = is_video[:, None] & (offs_d < D)[None, :]
+    tl.store(k_mean + cell, k_centre.to(k_mean.dtype.element_ty), mask=inside)
+    tl.store(v_mean + cell, v_centre.to(v_mean.dtype.element_ty), mask=inside)
+    total = tl.maximum(number, 1).to(tl.float32)
+    tl.store(spread + at, tl.sum(k_squares, 1) / (total * D), mask=is_video)
+    tl.store(weight + at, tl.sum(v_centre * v_centre, 1) + tl.sum(v_squares, 1) / total, mask=is_video)
