@@ -4,12 +4,12 @@ A granule is the unit of selection, of compensation and of copying: whatever is 
 holds what the operations hand to each other, `reference.py` their specification in plain torch.
 """
 
+from .cut import cut_granules
 from .op import granule_attention
 from .quantize import QuantizedGranules, quantize_granules
 from .quantized import granule_attention_quantized
-from .reference import cut_granules_reference as cut_granules
-from .reference import granule_scores_reference as granule_scores
-from .reference import select_granules_reference as select_granules
+from .scores import granule_scores
+from .select import select_granules
 from .values import GranuleLists, Granules
 
 __all__ = [

@@ -30,6 +30,7 @@ def cut_granules(
     prompt_tokens: Tensor | None = None,
     *,
     gather: bool = True,
+    only: Tensor | None = None,
 ) -> Granules:
     """Gather keys and values in sorted order and take every granule's statistics.
 
@@ -40,6 +41,7 @@ def cut_granules(
         text: int32 or int64 [B, L], original index of text tokens, the prompt's first; None: there is no text.
         prompt_tokens: int [B], how many of them belong to the prompt; None: all.
         gather: False leaves `k` and `v` of the granules None, where another kernel gathers and quantizes them.
+        only: int32 [B, H]; `k` and `v` of heads that are 0 here are zeros in the granules. None: all are gathered.
 
     Returns:
         The granules; those of the text begin at a multiple of `size`.
@@ -52,14 +54,12 @@ def cut_granules(
     Example:
         >>> granules = cut_granules(k, v, k_order, 16)  # k_order from sort_labels(kmeans(k, ...).labels, ...)
     """
-    _check(k, v, k_order, size, text, prompt_tokens)
-    if not target.use_triton(k):
-        found = cut_granules_reference(k, v, k_order, size, text, prompt_tokens)
-        return found if gather else Granules(**(vars(found) | {"k": None, "v": None}))
-    return _cut(k, v, k_order, size, text, prompt_tokens, gather)
+    _check(k, v, k_order, size, text, prompt_tokens, only)
+    op = _cut if target.use_triton(k) else cut_granules_reference
+    return op(k, v, k_order, size, text, prompt_tokens, gather=gather, only=only)
 
 
-def _check(k, v, k_order, size, text, prompt_tokens):
+def _check(k, v, k_order, size, text, prompt_tokens, only):
     if k.dim() != 4 or v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(
             f"k and v must be [B, H, S, D] of one shape and dtype, got {k.dtype} {tuple(k.shape)} and "
@@ -79,7 +79,9 @@ def _check(k, v, k_order, size, text, prompt_tokens):
             f"prompt_tokens must be [B] = [{k.shape[0]}] and go with text, got {tuple(prompt_tokens.shape)}: "
             "pass text, or leave it None"
         )
-    for name, x in (("k_order", k_order), ("text", text), ("prompt_tokens", prompt_tokens)):
+    if only is not None and only.shape != k.shape[:2]:
+        raise ValueError(f"only must be [B, H] = {list(k.shape[:2])}, got {tuple(only.shape)}: one flag a head")
+    for name, x in (("k_order", k_order), ("text", text), ("prompt_tokens", prompt_tokens), ("only", only)):
         if x is not None and x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}: convert it")
     for name, x in (("k", k), ("v", v)):
@@ -93,7 +95,7 @@ def _check(k, v, k_order, size, text, prompt_tokens):
 LAUNCH = {80: (8, 4), 89: (8, 4), 90: (8, 4), 100: (8, 4), 120: (8, 4)}
 
 
-def _cut(k, v, k_order, size, text, prompt_tokens, gather):
+def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
     B, H, _, D = k.shape
     if k.dtype not in DTYPES:
         raise TypeError(f"k and v must be fp16, bf16 or fp32, got {k.dtype}: convert them")
@@ -111,7 +113,7 @@ def _cut(k, v, k_order, size, text, prompt_tokens, gather):
     block, num_warps = target.launch_row(LAUNCH, k.device)
     with target.on_device(k):
         _cut_kernel[(triton.cdiv(C, block), B * H)](
-            k, v, k_order, text, prompt_tokens, keys, values, k_mean, v_mean, spread, weight, tokens,
+            k, v, k_order, text, prompt_tokens, None if only is None else only.contiguous(), keys, values, k_mean, v_mean, spread, weight, tokens,
             H, V, T, L, C, *k.stride()[:3], *v.stride()[:3], *k_order.stride(),
             *((0, 0) if text is None else text.stride()), 0 if prompt_tokens is None else prompt_tokens.stride(0),
             SIZE=size, PART=min(size, PART if k.element_size() == 2 else PART // 2),
@@ -121,12 +123,13 @@ def _cut(k, v, k_order, size, text, prompt_tokens, gather):
 
 
 @triton.jit
-def _take(x, out, token, slot, seen, in_out, offs_d, stride_s, D: tl.constexpr):
+def _take(x, out, token, slot, seen, in_out, moved, offs_d, stride_s, D: tl.constexpr):
     """Rows of x, and their copy in sorted order where it is wanted: [PART, BG, BD] in x's dtype."""
     inside = (offs_d < D)[None, None, :]
     tile = tl.load(x + token[:, :, None] * stride_s + offs_d[None, None, :], mask=seen[:, :, None] & inside, other=0.0)
     if out is not None:
-        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], tile, mask=in_out[:, :, None] & inside)
+        kept = tl.where(moved, tile, tl.zeros_like(tile))
+        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], kept, mask=in_out[:, :, None] & inside)
     return tile.to(tl.float32)
 
 
@@ -144,7 +147,7 @@ def _moments(tile, seen, number, before, mean, squares):
 
 @triton.jit(do_not_specialize=["V", "T", "L", "C"])
 def _cut_kernel(
-    k, v, order, text, prompt_tokens, k_out, v_out, k_mean, v_mean, spread, weight, tokens,
+    k, v, order, text, prompt_tokens, only, k_out, v_out, k_mean, v_mean, spread, weight, tokens,
     H, V, T, L, C, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_tb, stride_ts, stride_pb,
     SIZE: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -157,6 +160,9 @@ def _cut_kernel(
     if k_out is not None:
         k_out += bh * C * SIZE * D
         v_out += bh * C * SIZE * D
+    moved = True
+    if only is not None:
+        moved = tl.load(only + bh) != 0
     granule = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     is_video = granule < T
     prompt = L
@@ -181,9 +187,9 @@ def _cut_kernel(
         slot = slot.to(tl.int64)
         before = tl.minimum(number, first).to(tl.float32)
         more = tl.minimum(tl.maximum(number - first, 0), PART).to(tl.float32)
-        tile = _take(k, k_out, token, slot, seen, in_out, offs_d, stride_ks, D)
+        tile = _take(k, k_out, token, slot, seen, in_out, moved, offs_d, stride_ks, D)
         k_centre, k_squares = _moments(tile, seen, more, before, k_centre, k_squares)
-        tile = _take(v, v_out, token, slot, seen, in_out, offs_d, stride_vs, D)
+        tile = _take(v, v_out, token, slot, seen, in_out, moved, offs_d, stride_vs, D)
         v_centre, v_squares = _moments(tile, seen, more, before, v_centre, v_squares)
     at = bh * T + granule
     cell = at[:, None] * D + offs_d[None, :]

@@ -251,6 +251,6 @@ def _scores_kernel(
         s = tl.dot(k, q, input_precision=PRECISION)  # [BT, BP]
         number = tl.load(tokens + offs_t, mask=offs_t < T, other=1).to(tl.float32)
         found = _group_scores(s, steep, less, tl.load(spread + offs_t, mask=offs_t < T, other=0.0), factor, CAP, POOLS)
-        # p^2 of a granule that is not whole, p^2 / tokens else.
+        # p^2 / tokens is (p^2 of a whole granule) tokens / size^2.
         found *= (tl.load(weight + offs_t, mask=offs_t < T, other=0.0) * number / (size * size).to(tl.float32))[:, None]
         tl.store(out + offs_t[:, None], found, mask=(offs_t < T)[:, None] & (group < groups)[None, :])
