@@ -9,10 +9,11 @@ from svg.kernels.common import target
 
 from .config import MethodConfig
 from .engine.execute import is_emulated
-from .engine.guard import Guarded, guarded
+from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
 from .engine.plan import CallPlan
-from .engine.state import CallRecord, ObservedCall, RunState, Timer
+from .engine.records import AttentionRecord, ObservedAttention, Timer
+from .engine.state import RunState
 from .methods.dense import dense_attention, key_mask
 from .methods.registry import planner
 
@@ -63,11 +64,11 @@ def attend(
     dense, precision = config.is_dense(layer) or state.is_warmup(layer), None
     if not dense:
         precision, dense = _precision(config, state, layer, q.device)
-    kind, density, plan, seen = None, torch.ones(q.shape[:2]), None, None
+    kind, density, plan, outcome = None, torch.ones(q.shape[:2]), None, None
     if dense:
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
     else:
-        out, plan, seen = _planned(q, k, v, state, layer, precision, text_mask)
+        out, plan, outcome = _planned(q, k, v, state, layer, precision, text_mask)
         density, kind = plan.density(), plan.kind
         precision = None if precision == "native" else precision
     if timer is not None:
@@ -75,10 +76,10 @@ def attend(
     emulated = precision is not None and is_emulated(precision, q.device)
     reused = plan is not None and plan.reused
     state.records.append(
-        CallRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, seen, reused)
+        AttentionRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, outcome, reused)
     )
     if state.observer is not None:
-        state.observer(ObservedCall(layer, q, k, v, text_mask, out, plan))
+        state.observer(ObservedAttention(layer, q, k, v, text_mask, out, plan))
     return out.transpose(1, 2)
 
 
@@ -93,7 +94,7 @@ def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.
 
 def _planned(
     q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, text_mask: Tensor | None
-) -> tuple[Tensor, CallPlan, Guarded | None]:
+) -> tuple[Tensor, CallPlan, GuardOutcome | None]:
     config, layout = state.config, state.layout
     if precision != "native":
         target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
@@ -110,10 +111,10 @@ def _planned(
         return plan.execute(q, k, v, precision, failed)
 
     with torch.no_grad():
-        out, seen = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
-    if getattr(config, "min_cosine", None) is not None and seen.cosine is not None:
-        state.note_cosine(layer, seen.cosine)
-    return out, plan, seen
+        out, outcome = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
+    if getattr(config, "min_cosine", None) is not None and outcome.cosine is not None:
+        state.note_cosine(layer, outcome.cosine)
+    return out, plan, outcome
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

@@ -62,3 +62,39 @@ def _tuned_for(values: dict[str, Any]) -> TunedFor:
     if set(values) != set(choices):
         raise ValueError(f"tuned_for must have the keys {', '.join(choices)}, got {', '.join(map(str, values))}")
     return TunedFor(**values)
+
+
+def check_tuned(
+    config: Any, transformer: str, layers: int, heads: int, grid: tuple[int, int, int], device: str
+) -> None:
+    """Refuse per-head budgets of another shape, and tuned settings on another token grid or device.
+
+    Args:
+        config: a method's settings.
+        transformer: its name in the pipeline.
+        layers, heads: of the transformer.
+        grid: frames, height and width of the latent video, in tokens.
+        device: name of the GPU, or "cpu".
+
+    Raises:
+        ValueError: saying what they are for, and the way out.
+    """
+    way_out = "run `svg tune` for this one, or take them all the same with tuned_for=null"
+    table = getattr(config, config.head_field) if config.head_field else None
+    if table is not None and (len(table), len(table[0])) != (layers, heads):
+        raise ValueError(
+            f"{config.head_field} must be [layers][heads] = [{layers}][{heads}] in {transformer}, "
+            f"got [{len(table)}][{len(table[0])}]: it was made for another model"
+        )
+    tuned = getattr(config, "tuned_for", None)
+    if tuned is None:
+        return
+    if tuned.tokens != grid:
+        wanted, got = ("x".join(map(str, n)) for n in (tuned.tokens, grid))
+        raise ValueError(
+            f"these settings must run on the token grid they were tuned for, {wanted}, got {got}: {way_out}"
+        )
+    if tuned.device != device:
+        raise ValueError(
+            f"these settings must run on the device they were tuned for, {tuned.device}, got {device}: {way_out}"
+        )

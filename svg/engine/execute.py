@@ -39,7 +39,7 @@ def execute(
         return _execute(plan, q, k, v, precision, failed)
     out = torch.empty_like(q)
     for group in groups:
-        part = plan.of_heads(group)
+        part = plan.for_heads(group)
         out[group] = _execute(part, q[group], k[group], v[group], precision, None if failed is None else failed[group])
     return out
 
@@ -51,11 +51,11 @@ def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
         plan: the plan of a call.
 
     Returns:
-        Indices into [B, H], that `Plan.of_heads` takes where there are several.
+        Indices into [B, H], that `Plan.for_heads` takes where there are several.
     """
     B, H = plan.map_index.shape
     at_once = max(1, LISTED_BLOCKS // plan.block_map[0].numel())
-    if not plan.own_maps or at_once >= B * H:
+    if not plan.one_map_per_head or at_once >= B * H:
         return [(slice(0, B), slice(0, H))]
     starts = itertools.product(range(B), range(0, H, at_once))
     return [(slice(sample, sample + 1), slice(first, min(first + at_once, H))) for sample, first in starts]

@@ -18,7 +18,7 @@ from .plan import CallPlan
 
 
 @dataclass(frozen=True)
-class Guarded:
+class GuardOutcome:
     """What the guard saw in one call; tensors stay on their device until a report reads them.
 
     Args:
@@ -39,7 +39,7 @@ def guarded(
     *,
     tolerance: float,
     probe: torch.Generator | None,
-) -> tuple[Tensor, Guarded]:
+) -> tuple[Tensor, GuardOutcome]:
     """Quantised attention whose failed heads are computed again.
 
     Args:
@@ -60,4 +60,4 @@ def guarded(
         # Not "error > tolerance": NaN must fail.
         failed = failed | (~(error <= tolerance)).to(torch.int32)
     plan.repair(q, k, v, out, failed)
-    return out, Guarded(failed, cosine)
+    return out, GuardOutcome(failed, cosine)

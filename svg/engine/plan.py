@@ -60,7 +60,7 @@ class Plan:
         key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
-        own_maps: whether each head of each sample has a map of its own, in order, so that heads can run in turn.
+        one_map_per_head: whether each head of each sample has a map of its own, in order, so that groups of heads can run in turn.
     """
 
     q_permutation: Tensor | None
@@ -76,11 +76,11 @@ class Plan:
     key_multiple: int = 1
     share: Tensor | None = None
     reused: bool = False
-    own_maps: bool = False
+    one_map_per_head: bool = False
     _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
 
-    def again(self, means: tuple[Tensor, Tensor] | None) -> Plan:
-        """The same plan for a later call, whose density is known.
+    def reused_with(self, means: tuple[Tensor, Tensor] | None) -> Plan:
+        """Take the plan over for a later call, with that call's means. Its density stays known.
 
         Args:
             means: of that call's keys and values, [B, H, C, D] in their dtype; None where there is no tail.
@@ -92,8 +92,8 @@ class Plan:
         plan._density.extend(self._density)
         return plan
 
-    def of_heads(self, group: tuple[slice, slice]) -> Plan:
-        """The plan of some heads of one sample, where they have maps of their own.
+    def for_heads(self, group: tuple[slice, slice]) -> Plan:
+        """Slice the plan to one sample's group of heads. Requires one map per head.
 
         Args:
             group: of `head_groups`.

@@ -82,7 +82,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
     groups = head_groups(plan)
     if len(groups) > 1:
         for group in groups:
-            repair(plan.of_heads(group), *(x[group] for x in (q, k, v, out, failed)))
+            repair(plan.for_heads(group), *(x[group] for x in (q, k, v, out, failed)))
         return
     if plan.k_permutation is not None:
         new = torch.empty_like if q.is_cuda else torch.zeros_like
@@ -90,7 +90,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
         move_heads(k, sorted_k, failed, plan.k_permutation)
         move_heads(v, sorted_v, failed, plan.k_permutation)
         k, v = sorted_k, sorted_v
-    only = only_heads(plan, failed, q.is_cuda)
+    only = restricted_to_heads(plan, failed, q.is_cuda)
     again = block_sparse_attention(
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
         map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail,
@@ -98,8 +98,8 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
     move_heads(again, out, failed)
 
 
-def only_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
-    """The plan with one more map, of nothing, which all heads but the chosen ones use.
+def restricted_to_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
+    """Restrict the plan to the chosen heads: all other heads point to an extra, empty block map.
 
     Args:
         plan: a plan.

@@ -3,103 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import time
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import MethodConfig
+from ..config.tuned import check_tuned
+from .deferred import DeferredReads
 from .layout import TokenLayout
+from .records import AttentionRecord, ObservedAttention, Timer
 
-if TYPE_CHECKING:
-    from .guard import Guarded
+__all__ = ["LayerState", "RunState", "Timer", "device_name"]
 
 CHECKED = ("q", "k", "v")
-
-
-class Timer:
-    """Time of one attention call: CUDA events on a GPU, read only when asked, so the call never waits."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._end = None
-
-    def stop(self) -> None:
-        self._end = self._mark()
-
-    def seconds(self) -> float:
-        """Elapsed seconds between construction and stop; waits for the GPU to get there."""
-        if not self._cuda:
-            return self._end - self._start
-        self._end.synchronize()
-        return self._start.elapsed_time(self._end) / 1000
-
-    def _mark(self):
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-@dataclass(frozen=True)
-class CallRecord:
-    """One attention call; tensors stay on their device until a report reads them.
-
-    Args:
-        step: index of the step.
-        layer: index of the layer.
-        branch: guidance branch.
-        density: float [B, H], computed share of the map.
-        kind: int [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
-        dense: whether the call ran dense attention.
-        timer: the call's timer, or None when timing is off.
-        precision: what attention was quantised to, or None where it was not.
-        emulated: whether that precision's numbers were computed by wider units.
-        guarded: what the guard saw, or None where it was off or nothing was quantised.
-        reused: whether the call took an earlier call's clustering and map.
-    """
-
-    step: int
-    layer: int
-    branch: str
-    density: Tensor
-    kind: Tensor | None
-    dense: bool
-    timer: Timer | None
-    precision: str | None = None
-    emulated: bool = False
-    guarded: Guarded | None = None
-    reused: bool = False
-
-    @property
-    def seconds(self) -> float | None:
-        return None if self.timer is None else self.timer.seconds()
-
-
-@dataclass(frozen=True)
-class ObservedCall:
-    """One attention call as an observer sees it, right after it ran.
-
-    Args:
-        layer: index of the layer.
-        q, k, v: float [B, H, S, D].
-        text_mask: bool [B, text_tokens], or None.
-        out: float [B, H, S, D].
-        plan: the method's Plan, or None where the call was dense or the method has none.
-    """
-
-    layer: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    text_mask: Tensor | None
-    out: Tensor
-    plan: Any
 
 
 @dataclass
@@ -111,12 +32,15 @@ class LayerState:
         branch: guidance branch.
         seed: seed of this layer's and branch's generators.
         transformer: name of the layer's transformer in its pipeline.
+        reads: what this forward decides for the next one, read before it.
+        cache: whatever the method keeps.
     """
 
     layer: int
     branch: str
     seed: int
     transformer: str = "transformer"
+    reads: DeferredReads = field(default_factory=DeferredReads, repr=False)
     cache: dict[str, Any] = field(default_factory=dict)
     _signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
@@ -164,8 +88,8 @@ class RunState:
     Attributes:
         step, num_steps, branch, layout: set by `begin_forward`; step is None outside a run.
         timing: whether calls are timed.
-        observer: called with an ObservedCall after every attention call, or None; it outlives runs.
-        records: one CallRecord per attention call of the run.
+        observer: called with an ObservedAttention after every attention call, or None; it outlives runs.
+        records: one AttentionRecord per attention call of the run.
         safer: how many times a layer took the next safer precision, by layer.
     """
 
@@ -176,7 +100,7 @@ class RunState:
         self.num_layers = num_layers
         self.name = name
         self.timing = True
-        self.observer: Callable[[ObservedCall], None] | None = None
+        self.observer: Callable[[ObservedAttention], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -185,11 +109,11 @@ class RunState:
         self.num_steps: int | None = None
         self.branch: str | None = None
         self.layout: TokenLayout | None = None
-        self.records: list[CallRecord] = []
+        self.records: list[AttentionRecord] = []
         self._layers: dict[tuple[int, str], LayerState] = {}
         self.safer: dict[int, int] = {}
-        self._flags: list[tuple[int, Tensor]] = []
-        self._cosines: list[tuple[int, Tensor]] = []
+        self._sums = DeferredReads()  # of inputs, whether they are finite
+        self._decisions = DeferredReads()  # what the next forward depends on
         self._probed: dict[tuple[int, str], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,9 +143,8 @@ class RunState:
         """
         if not 0 <= step < num_steps:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
-        self._read_flags()
-        self._read_cosines()
-        self._read_drifts()
+        self._sums.read()
+        self._decisions.read()
         self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
 
     def end_run(self) -> None:
@@ -230,7 +153,7 @@ class RunState:
         Raises:
             FloatingPointError: q, k or v of the last forward held NaN or infinity.
         """
-        self._read_flags()
+        self._sums.read()
 
     def check_tuned(self, heads: int, device: torch.device) -> None:
         """Refuse per-head budgets of another shape, and tuned settings on another token grid or device.
@@ -242,29 +165,16 @@ class RunState:
         Raises:
             ValueError: saying what they are for, and the way out.
         """
-        config, way_out = self.config, "run `svg tune` for this one, or take them all the same with tuned_for=null"
-        table = getattr(config, config.head_field) if config.head_field else None
-        if table is not None and (len(table), len(table[0])) != (self.num_layers, heads):
-            raise ValueError(
-                f"{config.head_field} must be [layers][heads] = [{self.num_layers}][{heads}] in {self.name}, "
-                f"got [{len(table)}][{len(table[0])}]: it was made for another model"
-            )
-        tuned = getattr(config, "tuned_for", None)
-        if tuned is None:
-            return
-        layout, found = self.layout, device_name(device)
-        if tuned.tokens != (layout.frames, layout.height, layout.width):
-            wanted, got = ("x".join(map(str, n)) for n in (tuned.tokens, (layout.frames, layout.height, layout.width)))
-            raise ValueError(f"these settings must run on the token grid they were tuned for, {wanted}, got {got}: {way_out}")
-        if tuned.device != found:
-            raise ValueError(f"these settings must run on the device they were tuned for, {tuned.device}, got {found}: {way_out}")
+        layout = self.layout
+        grid = (layout.frames, layout.height, layout.width)
+        check_tuned(self.config, self.name, self.num_layers, heads, grid, device_name(device))
 
     def layer(self, index: int) -> LayerState:
         """State of a layer for the current branch, made on first use."""
         key = (index, self.branch)
         if key not in self._layers:
             seed = _seed(self.config.seed, index, self.branch)
-            self._layers[key] = LayerState(index, self.branch, seed, self.name)
+            self._layers[key] = LayerState(index, self.branch, seed, self.name, self._decisions)
         return self._layers[key]
 
     def is_warmup(self, layer: int) -> bool:
@@ -286,9 +196,10 @@ class RunState:
             FloatingPointError: on a CPU, one of them holds NaN or infinity.
         """
         # One fp32 sum a tensor turns NaN or infinite with any of its values and costs one read of it.
-        self._flags.append((layer, torch.stack([x.detach().sum(dtype=torch.float32) for x in (q, k, v)])))
+        sums = torch.stack([x.detach().sum(dtype=torch.float32) for x in (q, k, v)])
+        self._sums.add(sums, partial(self._refuse_not_finite, layer))
         if q.device.type == "cpu":
-            self._read_flags()
+            self._sums.read()
 
     def probe_generator(self, layer: int) -> torch.Generator | None:
         """Private CPU generator that chooses the rows a call probes, or None where no probe is due."""
@@ -305,40 +216,20 @@ class RunState:
             layer: index of the layer.
             cosine: fp32 [].
         """
-        self._cosines.append((layer, cosine))
+        self._decisions.add(cosine, partial(self._take_safer, layer))
 
-    def _read_cosines(self) -> None:
-        cosines, self._cosines = self._cosines, []
-        if not cosines:
-            return
-        values = torch.stack([cosine for _, cosine in cosines]).tolist()
-        for layer, value in zip((layer for layer, _ in cosines), values):
-            if not value >= self.config.min_cosine:
-                self.safer[layer] = self.safer.get(layer, 0) + 1
+    def _take_safer(self, layer: int, cosine: list[float]) -> None:
+        if not cosine[0] >= self.config.min_cosine:
+            self.safer[layer] = self.safer.get(layer, 0) + 1
 
-    def _read_drifts(self) -> None:
-        """What a call of each layer adds to its drift, measured in the forward before (`svg.methods.reuse`)."""
-        caches = [memory.cache for memory in self._layers.values() if "measured_drift" in memory.cache]
-        if not caches:
-            return
-        measured = [cache.pop("measured_drift") for cache in caches]
-        values = torch.stack([drift for drift, _ in measured]).tolist()
-        for cache, value, (_, calls) in zip(caches, values, measured):
-            cache["drift_a_call"] = value / calls
-
-    def _read_flags(self) -> None:
-        flags, self._flags = self._flags, []
-        if not flags:
-            return
-        finite = torch.stack([sums for _, sums in flags]).isfinite().tolist()  # [calls, 3]
-        for (layer, _), row in zip(flags, finite):
-            for name, ok in zip(CHECKED, row):
-                if not ok:
-                    raise FloatingPointError(
-                        f"{name} must be finite, got NaN or infinity in {self.name} layer {layer}, "
-                        f"step {self.step} of {self.num_steps}, branch {self.branch}; "
-                        f"try another dtype, or look at what the layers before it give"
-                    )
+    def _refuse_not_finite(self, layer: int, sums: list[float]) -> None:
+        for name, total in zip(CHECKED, sums):
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f"{name} must be finite, got NaN or infinity in {self.name} layer {layer}, "
+                    f"step {self.step} of {self.num_steps}, branch {self.branch}; "
+                    f"try another dtype, or look at what the layers before it give"
+                )
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import CallRecord, RunState
+from .records import AttentionRecord
+from .state import RunState
 
 
 def summarise(state: RunState) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _density(rows: Iterable[tuple[CallRecord, float]]) -> dict[str, float | None]:
+def _density(rows: Iterable[tuple[AttentionRecord, float]]) -> dict[str, float | None]:
     rows = list(rows)
     return {
         "all_calls": _mean(mean for _, mean in rows),
@@ -91,19 +92,19 @@ def _density(rows: Iterable[tuple[CallRecord, float]]) -> dict[str, float | None
     }
 
 
-def _group(records: list[CallRecord], values: list, key: Callable[[CallRecord], Any]) -> dict[Any, list[tuple]]:
+def _group(records: list[AttentionRecord], values: list, key: Callable[[AttentionRecord], Any]) -> dict[Any, list[tuple]]:
     groups = defaultdict(list)
     for record, value in zip(records, values):
         groups[key(record)].append((record, value))
     return dict(groups)
 
 
-def _table(name: str, records: list[CallRecord], means: list[float]) -> list[dict[str, Any]]:
+def _table(name: str, records: list[AttentionRecord], means: list[float]) -> list[dict[str, Any]]:
     groups = _group(records, means, lambda record: getattr(record, name))
     return [{name: index, **_density(groups[index])} for index in sorted(groups)]
 
 
-def _per_head(records: list[CallRecord], density: list[Tensor]) -> dict[str, list[float]]:
+def _per_head(records: list[AttentionRecord], density: list[Tensor]) -> dict[str, list[float]]:
     groups = _group(records, density, lambda record: record.layer)
     table = {}
     for layer in sorted(groups):
@@ -113,7 +114,7 @@ def _per_head(records: list[CallRecord], density: list[Tensor]) -> dict[str, lis
     return table
 
 
-def _head_kinds(sparse: list[CallRecord]) -> dict[str, dict[str, float]] | None:
+def _head_kinds(sparse: list[AttentionRecord]) -> dict[str, dict[str, float]] | None:
     records = [record for record in sparse if record.kind is not None]
     if not records:
         return None
@@ -125,7 +126,7 @@ def _head_kinds(sparse: list[CallRecord]) -> dict[str, dict[str, float]] | None:
     return shares
 
 
-def _map(records: list[CallRecord], values: list[Tensor]) -> dict[str, Any] | None:
+def _map(records: list[AttentionRecord], values: list[Tensor]) -> dict[str, Any] | None:
     """Values [B, H] of calls as one table over all steps, layers and heads."""
     if not values:
         return None
@@ -139,19 +140,19 @@ def _map(records: list[CallRecord], values: list[Tensor]) -> dict[str, Any] | No
     }
 
 
-def _head_means(rows: list[tuple[CallRecord, Tensor]] | None) -> list[float] | None:
+def _head_means(rows: list[tuple[AttentionRecord, Tensor]] | None) -> list[float] | None:
     if rows is None:
         return None
     means = torch.cat([values for _, values in rows]).mean(0)  # [calls * B, H] -> [H]
     return [round(value, 4) for value in means.tolist()]
 
 
-def _kinds_map(records: list[CallRecord]) -> dict[str, Any] | None:
+def _kinds_map(records: list[AttentionRecord]) -> dict[str, Any] | None:
     sparse = [record for record in records if record.kind is not None and not record.dense]
     return _map(sparse, _read([record.kind for record in sparse]))
 
 
-def _seconds(records: list[CallRecord]) -> dict[str, float] | None:
+def _seconds(records: list[AttentionRecord]) -> dict[str, float] | None:
     timed = [(record.dense, record.seconds) for record in records if record.timer is not None]
     if not timed:
         return None
@@ -160,7 +161,7 @@ def _seconds(records: list[CallRecord]) -> dict[str, float] | None:
     return {"total": dense + sparse, "dense": dense, "sparse": sparse}
 
 
-def _quantised(records: list[CallRecord], safer: dict[int, int]) -> dict[str, Any] | None:
+def _quantised(records: list[AttentionRecord], safer: dict[int, int]) -> dict[str, Any] | None:
     quantised = [record for record in records if record.precision is not None and not record.dense]
     if not quantised:
         return None
@@ -175,7 +176,7 @@ def _quantised(records: list[CallRecord], safer: dict[int, int]) -> dict[str, An
     }
 
 
-def _guard(records: list[CallRecord]) -> dict[str, Any] | None:
+def _guard(records: list[AttentionRecord]) -> dict[str, Any] | None:
     if not records:
         return None
     failed = [values != 0 for values in _read([record.guarded.failed for record in records])]

@@ -11,6 +11,7 @@ call's own drift is therefore foreseen: what a call added at the last reading, t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,10 +86,14 @@ def remember(
     if config.max_drift is not None:
         rows = sample_rows(q, k)
         if last is not None:
-            state.cache["measured_drift"] = drift(rows, last.sample), last.calls
+            state.reads.add(drift(rows, last.sample), partial(_note_drift, state, last.calls))
         sample = kept.sample if kept is not None else with_spread(rows)
     kept = Kept(plan, chosen, 0, sample) if kept is None else kept
     state.cache["kept"] = kept._replace(calls=kept.calls + 1)
+
+
+def _note_drift(state: LayerState, calls: int, measured: list[float]) -> None:
+    state.cache["drift_a_call"] = measured[0] / calls
 
 
 def sample_rows(q: Tensor, k: Tensor) -> Tensor:

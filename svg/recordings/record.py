@@ -20,7 +20,8 @@ from svg.pipelines.attach import attached, transformers_of
 
 from ..config import DenseConfig
 from ..engine.layout import TokenLayout
-from ..engine.state import ObservedCall, RunState
+from ..engine.records import ObservedAttention
+from ..engine.state import RunState
 from ..environment import versions
 from ..generate.job import Job
 
@@ -105,7 +106,7 @@ class Recorder:
         self._branches = None if branches is None else set(branches)
         self._tensors, self._calls = tensors, calls
 
-    def __call__(self, call: ObservedCall) -> None:
+    def __call__(self, call: ObservedAttention) -> None:
         state = self._state
         if state.step not in self._steps or (self._layers is not None and call.layer not in self._layers):
             return

@@ -17,7 +17,8 @@ from svg.kernels.clustering.permute import gather_tokens
 from ..attend import attend
 from ..config import MethodConfig
 from ..engine.plan import Plan
-from ..engine.state import ObservedCall, RunState
+from ..engine.records import ObservedAttention
+from ..engine.state import RunState
 from ..methods.dense import key_mask
 from .record import RecordedCall, open_recording
 
@@ -101,7 +102,7 @@ class Measure:
         """
         state = self._state(call)
         state.begin_forward(call.step, call.num_steps, call.branch, call.layout)
-        seen: list[ObservedCall] = []
+        seen: list[ObservedAttention] = []
         state.observer = seen.append
         attend(*(x.transpose(1, 2) for x in (q, k, v)), state, call.layer, text_mask)
         state.end_run()

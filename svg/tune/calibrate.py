@@ -12,7 +12,8 @@ from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate,
 from svg.pipelines.attach import attached, transformers_of
 
 from ..config import DenseConfig, MethodConfig
-from ..engine.state import ObservedCall, RunState, device_name
+from ..engine.records import ObservedAttention
+from ..engine.state import RunState, device_name
 from ..recordings.record import RecordedCall
 from .curves import measure_call
 
@@ -95,7 +96,7 @@ class _Observer:
         self._state, self._config, self._levels = state, config, levels
         self._steps, self._rows = set(steps), rows
 
-    def __call__(self, seen: ObservedCall) -> None:
+    def __call__(self, seen: ObservedAttention) -> None:
         state = self._state
         if state.step not in self._steps or is_fixed(self._config, seen.layer, state.num_layers):
             return

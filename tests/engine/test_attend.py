@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -102,7 +104,7 @@ def test_an_interrupted_run_does_not_disturb_the_next(make_qkv, config):
     state.begin_run()
     state.begin_forward(0, 4, "cond", LAYOUT)
     attend(*make_qkv(LAYOUT, batch=1, seed=77), state, 0)
-    state._flags.append((0, torch.tensor([torch.nan, 0, 0])))  # of a forward that nobody read
+    state._sums.add(torch.tensor([torch.nan, 0, 0]), partial(state._refuse_not_finite, 0))  # of a forward nobody read
     assert torch.equal(steps_of(make_qkv, config, state=state), fresh)
     assert len(state.records) == 4 * 2 * 2
 
@@ -212,7 +214,8 @@ def test_non_finite_check_can_be_off(make_qkv, make_state):
 @pytest.mark.parametrize("read", ["begin_forward", "end_run"])
 def test_flags_of_a_gpu_forward_are_read_after_it(make_state, read):
     state = make_state(DenseConfig(), LAYOUT)
-    state._flags = [(1, torch.tensor([1.0, 2.0, 3.0])), (2, torch.tensor([1.0, torch.inf, 3.0]))]
+    for layer, sums in ((1, [1.0, 2.0, 3.0]), (2, [1.0, torch.inf, 3.0])):
+        state._sums.add(torch.tensor(sums), partial(state._refuse_not_finite, layer))
     with pytest.raises(FloatingPointError, match="k must be finite.*layer 2, step 5 of 10, branch cond"):
         state.begin_forward(6, 10, "uncond", LAYOUT) if read == "begin_forward" else state.end_run()
     state.end_run()  # said once

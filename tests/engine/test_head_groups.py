@@ -8,7 +8,7 @@ from svg.config import SpargeConfig, SVG2Config
 from svg.engine import execute as plans
 from svg.engine.layout import TokenLayout
 from svg.engine.plan import Plan
-from svg.engine.repair import only_heads, repair
+from svg.engine.repair import repair, restricted_to_heads
 from svg.engine.state import RunState
 
 LAYOUT = TokenLayout(3, 6, 8, 9, "last")
@@ -85,7 +85,7 @@ def test_maps_that_no_failed_head_uses_have_no_queries(own):
         map_index=torch.tensor([[0, 1], [2, 3]] if own else [[0, 1], [1, 0]], dtype=torch.int32),
         visible_keys=torch.full((maps,), 8),
     )
-    only = only_heads(plan, torch.tensor([[0, 0], [0, 1]], dtype=torch.int32), skip=True)
+    only = restricted_to_heads(plan, torch.tensor([[0, 0], [0, 1]], dtype=torch.int32), skip=True)
     used = 3 if own else 0
     assert only.map_index.tolist() == [[maps, maps], [maps, used]]
     expected = torch.zeros(maps + 1, 2, dtype=torch.int32)

@@ -6,7 +6,8 @@ import torch
 from svg.attend import attend
 from svg.config import DenseConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
-from svg.engine.state import CallRecord, RunState, Timer
+from svg.engine.records import AttentionRecord, Timer
+from svg.engine.state import RunState
 from svg.engine.summary import summarise
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
@@ -29,11 +30,11 @@ def test_hand_made_records():
     dense = torch.ones(1, 2)
     sparse, kind = torch.tensor([[0.2, 0.4]]), torch.tensor([[0, 1]], dtype=torch.int8)
     state.records = [
-        CallRecord(0, 0, "cond", dense, None, True, timer),
-        CallRecord(0, 1, "cond", dense, None, True, timer),
-        CallRecord(1, 0, "cond", dense, None, True, timer),
-        CallRecord(1, 1, "cond", sparse, kind, False, timer),
-        CallRecord(1, 1, "uncond", 2 * sparse, 1 - kind, False, timer),
+        AttentionRecord(0, 0, "cond", dense, None, True, timer),
+        AttentionRecord(0, 1, "cond", dense, None, True, timer),
+        AttentionRecord(1, 0, "cond", dense, None, True, timer),
+        AttentionRecord(1, 1, "cond", sparse, kind, False, timer),
+        AttentionRecord(1, 1, "uncond", 2 * sparse, 1 - kind, False, timer),
     ]
     summary = summarise(state)
     assert summary["calls"] == {"total": 5, "dense": 3, "sparse": 2, "reused": 0}

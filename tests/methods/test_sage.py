@@ -148,7 +148,7 @@ def test_the_map_of_chosen_heads_alone(make_qkv, make_state, make_mask, layout, 
     plan = seen[0].plan
     chosen = torch.tensor([[0, 1, 0], [1, 0, 0]], dtype=torch.int32)
     for skip in (False, True):
-        only = repair.only_heads(plan, chosen, skip)
+        only = repair.restricted_to_heads(plan, chosen, skip)
         for b, h in ((0, 1), (1, 0)):
             assert torch.equal(token_map(dataclasses.replace(only, k_permutation=plan.k_permutation), b, h),
                                token_map(plan, b, h))  # fmt: skip

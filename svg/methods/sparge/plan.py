@@ -88,7 +88,7 @@ def plan(
         visible_keys=visible.repeat_interleave(heads),
         key_multiple=tile_multiple(K_BLOCK, layout),
         pv_threshold=limits.pv_threshold if filtered and config.precision != "native" else None,
-        own_maps=True,
+        one_map_per_head=True,
     )
 
 

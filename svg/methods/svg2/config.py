@@ -28,8 +28,8 @@ class SVG2Config(GuardedConfig):
         refresh: calls of a layer that share one clustering and block map at most, >= 1; 1 clusters anew at every step.
         max_drift: with refresh, cluster anew also where queries or keys would be further from those of the clustering, as a
             share of their spread, > 0 (see `svg.methods.reuse`), or None: however far they are.
-        compensate: let every block that is not computed take part as one key, its mean, weighed by its size; these keys
-            stay in the inputs' precision.
+        compensate: approximate every skipped block by one key: the block's mean, weighted by its number of keys. These
+            keys stay in the inputs' precision.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.

@@ -97,8 +97,8 @@ def _again(
     if text_mask is not None:  # where the prompt ends is this call's
         return replace(_assembled(kept.chosen, means, k, v, config, layout, text_mask), reused=True)
     if means is None:
-        return kept.plan.again(None)
-    return kept.plan.again((means.to(k.dtype), _means(v[:, :, layout.video_slice], blocks).to(v.dtype)))
+        return kept.plan.reused_with(None)
+    return kept.plan.reused_with((means.to(k.dtype), _means(v[:, :, layout.video_slice], blocks).to(v.dtype)))
 
 
 def _assembled(
@@ -126,7 +126,7 @@ def _assembled(
         visible_keys=visible.repeat_interleave(heads),
         key_multiple=tile_multiple(K_TILE, layout) if config.selection == "tiles" else 1,
         tail=_tail(block_map, chosen.k_blocks, means, k, v, layout) if config.compensate else None,
-        own_maps=True,
+        one_map_per_head=True,
     )
 
 
