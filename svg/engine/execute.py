@@ -76,6 +76,7 @@ def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed
         map_index=plan.map_index,
         q_permutation=plan.q_permutation,
         tail=plan.tail,
+        sm_scale=plan.sm_scale,
     )
 
 
@@ -95,6 +96,7 @@ def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: s
         key_multiple=plan.key_multiple,
         failed=failed,
         tail=plan.tail,
+        sm_scale=plan.sm_scale,
     )
 
 

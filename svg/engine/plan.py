@@ -17,7 +17,7 @@ from .repair import probe_rows, repair
 
 
 class CallPlan(Protocol):
-    """What `svg.attend` asks of a method's plan. A block map makes a `Plan`; a method with kernels of its own makes its own.
+    """What `svg.attend` asks of a method's plan: a `Plan` where it is a block map, else a class of the method's own.
 
     Args:
         kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
@@ -60,7 +60,8 @@ class Plan:
         key_multiple: see `block_sparse_attention_quantised`.
         share: float32 [M], density of each map where it is known already, or None.
         reused: whether an earlier call made all of it but the tail's means.
-        one_map_per_head: whether each head of each sample has a map of its own, in order, so that groups of heads can run in turn.
+        one_map_per_head: whether each head of each sample has a map of its own, in order, so that heads can run in turn.
+        sm_scale: softmax scale; None: D ** -0.5.
     """
 
     q_permutation: Tensor | None
@@ -77,6 +78,7 @@ class Plan:
     share: Tensor | None = None
     reused: bool = False
     one_map_per_head: bool = False
+    sm_scale: float | None = None
     _density: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # once it was asked for
 
     def reused_with(self, means: tuple[Tensor, Tensor] | None) -> Plan:

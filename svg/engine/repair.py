@@ -65,7 +65,9 @@ def _attend_rows(plan: Plan, rows: Tensor, k: Tensor, v: Tensor, cluster: int, c
     if tail is not None:
         bias = tail.bias[:, cluster : cluster + 1]
         tail = tail._replace(bias=torch.cat([bias, torch.full_like(bias, -torch.inf)], 1))
-    return block_sparse_attention(rows, k, v, seen, sizes, plan.k_sizes, map_index=plan.map_index, tail=tail)
+    return block_sparse_attention(
+        rows, k, v, seen, sizes, plan.k_sizes, map_index=plan.map_index, tail=tail, sm_scale=plan.sm_scale
+    )
 
 
 def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
@@ -93,7 +95,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
     only = restricted_to_heads(plan, failed, q.is_cuda)
     again = block_sparse_attention(
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
-        map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail,
+        map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail, sm_scale=plan.sm_scale,
     )  # fmt: skip
     move_heads(again, out, failed)
 

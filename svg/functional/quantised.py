@@ -11,7 +11,8 @@ from svg.kernels import fp4_attention, quantised_attention, varlen_attention
 from svg.kernels.common import target
 from svg.kernels.quantize.precision import PRECISIONS, default_precision
 
-LAYOUTS = ("HND", "NHD")
+from ._arguments import check_heads, in_layout, sdpa_arguments
+
 NVFP4 = "nvfp4"
 
 
@@ -66,29 +67,23 @@ def attention(
 
     Source: arXiv 2411.10958, 2505.21136, 2505.11594.
     """
-    if tensor_layout not in LAYOUTS:
-        raise ValueError(f"tensor_layout must be one of {', '.join(LAYOUTS)}, got {tensor_layout!r}")
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: quantised attention is for inference")
-    if q.is_nested or k.is_nested or v.is_nested:
-        raise NotImplementedError("nested tensors are not supported: pack the sequences for svg.attention_varlen")
+    q, k, v, scale = sdpa_arguments(
+        q, k, v, tensor_layout=tensor_layout, dropout_p=dropout_p, enable_gqa=enable_gqa, scale=scale,
+        no_dropout="quantised attention is for inference",
+        instead_of_nested="pack the sequences for svg.attention_varlen",
+    )  # fmt: skip
     target.refuse_gradients("svg.attention", q, k, v)
-    if tensor_layout == "NHD":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise ValueError(f"k must have q's {q.shape[1]} heads, got {k.shape[1]}: pass enable_gqa=True to share them")
     if precision == NVFP4:
         if smooth_v or (q_groups, k_groups) != ("token", "block"):
             raise ValueError("smooth_v, q_groups and k_groups have no meaning in nvfp4: leave them out")
         smooth_q = smooth_q is not False
     else:
         smooth_q = precision.startswith("int4") if smooth_q is None else smooth_q
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = _attention(
         q, k, v, _broadcastable(attn_mask, q, k), precision, is_causal, scale, smooth_q, smooth_k, smooth_v,
         q_groups, k_groups, return_lse,
     )  # fmt: skip
-    out = out.transpose(1, 2) if tensor_layout == "NHD" else out
+    out = in_layout(out, tensor_layout)
     return (out, lse) if return_lse else out
 
 
@@ -136,8 +131,7 @@ def attention_varlen(
     target.refuse_gradients("svg.attention_varlen", q, k, v)
     if q.dim() != 3 or k.dim() != 3:
         raise ValueError(f"q must be [T, H, D] and k, v [Tk, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise ValueError(f"k must have q's {q.shape[1]} heads, got {k.shape[1]}: pass enable_gqa=True to share them")
+    check_heads(q.shape[1], k.shape[1], enable_gqa)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = _attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, precision, is_causal, scale, smooth_k, smooth_v, return_lse

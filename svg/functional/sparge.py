@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse.op import block_sparse_attention
-from svg.kernels.block_sparse_quantised.op import block_sparse_attention_quantised
 from svg.kernels.common import target
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ..config import SpargeConfig
 from ..engine.layout import TokenLayout
+from ..engine.plan import Plan
 from ..methods.sparge.plan import K_BLOCK, Q_BLOCK, block_sizes, video_blocks
-from .quantised import LAYOUTS
+from ._arguments import in_layout, sdpa_arguments
 
 
 def sparge_attention(
@@ -62,40 +61,34 @@ def sparge_attention(
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.
     """
-    if tensor_layout not in LAYOUTS:
-        raise ValueError(f"tensor_layout must be one of {', '.join(LAYOUTS)}, got {tensor_layout!r}")
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
             "attn_mask and is_causal are not supported by sparge_attention, whose blocks see everything or nothing: "
             "use svg.attention for causal models, or drop padding tokens"
         )
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: sparse attention is for inference")
     config = SpargeConfig(
         topk=topk, cdf=cdf, simthresh=simthresh, pv_threshold=pv_threshold, attention_sink=attention_sink,
         precision=precision, order="rowmajor" if grid is None else "hilbert",
     )  # fmt: skip
+    q, k, v, scale = sdpa_arguments(
+        q, k, v, tensor_layout=tensor_layout, dropout_p=dropout_p, enable_gqa=enable_gqa, scale=scale,
+        no_dropout="sparse attention is for inference", instead_of_nested="call it for one sequence at a time",
+    )  # fmt: skip
     target.refuse_gradients("svg.sparge_attention", q, k, v)
-    if tensor_layout == "NHD":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = _heads(q, k, v, enable_gqa)
+    k, v = (_with_heads(x, q.shape[1]) for x in (k, v))
     if grid is not None and not TokenLayout(*grid).total_tokens == q.shape[2] == k.shape[2]:
         raise ValueError(f"grid must have as many tokens as q and k, got {grid} for {q.shape[2]} and {k.shape[2]}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = _attention(
         q, k, v, config.topk, config.cdf, simthresh, pv_threshold, attention_sink, precision, scale, list(grid or ())
     )
-    return out.transpose(1, 2) if tensor_layout == "NHD" else out
+    return in_layout(out, tensor_layout)
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor]:
-    """k and v with q's heads."""
-    heads, shared = q.shape[1], k.shape[1]
-    if heads == shared:
-        return k, v
-    if not enable_gqa or heads % shared:
-        raise ValueError(f"k must have q's {heads} heads, or with enable_gqa=True a divisor of them, got {shared}")
-    return tuple(x.repeat_interleave(heads // shared, 1) for x in (k, v))
+def _with_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values with as many heads as queries have."""
+    if heads % x.shape[1]:
+        raise ValueError(f"k must have q's {heads} heads, or with enable_gqa=True a divisor of them, got {x.shape[1]}")
+    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 @torch.library.custom_op("svg::sparge_attention", mutates_args=())
@@ -112,30 +105,35 @@ def _attention(
     scale: float,
     grid: list[int],
 ) -> Tensor:
-    batch, heads, S, _ = q.shape
+    batch, heads = q.shape[:2]
     order = video_blocks(TokenLayout(*grid), "hilbert", q.device).order if grid else None
 
-    def of_heads(value: float) -> Tensor:
+    def for_heads(value: float) -> Tensor:
         return torch.full((heads,), float(value), device=q.device)
 
     block_map = sparge_block_map(
-        block_statistics(q, Q_BLOCK, order), block_statistics(k, K_BLOCK, order), simthresh=of_heads(simthresh),
-        cdf=None if cdf is None else of_heads(cdf), topk=topk or 1.0, attention_sink=attention_sink, sm_scale=scale,
+        block_statistics(q, Q_BLOCK, order), block_statistics(k, K_BLOCK, order), simthresh=for_heads(simthresh),
+        cdf=None if cdf is None else for_heads(cdf), topk=topk or 1.0, attention_sink=attention_sink, sm_scale=scale,
     )  # fmt: skip
     maps = batch * heads
-    sizes = (block_sizes(n, block).to(q.device).expand(maps, -1) for n, block in ((S, Q_BLOCK), (k.shape[2], K_BLOCK)))
-    plan = (block_map.flatten(0, 1), *sizes)
-    index = torch.arange(maps, dtype=torch.int32, device=q.device).view(batch, heads)
+    q_sizes, k_sizes = (
+        block_sizes(x.shape[2], block).to(q.device).expand(maps, -1) for x, block in ((q, Q_BLOCK), (k, K_BLOCK))
+    )
     permutation = None if order is None else order.expand(batch, heads, -1)
-    if precision == "native":
-        if order is not None:
-            k, v = (x[:, :, order.long()] for x in (k, v))
-        return block_sparse_attention(q, k, v, *plan, map_index=index, q_permutation=permutation, sm_scale=scale)
-    return block_sparse_attention_quantised(
-        q, k, v, *plan, map_index=index, q_permutation=permutation, k_permutation=permutation, sm_scale=scale,
-        precision=precision, pv_threshold=None if pv_threshold is None else of_heads(pv_threshold),
+    plan = Plan(
+        q_permutation=permutation,
+        k_permutation=permutation,
+        q_sizes=q_sizes,
+        k_sizes=k_sizes,
+        block_map=block_map.flatten(0, 1),
+        map_index=torch.arange(maps, dtype=torch.int32, device=q.device).view(batch, heads),
+        visible_keys=torch.full((maps,), k.shape[2], device=q.device),
+        pv_threshold=None if pv_threshold is None else for_heads(pv_threshold),
         key_multiple=K_BLOCK,
-    )  # fmt: skip
+        one_map_per_head=True,
+        sm_scale=scale,
+    )
+    return plan.execute(q, k, v, precision)
 
 
 @_attention.register_fake

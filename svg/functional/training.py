@@ -15,7 +15,7 @@ from svg.kernels.training.inputs import Kept, empty_gradients
 from svg.kernels.training.op import PRODUCTS
 from svg.kernels.training.sequences import packed_tokens
 
-LAYOUTS = ("HND", "NHD")
+from ._arguments import in_layout, sdpa_arguments
 
 
 def training_attention(
@@ -64,28 +64,22 @@ def training_attention(
 
     Source: arXiv 2505.11594, section 4; arXiv 2603.02170.
     """
-    if tensor_layout not in LAYOUTS:
-        raise ValueError(f"tensor_layout must be one of {', '.join(LAYOUTS)}, got {tensor_layout!r}")
     if attn_mask is not None:
         raise NotImplementedError(
             "attn_mask is not supported by 8-bit training attention: use is_causal or cu_seqlens_q and cu_seqlens_k, or "
             "call torch.nn.functional.scaled_dot_product_attention"
         )
-    if dropout_p:
-        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: 8-bit training attention has no dropout")
-    if q.is_nested or k.is_nested or v.is_nested:
-        raise NotImplementedError("nested tensors are not supported: pass their values with cu_seqlens_q, cu_seqlens_k")
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if tensor_layout == "NHD":
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if not enable_gqa and q.shape[1] != k.shape[1]:
-        raise ValueError(f"k must have q's {q.shape[1]} heads, got {k.shape[1]}: pass enable_gqa=True to share them")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v, scale = sdpa_arguments(
+        q, k, v, tensor_layout=tensor_layout, dropout_p=dropout_p, enable_gqa=enable_gqa, scale=scale,
+        no_dropout="8-bit training attention has no dropout",
+        instead_of_nested="pass their values with cu_seqlens_q, cu_seqlens_k",
+    )  # fmt: skip
     if gradients not in PRODUCTS:
         raise ValueError(f"gradients must be one of {', '.join(PRODUCTS)}, got {gradients!r}")
     out = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale, gradients)[0]
-    return out.transpose(1, 2) if tensor_layout == "NHD" else out
+    return in_layout(out, tensor_layout)
 
 
 @torch.library.custom_op("svg::training_attention", mutates_args=())

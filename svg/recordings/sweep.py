@@ -168,6 +168,7 @@ def recall(plan: Plan, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> list[flo
         plan.k_sizes,
         map_index=plan.map_index,
         q_permutation=plan.q_permutation,
+        sm_scale=plan.sm_scale,
         return_lse=True,
     )
     return (kept - lse).exp().mean((0, 2)).tolist()

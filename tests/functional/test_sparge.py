@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import svg
 from svg.attend import attend
 from svg.config import SpargeConfig
+from svg.engine import execute
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
@@ -79,3 +80,14 @@ def test_wrong_arguments_are_named(error, match, options):
         svg.sparge_attention(q, k, v)
     with pytest.raises(NotImplementedError, match="no backward pass"):
         svg.sparge_attention(q.requires_grad_(), *inputs()[1:])
+
+
+def test_lists_of_a_long_video_stay_small(monkeypatch):
+    """The drop-in runs as the method does: some heads at a time where lists of all heads' blocks would be large."""
+    q, k, v = (torch.randn(2, 3, 300, 16) for _ in range(3))
+    whole = svg.sparge_attention(q, k, v, topk=0.5, scale=0.3)
+    made, run = [], execute._execute
+    monkeypatch.setattr(execute, "_execute", lambda plan, *rest: made.append(plan.map_index.numel()) or run(plan, *rest))
+    monkeypatch.setattr(execute, "LISTED_BLOCKS", 1)
+    torch.testing.assert_close(svg.sparge_attention(q, k, v, topk=0.5, scale=0.3), whole)
+    assert made == [1] * 6
