@@ -147,8 +147,8 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
         pipe: a Diffusers pipeline, or a transformer of a supported class.
 
     Returns:
-        "transformer" and "transformer_2", those that are there; one that is in both slots once. Else every component of
-        a supported class, by its name; a transformer by itself is "transformer".
+        "transformer" and "transformer_2", those that are there, and every other component of a supported class, by its
+        name; one that is in two slots once. A transformer by itself is "transformer".
 
     Raises:
         ValueError: there is none.
@@ -156,8 +156,7 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(pipe, nn.Module):
         return {"transformer": getattr(pipe, "_orig_mod", pipe)}
     found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    if not any(module is not None for module in found.values()):
-        found = {name: part for name, part in vars(pipe).items() if type(part).__name__ in MODELS}
+    found |= {name: part for name, part in vars(pipe).items() if type(part).__name__ in MODELS}
     # torch.compile(transformer) wraps the module; its attention modules and hooks are inside.
     found = {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
     first = {id(module): name for name, module in reversed(found.items())}

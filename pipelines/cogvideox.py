@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
 from torch import Tensor, nn
 
-from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
+from .layouts import frames_first, patches
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
-from .spec import ModelSpec
+from .spec import FIRST, ModelSpec
+from .stock import fitted
 
 
 class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
@@ -45,6 +45,7 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
             q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = _rotate_video(q, image_rotary_emb, text), _rotate_video(k, image_rotary_emb, text)
+        self.state.layout = fitted(self.state.layout, text + video, text)
         out = attn.to_out[1](attn.to_out[0](self.attend(q, k, v)))  # [B, S, C]
         encoder_hidden_states, hidden_states = out.split([text, video], dim=1)
         return hidden_states, encoder_hidden_states
@@ -53,16 +54,6 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
 def _rotate_video(x: Tensor, rotary: tuple[Tensor, Tensor], text: int) -> Tensor:
     cos, sin = (table.to(x.device)[None, :, None, :] for table in rotary)  # [1, video, 1, D]
     return torch.cat([x[:, :text], apply_rope(x[:, text:], cos, sin)], dim=1)
-
-
-def _patch(config: Any) -> tuple[int, int, int]:
-    return config.patch_size_t or 1, config.patch_size, config.patch_size  # patch_size_t: 1.5 only
-
-
-def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-    _, frames, _, height, width = inputs["hidden_states"].shape  # [B, F, C, H, W]
-    grid = (size // patch for size, patch in zip((frames, height, width), _patch(config)))
-    return TokenLayout(*grid, inputs["encoder_hidden_states"].shape[1], "first")
 
 
 def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
@@ -82,6 +73,9 @@ SPEC = ModelSpec(
     attention_modules=_attention_modules,
     processor=CogVideoXSparseAttnProcessor,
     replaces=("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
-    patch=_patch,
-    layout=_layout,
+    patch=patches,
+    layout=frames_first("first"),
+    kind=FIRST,
+    others=("CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"),
+    hub=("zai-org/CogVideoX-2b", "zai-org/CogVideoX-5b", "zai-org/CogVideoX1.5-5B-I2V"),
 )

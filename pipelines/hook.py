@@ -56,7 +56,7 @@ class RunHook(ModelHook):
         self.processors = [self.spec.processor(old, self.state, i) for i, old in enumerate(self.originals)]
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(original, processor)
-            attn.set_processor(processor)
+            _put(attn, processor)
         if self.state.config.fused:
             self._fused = fuse(transformer.modules())
         self._made_registry = not hasattr(transformer, "_diffusers_hook")
@@ -82,7 +82,7 @@ class RunHook(ModelHook):
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(processor, original)
             if attn.processor is processor:
-                attn.set_processor(original)
+                _put(attn, original)
         kept = getattr(transformer, "original_attn_processors", None)
         if isinstance(kept, dict):
             transformer.original_attn_processors = {name: ours.get(id(found), found) for name, found in kept.items()}
@@ -122,9 +122,10 @@ class RunHook(ModelHook):
         self._check_gradients(transformer)
         inputs = self._inputs(args, kwargs)
         layout = self.spec.layout(transformer.config, inputs)
-        latents = inputs["hidden_states"]
+        latents = inputs[self.spec.latents]
+        latents = latents[0] if isinstance(latents, (list, tuple)) else latents
         position = self.position
-        if position.enter(transformer, self._context(), latents, inputs["timestep"]):
+        if position.enter(transformer, self._context(), latents, inputs[self.spec.timestep]):
             self.state.begin_run()
             self.timers = []
             self.started = time.perf_counter()
@@ -142,7 +143,7 @@ class RunHook(ModelHook):
     def _inputs(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of the forward by name; not by its signature, which others patch to (*args, **kwargs)."""
         inputs = {**dict(zip(self.spec.arguments, args)), **kwargs}
-        missing = [name for name in ("hidden_states", "timestep") if name not in inputs]
+        missing = [name for name in (self.spec.latents, self.spec.timestep) if name not in inputs]
         if missing:
             raise TypeError(
                 f"the forward of {self.spec.transformer} must be given {' and '.join(missing)}, got neither"
@@ -187,6 +188,14 @@ class RunHook(ModelHook):
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and what is pickled, is attached as this one is, and has no run."""
         return {key: value for key, value in vars(self).items() if key != "_running"} | {"timers": [], "started": 0.0}
+
+
+def _put(attn: nn.Module, processor: Any) -> None:
+    """Give a module a processor; MochiAttention has no method for it."""
+    if hasattr(attn, "set_processor"):
+        attn.set_processor(processor)
+    else:
+        attn.processor = processor
 
 
 def _copy_choices(source: Any, target: Any) -> None:

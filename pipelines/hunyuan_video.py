@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from svg.engine.layout import TokenLayout
-
+from .layouts import channels_first, patches
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
-from .spec import ModelSpec
+from .spec import LAST, ModelSpec
+from .stock import fitted
 
 
 class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
@@ -39,11 +36,11 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         else:
             q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
         if image_rotary_emb is not None:
-            q, k = _rotate_video(q, image_rotary_emb, video), _rotate_video(k, image_rotary_emb, video)
+            q, k = self.rotate(q, image_rotary_emb, video), self.rotate(k, image_rotary_emb, video)
         if dual_stream:
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), _text_qkv(attn, encoder_hidden_states)))
 
-        out = self.attend(q, k, v, _text_mask(attention_mask, video))  # [B, video + text, H * D]
+        out = self.joint(q, k, v, self.mask_of_text(attention_mask, video), text)  # [B, video + text, H * D]
         hidden_states, encoder_hidden_states = out.split([video, text], dim=1)
         if getattr(attn, "to_out", None) is not None:
             hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
@@ -51,16 +48,32 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
             encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
         return hidden_states, encoder_hidden_states
 
+    def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], video: int) -> Tensor:
+        """RoPE on the first `video` of x's tokens."""
+        cos, sin = (table.to(x.device)[None, :, None, :] for table in rotary)  # [1, video, 1, D]
+        if x.shape[1] == video:
+            return apply_rope(x, cos, sin)
+        return torch.cat([apply_rope(x[:, :video], cos, sin), x[:, video:]], dim=1)
+
+    def mask_of_text(self, attention_mask: Tensor | None, video: int) -> Tensor | None:
+        """The block's mask as bool [B, text]."""
+        if attention_mask is None:
+            return None
+        if attention_mask.dtype != torch.bool or attention_mask.ndim != 4 or attention_mask.shape[1:3] != (1, 1):
+            raise NotImplementedError(
+                f"attention_mask must be bool [B, 1, 1, N] in HunyuanVideo, got {attention_mask.dtype} "
+                f"{tuple(attention_mask.shape)}; other masks are not supported, run this model without svg"
+            )
+        return attention_mask[:, 0, 0, video:]
+
+    def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
+        """Attention over video and text, [B, S, H, D] -> [B, S, H * D]."""
+        self.state.layout = fitted(self.state.layout, q.shape[1], text)
+        return self.attend(q, k, v, text_mask)
+
 
 def _normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
     return x if norm is None else norm(x)
-
-
-def _rotate_video(x: Tensor, rotary: tuple[Tensor, Tensor], video: int) -> Tensor:
-    cos, sin = (table.to(x.device)[None, :, None, :] for table in rotary)  # [1, video, 1, D]
-    if x.shape[1] == video:
-        return apply_rope(x, cos, sin)
-    return torch.cat([apply_rope(x[:, :video], cos, sin), x[:, video:]], dim=1)
 
 
 def _text_qkv(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,28 +82,8 @@ def _text_qkv(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _normalise(q, attn.norm_added_q), _normalise(k, attn.norm_added_k), v
 
 
-def _text_mask(attention_mask: Tensor | None, video: int) -> Tensor | None:
-    if attention_mask is None:
-        return None
-    if attention_mask.dtype != torch.bool or attention_mask.ndim != 4 or attention_mask.shape[1:3] != (1, 1):
-        raise NotImplementedError(
-            f"attention_mask must be bool [B, 1, 1, N] in HunyuanVideo, got {attention_mask.dtype} "
-            f"{tuple(attention_mask.shape)}; other masks are not supported, run this model without svg"
-        )
-    return attention_mask[:, 0, 0, video:]  # [B, text]
-
-
-def _patch(config: Any) -> tuple[int, int, int]:
-    return config.patch_size_t, config.patch_size, config.patch_size
-
-
-def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-    latents = inputs["hidden_states"].shape[2:]  # [B, C, F, H, W]
-    grid = (size // patch for size, patch in zip(latents, _patch(config)))
-    return TokenLayout(*grid, inputs["encoder_hidden_states"].shape[1], "last")
-
-
-def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
+def attention_modules(transformer: nn.Module) -> list[nn.Module]:
+    """Dual-stream blocks, then single-stream blocks."""
     return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
 
 
@@ -104,9 +97,12 @@ SPEC = ModelSpec(
     transformer="HunyuanVideoTransformer3DModel",
     pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
     arguments=("hidden_states", "timestep", "encoder_hidden_states"),
-    attention_modules=_attention_modules,
+    attention_modules=attention_modules,
     processor=HunyuanVideoSparseAttnProcessor,
     replaces=("HunyuanVideoAttnProcessor2_0",),
-    patch=_patch,
-    layout=_layout,
+    patch=patches,
+    layout=channels_first("last"),
+    kind=LAST,
+    others=("HunyuanVideoModularPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+    hub=("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),
 )

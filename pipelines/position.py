@@ -82,7 +82,7 @@ class Position:
         told = running is not None or getattr(context, "step_index", None) is not None
         if self._over and not told and timesteps is self.timesteps:
             raise _unknown("it comes after the end of a run, and no new one has begun")
-        step, num_steps = find_step(context, scheduler, timestep)
+        step, num_steps = find_step(context, scheduler, timestep, running=running is not None)
         # `set_timesteps` makes a new tensor for every run, finished or interrupted.
         new = self.step is None or timesteps is not self.timesteps or step < self.step
         new = new or (num_steps == 1 and self._repeats(context, latents))
@@ -135,20 +135,24 @@ def holds(pipe: Any, transformer: nn.Module) -> bool:
     return any(getattr(value, "_orig_mod", value) is transformer for value in vars(pipe).values())
 
 
-def find_step(context: CacheContext | None, scheduler: Any, timestep: Tensor | float) -> tuple[int, int]:
+def find_step(
+    context: CacheContext | None, scheduler: Any, timestep: Tensor | float, running: bool = False
+) -> tuple[int, int]:
     """Which step of how many a forward belongs to.
 
     Args:
         context: what the pipeline passed to `cache_context`, or None.
         scheduler: the pipeline's scheduler, or None.
-        timestep: the transformer's timestep, a scalar or [B] or [B, S] (tokens of a given image have smaller ones).
+        timestep: the transformer's timestep, a scalar or [B] or [B, S] (tokens of a given image have others).
+        running: whether the scheduler is that of a pipeline whose call is going on.
 
     Returns:
         (step, num_steps): `step_index` of the context, else of the scheduler (None before its first step), else the
-        position of the timestep in `scheduler.timesteps`.
+        position of the timestep in `scheduler.timesteps`; or the first, where a running scheduler has made no step and
+        the transformer's timestep is not the scheduler's.
 
     Raises:
-        RuntimeError: none of the three tells.
+        RuntimeError: none of them tells.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     # Before `set_timesteps` a scheduler holds the steps of training.
@@ -164,6 +168,8 @@ def find_step(context: CacheContext | None, scheduler: Any, timestep: Tensor | f
             raise _unknown(f"the scheduler has made all its {num_steps} steps")
     if step is None and timesteps is not None:
         step = _position(timesteps, torch.as_tensor(timestep))
+        if step is None and running and hasattr(scheduler, "step_index"):
+            step = getattr(scheduler, "begin_index", None) or 0
     if step is None or num_steps is None:
         raise _unknown("neither a cache context nor a scheduler tells it")
     return step, num_steps

@@ -12,6 +12,12 @@ from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
 from .processor import VideoAttnProcessor
+from .stock import StockAttnProcessor
+
+
+SELF, LAST, FIRST, PACKED = "self-attention", "joint, text last", "joint, text first", "packed: prefix, video"
+
+ON_A_CPU = "tiny random model, CPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,23 +25,36 @@ class ModelSpec:
     """One transformer family.
 
     Args:
-        transformer: exact class name of the transformer in Diffusers.
-        pipelines: class names of the Diffusers pipelines that `load_pipeline` and `generate` know.
-        arguments: the forward's leading parameters in order, up to the last that `layout` or the step needs.
-        attention_modules: transformer -> its video self-attention (or joint attention) modules in layer order.
-        processor: (original processor, state, layer) -> the processor that replaces it.
-        replaces: class names of Diffusers' processors that it may stand in for; any other is refused. Empty: no check.
-        patch: transformer config -> latents in a token along (time, height, width).
+        transformer: exact class name of the transformer.
+        attention_modules: transformer -> its video self-attention (or joint attention) modules in layer order. Each has a
+            `processor` that computes it, and `set_processor`.
         layout: (transformer config, forward arguments by name) -> TokenLayout of that forward.
+        arguments: the forward's leading parameters in order, up to the last that `layout` or the step needs.
+        latents, timestep: names of the forward's arguments that hold the noisy video and its time.
+        processor: (original processor, state, layer) -> the processor that replaces it; by default the original itself,
+            with its call of attention led through svg.
+        replaces: class names of Diffusers' processors that it may stand in for; any other is refused. Empty: no check.
+        patch: transformer config -> latents in a token along (time, height, width); for `load_pipeline` and `generate`.
+        pipelines: class names of the Diffusers pipelines that `load_pipeline` and `generate` know.
         fp32_components: components of the pipeline that are loaded in fp32 whatever the dtype.
+        kind: which of the four layouts it has, for the table of models.
+        others: class names of further pipelines it runs in, for the table.
+        hub: hub ids of its weights, for the table.
+        tested: how it was tested, for the table.
     """
 
     transformer: str
-    pipelines: tuple[str, ...]
-    arguments: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
     attention_modules: Callable[[nn.Module], list[nn.Module]]
-    processor: Callable[[Any, RunState, int], VideoAttnProcessor]
-    patch: Callable[[Any], tuple[int, int, int]]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
+    arguments: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    processor: Callable[[Any, RunState, int], VideoAttnProcessor] = StockAttnProcessor.stand_for
     replaces: tuple[str, ...] = ()
+    patch: Callable[[Any], tuple[int, int, int]] | None = None
+    pipelines: tuple[str, ...] = ()
     fp32_components: tuple[str, ...] = ()
+    kind: str = SELF
+    others: tuple[str, ...] = ()
+    hub: tuple[str, ...] = ()
+    tested: str = ON_A_CPU

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
-from svg.engine.layout import TokenLayout
-
+from .layouts import channels_first, patches
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec
+
+
+WAN_PROCESSORS = ("WanAttnProcessor", "WanAttnProcessor2_0")
 
 
 class WanSparseAttnProcessor(VideoAttnProcessor):
@@ -41,15 +40,6 @@ class WanSparseAttnProcessor(VideoAttnProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _patch(config: Any) -> tuple[int, int, int]:
-    return tuple(config.patch_size)
-
-
-def _layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-    latents = inputs["hidden_states"].shape[2:]  # [B, C, F, H, W]
-    return TokenLayout(*(size // patch for size, patch in zip(latents, _patch(config))))
-
-
 def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn1 for block in transformer.blocks]
 
@@ -62,8 +52,17 @@ SPEC = ModelSpec(
     arguments=("hidden_states", "timestep", "encoder_hidden_states"),
     attention_modules=_attention_modules,
     processor=WanSparseAttnProcessor,
-    replaces=("WanAttnProcessor", "WanAttnProcessor2_0"),
-    patch=_patch,
-    layout=_layout,
+    replaces=WAN_PROCESSORS,
+    patch=patches,
+    layout=channels_first(),
+    others=("WanVideoToVideoPipeline", "LucyEditPipeline", "WanModularPipeline", "Wan22ModularPipeline"),
+    hub=(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    ),
     fp32_components=("vae", "image_encoder"),
 )

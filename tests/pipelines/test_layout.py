@@ -38,20 +38,7 @@ SETTINGS = [
 ]
 TOKENS = {(21, 30, 52): 32_760, (21, 45, 80): 75_600, (33, 45, 80): 118_800, (13, 30, 45): 17_550, (11, 48, 85): 44_880}
 
-REFUSED = [
-    "SkyReelsV2Transformer3DModel",  # 97x544x960 -> 25, 34, 60, with a causal mask
-    "HunyuanVideo15Transformer3DModel",  # 121 frames 480p -> 31, 30, 53
-    "LTXVideoTransformer3DModel",  # 161x512x704 -> 21, 16, 22
-    "LTX2VideoTransformer3DModel",  # 121x512x768 -> 16, 16, 24
-    "MochiTransformer3DModel",  # 19x480x848 -> 4, 30, 53
-    "CosmosTransformer3DModel",  # 16, 44, 80 and 24, 44, 80
-    "AllegroTransformer3DModel",  # 88x720x1280 -> 22, 45, 80
-    "HunyuanVideoFramepackTransformer3DModel",
-    "WanVACETransformer3DModel",
-    "WanAnimateTransformer3DModel",
-    "ConsisIDTransformer3DModel",
-    "FluxTransformer2DModel",
-]
+REFUSED = ["FluxTransformer2DModel", "StableAudioDiTModel", "SD3Transformer2DModel"]
 
 
 class Pipe:
@@ -99,7 +86,7 @@ def test_grid(family, config, stride, video, grid):
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_families_are_refused(name):
     kind = getattr(diffusers, name)
-    with pytest.raises(ValueError, match=f"transformer must be one of WanTransformer3DModel, .* got {name}"):
+    with pytest.raises(ValueError, match=f"transformer must be one of WanTransformer3DModel, .* got {name}; register it"):
         svg.accelerate(Pipe(kind.__new__(kind)), DenseConfig())
 
 
