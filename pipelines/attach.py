@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
 from svg.config import METHODS, MethodConfig, config_from_dict
@@ -115,6 +118,30 @@ def report(pipe: Any) -> dict[str, Any]:
             hook.reset()
     summaries = {name: {**summarise(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
     return {"config": latest.state.config.to_dict(), "transformers": summaries}
+
+
+@contextmanager
+def at_step(transformer: nn.Module, step: int, num_steps: int, branch: str = "cond") -> Iterator[None]:
+    """Within the block, forwards of a transformer belong to a step of a run, where no pipeline tells.
+
+    What `transformer.cache_context(branch, step_index=step, num_inference_steps=num_steps)` says for Diffusers' own.
+
+    Args:
+        transformer: an accelerated transformer.
+        step: index of the step, from 0.
+        num_steps: steps of the run.
+        branch: guidance branch; branches share no state.
+
+    Example:
+        with svg.at_step(dit, i, len(timesteps)):
+            noise = dit(latents, timestep, text)
+    """
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    _set_cache_context(transformer, CacheContext(branch, step_index=step, num_inference_steps=num_steps))
+    try:
+        yield
+    finally:
+        _set_cache_context(transformer, None)
 
 
 def attached(pipe: Any) -> dict[str, RunHook]:

@@ -121,7 +121,7 @@ class RunHook(ModelHook):
         self._check_processors()
         self._check_gradients(transformer)
         inputs = self._inputs(args, kwargs)
-        layout = self.spec.layout(transformer.config, inputs)
+        layout = self.spec.layout(getattr(transformer, "config", None), inputs)
         latents = inputs[self.spec.latents]
         latents = latents[0] if isinstance(latents, (list, tuple)) else latents
         position = self.position

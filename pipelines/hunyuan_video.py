@@ -103,6 +103,6 @@ SPEC = ModelSpec(
     patch=patches,
     layout=channels_first("last"),
     kind=LAST,
-    others=("HunyuanVideoModularPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+    others=("HunyuanSkyreelsImageToVideoPipeline",),
     hub=("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),
 )

@@ -184,5 +184,5 @@ def _position(timesteps: Tensor, timestep: Tensor) -> int | None:
 def _unknown(reason: str) -> RuntimeError:
     return RuntimeError(
         f"the step must be known during an accelerated forward, but {reason}; run the very pipeline that svg.accelerate "
-        f"was given, or wrap the call in transformer.cache_context(name, step_index=i, num_inference_steps=n)"
+        f"was given, or wrap the call in svg.at_step(transformer, i, n)"
     )

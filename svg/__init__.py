@@ -14,6 +14,7 @@ _HOME = {
     "accelerate": "svg.pipelines.attach",
     "restore": "svg.pipelines.attach",
     "report": "svg.pipelines.attach",
+    "at_step": "svg.pipelines.attach",
     "ModelSpec": "svg.pipelines.spec",
     "register_model": "svg.pipelines.registry",
     "supported_models": "svg.pipelines.registry",

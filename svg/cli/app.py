@@ -1,4 +1,4 @@
-"""`svg`: generate, evaluate, sweep, tune, record, page, bench, presets, doctor.
+"""`svg`: generate, evaluate, sweep, tune, record, page, bench, presets, models, doctor.
 
 Nothing heavy is imported before a command runs.
 """
@@ -16,6 +16,7 @@ from .. import __version__
 from ..config import METHODS
 from ..methods.registry import method_flags
 from .adapt import adapt
+from .models import models
 from .options import method_options
 from .sparge_tune import sparge_tune
 from .sweep import record, sweep
@@ -137,6 +138,7 @@ cli.add_command(tune)
 cli.add_command(record)
 cli.add_command(sparge_tune)
 cli.add_command(adapt)
+cli.add_command(models)
 
 
 @cli.command()
