@@ -59,7 +59,7 @@ def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> Non
     hook = _hook(transformer)
     ours = {} if hook is None else {id(mine): old for mine, old in zip(hook.processors, hook.originals)}
     for attn in spec.attention_modules(transformer):
-        check_parallel(attn.processor)
+        check_parallel(attn.processor, spec, config)
         dense_backend(attn.processor, config)
         check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
 

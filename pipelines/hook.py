@@ -15,7 +15,7 @@ from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
 from .position import Position, find_step
-from .processor import CHOICES, VideoAttnProcessor
+from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
 
 __all__ = ["HOOK_NAME", "RunHook", "find_step"]
@@ -120,6 +120,7 @@ class RunHook(ModelHook):
     def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._check_processors()
         self._check_gradients(transformer)
+        check_parallel(self.processors[0], self.spec, self.state.config)
         inputs = self._inputs(args, kwargs)
         layout = self.spec.layout(getattr(transformer, "config", None), inputs)
         latents = inputs[self.spec.latents]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .layouts import channels_first, patches
+from .parallel import JOINT_PLAN
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
 from .spec import LAST, ModelSpec
 from .stock import fitted
@@ -64,12 +65,13 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
                 f"attention_mask must be bool [B, 1, 1, N] in HunyuanVideo, got {attention_mask.dtype} "
                 f"{tuple(attention_mask.shape)}; other masks are not supported, run this model without svg"
             )
-        return attention_mask[:, 0, 0, video:]
+        return attention_mask[:, 0, 0, self.state.layout.video_tokens :]
 
     def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         """Attention over video and text, [B, S, H, D] -> [B, S, H * D]."""
-        self.state.layout = fitted(self.state.layout, q.shape[1], text)
-        return self.attend(q, k, v, text_mask)
+        video = self.state.layout.video_tokens if self.parallel else q.shape[1] - text
+        self.state.layout = fitted(self.state.layout, video + text, text)
+        return self.attend(q, k, v, text_mask, text)
 
 
 def _normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
@@ -102,6 +104,8 @@ SPEC = ModelSpec(
     replaces=("HunyuanVideoAttnProcessor2_0",),
     patch=patches,
     layout=channels_first("last"),
+    parallel=True,
+    cp_plan=JOINT_PLAN,
     kind=LAST,
     others=("HunyuanSkyreelsImageToVideoPipeline",),
     hub=("hunyuanvideo-community/HunyuanVideo", "hunyuanvideo-community/HunyuanVideo-I2V"),

@@ -32,6 +32,9 @@ class Cosmos3SparseAttnProcessor(StockAttnProcessor):
 class FramepackSparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
     """Joint attention over history, video, text; run as video, text, history."""
 
+    def mask_of_text(self, attention_mask: Tensor | None, video: int) -> Tensor | None:
+        return None if attention_mask is None else attention_mask[:, 0, 0, video:]
+
     def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         video = self.state.layout.video_tokens
         history = q.shape[1] - text - video
@@ -116,6 +119,7 @@ SPECS = (
             "video_indices",
             "audio_indices",
         ),
+        parallel=True,
         kind=PACKED,
         others=("MiniMaxH3ModularPipeline",),
         hub=("MiniMaxAI/MiniMax-H3",),

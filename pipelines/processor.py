@@ -17,6 +17,8 @@ from svg.config import MethodConfig
 from svg.engine.state import RunState
 from svg.kernels.elementwise import norm_rope
 
+from .parallel import Ulysses, ulysses_group
+
 # What Diffusers sets on every processor that declares it.
 CHOICES = ("_attention_backend", "_parallel_config")
 
@@ -53,21 +55,26 @@ class VideoAttnProcessor:
         """Whether QK-norm and RoPE run in one kernel."""
         return self.state.config.fused
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    @property
+    def parallel(self) -> bool:
+        """Whether this rank has a stretch of the video's tokens only."""
+        return self._parallel_config is not None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None, text: int = 0) -> Tensor:
         """Run the shared attention for this layer.
 
         Args:
             q, k, v: float [B, S, H, D], after QK-norm and RoPE; k and v may have fewer heads, each for H / Hkv in a row.
             text_mask: bool [B, text_tokens], True for real prompt tokens; None: all are real.
+            text: tokens that every rank has whole under context parallelism, which splits the others.
 
         Returns:
             Float [B, S, H * D], dtype of q.
 
         Raises:
-            NotImplementedError: context parallelism is on.
+            NotImplementedError: ring attention, or gradients or settings of single heads under context parallelism.
             ValueError: a Diffusers attention backend that cannot be kept was chosen.
         """
-        check_parallel(self)
         device = q.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as PyTorch's attention does
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
@@ -75,16 +82,58 @@ class VideoAttnProcessor:
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         if scores_are_skipped():
             return v.flatten(2)
+        if self.parallel:
+            return self._attend_parallel(q, k, v, text_mask, text).flatten(2)
+        return self._attend(q, k, v, text_mask).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None) -> Tensor:
         backend = dense_backend(self, self.state.config)
-        return attend(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend).flatten(2)
+        return attend(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend)
+
+    @torch.compiler.disable
+    def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
+        if torch.is_grad_enabled() and q.requires_grad:
+            raise NotImplementedError("gradients must be off under context parallelism: run under torch.no_grad()")
+        layout = self.state.layout
+        exchange = Ulysses(
+            ulysses_group(self), layout.total_tokens - text, q.shape[2], text, layout.text_position == "first"
+        )
+        q, k, v = (exchange.heads_for_tokens(x) for x in (q, k, v))
+        return exchange.tokens_for_heads(self._attend(q, k, v, text_mask))
 
 
-def check_parallel(processor: Any) -> None:
+def refuse_parallel(processor: Any) -> None:
     """Refuse a processor that Diffusers has put under context parallelism."""
     if getattr(processor, "_parallel_config", None) is not None:
         raise NotImplementedError(
-            "context parallelism must be off: sparse attention over several GPUs is not supported yet; "
-            "load the transformer without parallel_config and don't call enable_parallelism"
+            "context parallelism must be off while a transformer is trained in INT8: load the transformer without "
+            "parallel_config and don't call enable_parallelism"
+        )
+
+
+def check_parallel(processor: Any, spec: Any, config: MethodConfig) -> None:
+    """Refuse context parallelism in a family, or with settings, that cannot take it.
+
+    Args:
+        processor: one of the transformer's processors.
+        spec: the family's ModelSpec.
+        config: the method's settings.
+
+    Raises:
+        NotImplementedError: with the reason.
+    """
+    if getattr(processor, "_parallel_config", None) is None:
+        return
+    ulysses_group(processor)
+    if not spec.parallel:
+        raise NotImplementedError(
+            f"context parallelism must be off for {spec.transformer}: it is not known how its sequence is split; run it on "
+            f"one GPU"
+        )
+    if config.head_budgets(0) is not None or getattr(config, "thresholds", None) is not None:
+        raise NotImplementedError(
+            "settings of single heads must be left out under context parallelism, where a rank has some of the heads: "
+            "tune for one GPU, or use one budget for all heads"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers.models._modeling_parallel import ContextParallelInput
 from torch import nn
 
 from svg.engine.layout import TokenLayout
@@ -55,6 +56,13 @@ class _PackedLatents:
         return TokenLayout(*sizes, *((rest, self.position) if rest else (0, "none")))
 
 
+def _ltx2_plan(transformer: nn.Module) -> dict[str, Any]:
+    """Diffusers' plan, which leaves the angles of audio-to-video attention whole, and expects one kind of angles."""
+    dims, split = (4, 2) if transformer.config.rope_type == "split" else (3, 1)
+    angles = ContextParallelInput(split_dim=split, expected_dims=dims, split_output=True)
+    return {**transformer._cp_plan, "rope": {0: angles, 1: angles}, "cross_attn_rope": {0: angles, 1: angles}}
+
+
 SPECS = (
     ModelSpec(
         transformer="WanVACETransformer3DModel",
@@ -78,6 +86,7 @@ SPECS = (
         attention_modules=_of_blocks,
         replaces=WAN_PROCESSORS,
         layout=channels_first(),
+        parallel=True,
         others=("ChronoEditPipeline",),
         hub=("nvidia/ChronoEdit-14B-Diffusers",),
     ),
@@ -112,6 +121,7 @@ SPECS = (
             "height",
             "width",
         ),
+        parallel=True,
         others=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),
         hub=("Lightricks/LTX-Video",),
     ),
@@ -135,6 +145,8 @@ SPECS = (
             "height",
             "width",
         ),
+        parallel=True,
+        cp_plan=_ltx2_plan,
         others=("LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline", "LTX25ModularPipeline"),
         hub=("Lightricks/LTX-2", "diffusers/LTX-2.3-Diffusers", "Lightricks/LTX-2.5-Diffusers"),
     ),

@@ -37,6 +37,8 @@ class ModelSpec:
         patch: transformer config -> latents in a token along (time, height, width); for `load_pipeline` and `generate`.
         pipelines: class names of the Diffusers pipelines that `load_pipeline` and `generate` know.
         fp32_components: components of the pipeline that are loaded in fp32 whatever the dtype.
+        parallel: whether it runs under Diffusers' context parallelism (Ulysses).
+        cp_plan: how the sequence is split then, where Diffusers' class does not say it: a plan, or transformer -> plan.
         kind: which of the four layouts it has, for the table of models.
         others: class names of further pipelines it runs in, for the table.
         hub: hub ids of its weights, for the table.
@@ -54,6 +56,8 @@ class ModelSpec:
     patch: Callable[[Any], tuple[int, int, int]] | None = None
     pipelines: tuple[str, ...] = ()
     fp32_components: tuple[str, ...] = ()
+    parallel: bool = False
+    cp_plan: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] | None = None
     kind: str = SELF
     others: tuple[str, ...] = ()
     hub: tuple[str, ...] = ()

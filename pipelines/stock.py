@@ -59,8 +59,8 @@ class StockAttnProcessor(VideoAttnProcessor):
             NotImplementedError: causal attention, a scale of its own, or a mask that the family does not take.
         """
         self.check_plain(q, k, options)
-        layout = fitted(self.state.layout, q.shape[1])
-        self.state.layout = layout
+        if not self.parallel:  # where the sequence is split, the layout is known before
+            self.state.layout = fitted(self.state.layout, q.shape[1])
         return self.attend(q, k, v, self.text_mask(attn_mask)).unflatten(2, (q.shape[2], -1))
 
     def text_mask(self, attn_mask: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from svg.config import DenseConfig
 from svg.engine.state import RunState
 from svg.functional.training import training_attention
 
-from .processor import VideoAttnProcessor, check_backend, check_parallel
+from .processor import VideoAttnProcessor, check_backend, refuse_parallel
 from .registry import find_spec
 
 
@@ -39,7 +39,7 @@ def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[n
     modules = spec.attention_modules(transformer)
     originals = [attn.processor for attn in modules]
     for processor in originals:
-        check_parallel(processor)
+        refuse_parallel(processor)
         check_backend(processor)
         if isinstance(processor, VideoAttnProcessor):
             raise ValueError("transformer must not be accelerated while it is trained: call svg.restore(pipe) first")

@@ -55,6 +55,7 @@ SPEC = ModelSpec(
     replaces=WAN_PROCESSORS,
     patch=patches,
     layout=channels_first(),
+    parallel=True,
     others=("WanVideoToVideoPipeline", "LucyEditPipeline", "WanModularPipeline", "Wan22ModularPipeline"),
     hub=(
         "Wan-AI/Wan2.1-T2V-14B-Diffusers",

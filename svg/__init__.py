@@ -15,6 +15,7 @@ _HOME = {
     "restore": "svg.pipelines.attach",
     "report": "svg.pipelines.attach",
     "at_step": "svg.pipelines.attach",
+    "context_parallel_plan": "svg.pipelines.parallel",
     "ModelSpec": "svg.pipelines.spec",
     "register_model": "svg.pipelines.registry",
     "supported_models": "svg.pipelines.registry",
