@@ -65,7 +65,8 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
                 f"attention_mask must be bool [B, 1, 1, N] in HunyuanVideo, got {attention_mask.dtype} "
                 f"{tuple(attention_mask.shape)}; other masks are not supported, run this model without svg"
             )
-        return attention_mask[:, 0, 0, self.state.layout.video_tokens :]
+        first = self.state.layout.video_tokens if self.parallel else video
+        return attention_mask[:, 0, 0, first:]
 
     def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         """Attention over video and text, [B, S, H, D] -> [B, S, H * D]."""

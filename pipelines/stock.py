@@ -151,11 +151,11 @@ class _Functional:
         return getattr(F, name)
 
 
-def fitted(layout: TokenLayout, tokens: int, text: int | None = None) -> TokenLayout:
+def fitted(layout: TokenLayout | None, tokens: int, text: int | None = None) -> TokenLayout | None:
     """A layout whose text, or whatever shares the sequence with the video, is all that is not video.
 
     Args:
-        layout: a layout whose grid is right.
+        layout: a layout whose grid is right, or None where none is needed, as in training.
         tokens: of the sequence.
         text: how many of them are not video, where that is known.
 
@@ -165,7 +165,7 @@ def fitted(layout: TokenLayout, tokens: int, text: int | None = None) -> TokenLa
     Raises:
         ValueError: the video has other tokens than the grid.
     """
-    if layout.text_position == "none":
+    if layout is None or layout.text_position == "none":
         return layout
     rest = tokens - layout.video_tokens
     if rest < 0 or (text is not None and rest != text):

@@ -55,7 +55,7 @@ def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[n
             attn.processor = processor
 
 
-def _attend(gradients: str, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None) -> Tensor:
+def _attend(gradients: str, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None, text: int = 0) -> Tensor:
     """In the place of `VideoAttnProcessor.attend`: q, k, v [B, S, H, D] -> [B, S, H * D]."""
     if text_mask is not None:
         raise NotImplementedError(

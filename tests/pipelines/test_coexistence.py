@@ -193,20 +193,6 @@ def test_layer_skip(load, run):
     assert {record.layer for record in attached(pipe)["transformer"].state.records} == {0, 2}
 
 
-def test_context_parallelism_is_refused(load, run):
-    pipe = load("wan")
-    for block in pipe.transformer.blocks:
-        block.attn1.processor._parallel_config = object()
-    with pytest.raises(NotImplementedError, match="context parallelism must be off"):
-        svg.accelerate(pipe, SPARSE)
-    for block in pipe.transformer.blocks:
-        block.attn1.processor._parallel_config = None
-    svg.accelerate(pipe, SPARSE)
-    pipe.transformer.blocks[2].attn1.processor._parallel_config = object()
-    with pytest.raises(NotImplementedError, match="context parallelism must be off"):
-        run(pipe)
-
-
 def test_an_attention_mask_in_wan_self_attention_is_refused(load):
     pipe = svg.accelerate(load("wan"), SPARSE)
     attn = pipe.transformer.blocks[0].attn1
