@@ -16,10 +16,12 @@ fp16, bf16 and fp32 (fp32 as three TF32 products), fp32 accumulation, base-2 sof
 power of two. sm80 and newer.
 """
 
+from typing import Any
+
 import torch
 
 from ..common import target
-from .blocks import Tail, check, check_tail
+from .blocks import BlockMap, as_block_map, check
 from .reference import block_sparse_attention_reference
 from .triton import launch
 
@@ -28,15 +30,11 @@ def block_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_map: torch.Tensor,
-    q_sizes: torch.Tensor,
-    k_sizes: torch.Tensor,
-    *,
-    map_index: torch.Tensor,
-    q_permutation: torch.Tensor | None = None,
+    blocks: BlockMap | torch.Tensor | None = None,
+    *sizes: torch.Tensor,
     sm_scale: float | None = None,
     return_lse: bool = False,
-    tail: Tail | None = None,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which each query cluster sees only the key clusters its map row selects.
 
@@ -44,14 +42,10 @@ def block_sparse_attention(
         q: [B, H, S, D] fp16, bf16 or fp32, in original order (in sorted order where q_permutation is None).
         k: [B, H, Sk, D], q's dtype, in sorted order (see `gather_tokens`).
         v: [B, H, Sk, D], q's dtype, in k's order.
-        block_map: bool [M, Cq, Ck].
-        q_sizes: int32 [M, Cq], tokens in each query cluster; a row sums to S. Zeros are allowed.
-        k_sizes: int32 [M, Ck], tokens in each key cluster; a row sums to Sk. Zeros are allowed.
-        map_index: int32 or int64 [B, H], which of the M maps a head uses.
-        q_permutation: int32 or int64 [B, H, S], sorted -> original index of queries; None: identity.
+        blocks: the map; or its fields one by one: block_map, then q_sizes and k_sizes (`sizes`), then map_index and the
+            others as keywords.
         sm_scale: softmax scale; default D ** -0.5.
         return_lse: also return the log-sum-exp.
-        tail: what stands for the clusters that are not selected, or None: they are left out.
 
     Returns:
         out [B, H, S, D] in q's original order, dtype and memory layout; with return_lse also lse fp32 [B, H, S],
@@ -65,10 +59,11 @@ def block_sparse_attention(
     Source: arXiv 2505.18875, section 4.4 (attention with dynamic block sizes); the tail: arXiv 2603.08982 (SVG-EAR).
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    check(q, k, v, block_map, q_sizes, k_sizes, map_index, q_permutation, sm_scale)
-    check_tail(q, q_sizes, tail)
+    blocks = as_block_map(blocks, sizes, fields)
+    if blocks.k_permutation is not None:
+        raise ValueError(
+            "k_permutation must be None, because k and v are in sorted order here: move them by gather_tokens"
+        )
+    check(q, k, v, blocks, sm_scale)
     op = launch if target.use_triton(q) else block_sparse_attention_reference
-    return op(
-        q, k, v, block_map, q_sizes, k_sizes,
-        map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale, return_lse=return_lse, tail=tail,
-    )  # fmt: skip
+    return op(q, k, v, blocks, sm_scale=sm_scale, return_lse=return_lse)

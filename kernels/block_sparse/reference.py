@@ -1,11 +1,12 @@
 """Block-sparse attention in plain torch: the specification of both kernels."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .blocks import Tail
+from .blocks import BlockMap, Tail, as_block_map
 
 LSE_CHUNK = 1 << 22
 
@@ -14,16 +15,12 @@ def block_sparse_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_map: torch.Tensor,
-    q_sizes: torch.Tensor,
-    k_sizes: torch.Tensor,
-    *,
-    map_index: torch.Tensor,
-    q_permutation: torch.Tensor | None = None,
+    blocks: BlockMap | torch.Tensor | None = None,
+    *sizes: torch.Tensor,
     sm_scale: float | None = None,
     return_lse: bool = False,
-    tail: Tail | None = None,
     attend: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention` in plain torch; same arguments and result, any dtype and head dim.
 
@@ -31,6 +28,8 @@ def block_sparse_attention_reference(
     `attend` is that attention.
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    blocks = as_block_map(blocks, sizes, fields)
+    q_permutation, tail = blocks.q_permutation, blocks.tail
     B, H, S, D = q.shape
     index = None if q_permutation is None else q_permutation.long().reshape(B * H, S)
     rows, keys, values = (x.reshape(B * H, -1, D) for x in (q, k, v))
@@ -38,7 +37,7 @@ def block_sparse_attention_reference(
         rows = rows.gather(1, index[..., None].expand(-1, -1, D))
     out = torch.zeros_like(rows)
     lse = torch.full(rows.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    map_index = map_index.reshape(-1)
+    map_index = blocks.map_index.reshape(-1)
     for m in map_index.unique().tolist():
         heads = (map_index == m).nonzero().squeeze(1)
         part = None if tail is None else Tail(*(x.flatten(0, 1)[heads] for x in tail[:2]), tail.bias[m])
@@ -46,9 +45,9 @@ def block_sparse_attention_reference(
             rows[heads],
             keys[heads],
             values[heads],
-            block_map[m],
-            q_sizes[m],
-            k_sizes[m],
+            blocks.block_map[m],
+            blocks.q_sizes[m],
+            blocks.k_sizes[m],
             sm_scale,
             return_lse,
             attend,

@@ -72,9 +72,10 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, sm_scale, return_lse, tail):
+def launch(q, k, v, blocks, *, sm_scale, return_lse):
     B, H, S, D = q.shape
-    Cq = block_map.shape[1]
+    q_sizes, q_permutation, map_index, tail = blocks.q_sizes, blocks.q_permutation, blocks.map_index, blocks.tail
+    Cq = blocks.block_map.shape[1]
     if D > MAX_HEAD_DIM:
         raise NotImplementedError(
             f"head dim must be at most {MAX_HEAD_DIM}, got {D}: use dense attention for this model"
@@ -90,14 +91,12 @@ def launch(q, k, v, block_map, q_sizes, k_sizes, *, map_index, q_permutation, sm
     perm_strides = (0, 0, 0) if q_permutation is None else q_permutation.stride()
     with target.on_device(q):
         q_tiles, query_counts = query_tiles(q_sizes, S, row.block_m)
-        k_tiles, key_counts = key_tiles(block_map, k_sizes, k.shape[2], row.block_n, q_sizes)
+        k_tiles, key_counts = key_tiles(blocks.block_map, blocks.k_sizes, k.shape[2], row.block_n, q_sizes)
         lists = (q_tiles, query_counts, k_tiles, key_counts)
         tail = None if tail is None else Tail(*(x.contiguous() for x in tail))
         if row.specialised and 4 * S >= k.shape[2]:
-            k, v = (
-                k.contiguous(),
-                v.contiguous(),
-            )  # a copy costs a fiftieth of the call, the other kernel half as much again
+            # A copy costs a fiftieth of the call, the other kernel half as much again.
+            k, v = k.contiguous(), v.contiguous()
         if row.specialised and block_sparse_hopper.takes(q, k, v, row):
             scale = sm_scale * LOG2_E
             block_sparse_hopper.launch(

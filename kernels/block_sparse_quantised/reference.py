@@ -1,10 +1,12 @@
 """Block-sparse attention in 8 bits in plain torch: the specification of both kernels."""
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import torch
 
-from ..block_sparse.blocks import Tail
+from ..block_sparse.blocks import BlockMap, as_block_map
 from ..block_sparse.reference import block_sparse_attention_reference
 from ..clustering.permute import gather_tokens_reference
 from ..common.merge import merge_attention_reference
@@ -12,7 +14,7 @@ from ..common.numbers import LOG2_E
 from ..common.rounded import note_failure_reference, rounded_attention
 from ..common.smoothing import unsmoothed_lse_reference
 from ..quantize.channels import fp8_values, quantize_channels_reference, statistics_reference
-from ..quantize.precision import PRECISIONS, pv_dtype
+from ..quantize.precision import Quantisation, as_quantisation, pv_dtype
 from ..quantize.tokens import dequantize_tokens, key_groups, quantize_tokens_reference
 from .tail import attend_tail, merge_tail
 
@@ -23,22 +25,13 @@ def block_sparse_attention_quantised_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_map: torch.Tensor,
-    q_sizes: torch.Tensor,
-    k_sizes: torch.Tensor,
-    *,
-    map_index: torch.Tensor,
-    q_permutation: torch.Tensor | None = None,
-    k_permutation: torch.Tensor | None = None,
+    blocks: BlockMap | torch.Tensor | None = None,
+    *sizes: torch.Tensor,
+    how: Quantisation | None = None,
     sm_scale: float | None = None,
-    precision: str = "int8-fp8",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    pv_threshold: torch.Tensor | None = None,
-    key_multiple: int = 1,
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
-    tail: Tail | None = None,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `block_sparse_attention_quantised` in plain torch; same arguments and result.
 
@@ -46,22 +39,27 @@ def block_sparse_attention_quantised_reference(
     pv_threshold a query cluster is one query tile, and each PV_TILE of its selected keys one tile of keys. The tail is
     not quantised.
     """
-    if tail is not None:
-        found = block_sparse_attention_quantised_reference(
-            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
-            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True,
-        )  # fmt: skip
-        other = attend_tail(block_sparse_attention_reference, q, q_sizes, map_index, q_permutation, sm_scale, tail)
-        return merge_tail(merge_attention_reference, found, other, return_lse)
     D = q.shape[-1]
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
-    kind = PRECISIONS[precision]
+    how = as_quantisation(how, fields)
+    blocks = as_block_map(blocks, sizes, fields)
+    if blocks.tail is not None:
+        alone = dataclasses.replace(blocks, tail=None)
+        found = block_sparse_attention_quantised_reference(
+            q, k, v, alone, how=how, sm_scale=sm_scale, failed=failed, return_lse=True
+        )
+        other = attend_tail(block_sparse_attention_reference, q, blocks, sm_scale)
+        return merge_tail(merge_attention_reference, found, other, return_lse)
+    kind, k_permutation = how.kind, blocks.k_permutation
     stats = statistics_reference(k, v)
-    mean = stats.k_mean if smooth_k else None
-    keys = quantize_tokens_reference(k, side="k", groups=key_groups(key_multiple), mean=mean, permutation=k_permutation)
+    mean = stats.k_mean if how.smooth_k else None
+    keys = quantize_tokens_reference(
+        k, side="k", groups=key_groups(blocks.key_multiple), mean=mean, permutation=k_permutation
+    )
     if kind.fp8:
-        channels = quantize_channels_reference(v, stats, smooth=smooth_v, limit=kind.v_range, permutation=k_permutation)
+        channels = quantize_channels_reference(
+            v, stats, smooth=how.smooth_v, limit=kind.v_range, permutation=k_permutation
+        )
         values = fp8_values(channels, v.shape[2], D)
     else:
         values = v if k_permutation is None else gather_tokens_reference(v, k_permutation)
@@ -70,21 +68,23 @@ def block_sparse_attention_quantised_reference(
     attend = partial(_attend, p_dtype=kind.p_dtype(v), acc16=kind.acc16)
 
     def sparse(heads, attend):
-        order = None if q_permutation is None else q_permutation[:, heads]
+        order = None if blocks.q_permutation is None else blocks.q_permutation[:, heads]
+        part = dataclasses.replace(
+            blocks, map_index=blocks.map_index[:, heads], q_permutation=order, k_permutation=None
+        )
         return block_sparse_attention_reference(
-            rows[:, heads], keys[:, heads], values[:, heads], block_map, q_sizes, k_sizes,
-            map_index=map_index[:, heads], q_permutation=order, sm_scale=sm_scale, return_lse=True, attend=attend,
-        )  # fmt: skip
+            rows[:, heads], keys[:, heads], values[:, heads], part, sm_scale=sm_scale, return_lse=True, attend=attend
+        )
 
-    if pv_threshold is None:
+    if how.pv_threshold is None:
         out, lse = sparse(slice(None), attend)
     else:
-        limits = pv_threshold.tolist()
+        limits = how.pv_threshold.tolist()
         parts = [sparse(slice(h, h + 1), partial(attend, threshold=limit)) for h, limit in enumerate(limits)]
         out, lse = (torch.cat(part, 1) for part in zip(*parts))
     if kind.fp8:
         out = out * channels.scale[:, :, None, :D]
-    if smooth_v:
+    if how.smooth_v:
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + channels.mean[:, :, None, :D])
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)

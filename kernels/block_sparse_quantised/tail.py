@@ -1,17 +1,20 @@
 """A tail that a kernel does not take itself: an attention of its own, merged by the log-sum-exps."""
 
+import dataclasses
+
 import torch
 
 
-def attend_tail(op, q, q_sizes, map_index, q_permutation, sm_scale, tail):
+def attend_tail(op, q, blocks, sm_scale):
     """Attention to the tail alone, without quantisation, and its log-sum-exp."""
-    maps, clusters = q_sizes.shape
-    nothing = torch.zeros(maps, clusters, 1, dtype=torch.bool, device=q.device)
-    k_sizes = torch.full((maps, 1), tail.k.shape[2], dtype=torch.int32, device=q.device)
-    return op(
-        q, tail.k, tail.v, nothing, q_sizes, k_sizes,
-        map_index=map_index, q_permutation=q_permutation, sm_scale=sm_scale, return_lse=True, tail=tail,
-    )  # fmt: skip
+    maps, clusters = blocks.q_sizes.shape
+    nothing = dataclasses.replace(
+        blocks,
+        block_map=torch.zeros(maps, clusters, 1, dtype=torch.bool, device=q.device),
+        k_sizes=torch.full((maps, 1), blocks.tail.k.shape[2], dtype=torch.int32, device=q.device),
+        k_permutation=None,
+    )
+    return op(q, blocks.tail.k, blocks.tail.v, nothing, sm_scale=sm_scale, return_lse=True)
 
 
 def merge_tail(op, found, other, return_lse):

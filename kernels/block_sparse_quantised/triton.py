@@ -1,5 +1,6 @@
 """Block-sparse attention in 8 bits in Triton: the kernel, its launch table, and what is quantised before it."""
 
+import dataclasses
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from ..common.smoothing import unsmoothed_lse
 from ..common.target import tl, triton
 from ..common.tile_lists import key_tiles, query_tiles
 from ..quantize.channels import quantize_channels, statistics
-from ..quantize.precision import PRECISIONS, pv_dtype
+from ..quantize.precision import pv_dtype
 from ..quantize.tokens import absmax_of_rows, key_groups, padded_head_dim, quantize_tokens, round_to_int8
 from . import hopper
 from .tail import attend_tail, merge_tail
@@ -36,12 +37,9 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def launch(
-    q, k, v, block_map, q_sizes, k_sizes,
-    *, map_index, q_permutation, k_permutation, sm_scale, precision, smooth_k, smooth_v, pv_threshold, key_multiple,
-    failed, return_lse, tail,
-):  # fmt: skip
-    kind = PRECISIONS[precision]
+def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
+    q_permutation, k_permutation, tail = blocks.q_permutation, blocks.k_permutation, blocks.tail
+    pv_threshold, kind = how.pv_threshold, how.kind
     fp8 = kind.fp8
     if fp8:
         target.require_fp8(q.device)
@@ -50,17 +48,14 @@ def launch(
     row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
     specialised = hopper.takes(q, kind, row)
     if tail is not None and not (specialised and hopper.FUSED_TAIL and pv_threshold is None):
-        found = launch(
-            q, k, v, block_map, q_sizes, k_sizes, map_index=map_index, q_permutation=q_permutation,
-            k_permutation=k_permutation, sm_scale=sm_scale, precision=precision, smooth_k=smooth_k, smooth_v=smooth_v,
-            pv_threshold=pv_threshold, key_multiple=key_multiple, failed=failed, return_lse=True, tail=None,
-        )  # fmt: skip
-        other = attend_tail(block_sparse_attention, q, q_sizes, map_index, q_permutation, sm_scale, tail)
+        alone = dataclasses.replace(blocks, tail=None)
+        found = launch(q, k, v, alone, how=how, sm_scale=sm_scale, failed=failed, return_lse=True)
+        other = attend_tail(block_sparse_attention, q, blocks, sm_scale)
         return merge_tail(merge_attention, found, other, return_lse)
-    stats = statistics(k, v) if smooth_k or fp8 else None
-    mean = stats.k_mean if smooth_k else None
-    as_keys = partial(quantize_tokens, side="k", groups=key_groups(key_multiple), mean=mean)
-    as_values = partial(quantize_channels, stats=stats, smooth=smooth_v, limit=kind.v_range, interleave=specialised)
+    stats = statistics(k, v) if how.smooth_k or fp8 else None
+    mean = stats.k_mean if how.smooth_k else None
+    as_keys = partial(quantize_tokens, side="k", groups=key_groups(blocks.key_multiple), mean=mean)
+    as_values = partial(quantize_channels, stats=stats, smooth=how.smooth_v, limit=kind.v_range, interleave=specialised)
     keys, channels = as_keys(k, permutation=k_permutation), None
     if fp8:
         channels = as_values(v, permutation=k_permutation)
@@ -70,24 +65,24 @@ def launch(
     out = torch.empty_like(q)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
     with target.on_device(q):
-        q_tiles, q_counts = query_tiles(q_sizes, S, hopper.QUERY_ROWS if specialised else row.block_m)
-        cut = separate_key_tiles if key_multiple % row.block_n == 0 else aligned_key_tiles if fp8 else key_tiles
-        k_tiles, k_counts = cut(block_map, k_sizes, Sk, row.block_n)
+        q_tiles, q_counts = query_tiles(blocks.q_sizes, S, hopper.QUERY_ROWS if specialised else row.block_m)
+        cut = separate_key_tiles if blocks.key_multiple % row.block_n == 0 else aligned_key_tiles if fp8 else key_tiles
+        k_tiles, k_counts = cut(blocks.block_map, blocks.k_sizes, Sk, row.block_n)
     if specialised:
         lists = q_tiles, q_counts, k_tiles, k_counts
         if tail is not None:
-            tail = as_keys(_used_keys(tail, map_index, mean)), as_values(tail.v), tail.bias
+            tail = as_keys(_used_keys(tail, blocks.map_index, mean)), as_values(tail.v), tail.bias
         hopper.launch(
-            q, keys, channels, out, lse, failed, q_permutation, pv_threshold, map_index, lists, block_map.shape[1],
-            sm_scale * LOG2_E, 64 if key_multiple % 64 == 0 else 16, tail,
+            q, keys, channels, out, lse, failed, q_permutation, pv_threshold, blocks.map_index, lists, blocks.block_map.shape[1],
+            sm_scale * LOG2_E, 64 if blocks.key_multiple % 64 == 0 else 16, tail,
         )  # fmt: skip
         return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
     with target.on_device(q):
         _sparse_quantised_kernel[(q_tiles.shape[1], B * H)](
             q, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation,
-            pv_threshold, map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
-            sm_scale * LOG2_E, H, S, Sk, block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
+            pv_threshold, blocks.map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
+            sm_scale * LOG2_E, H, S, Sk, blocks.block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
             *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if q_permutation is None else q_permutation.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, ACC16=kind.acc16,

@@ -19,11 +19,13 @@ whatever the scales; where V's channels have means, as in trained models, errors
 sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
 """
 
+from typing import Any
+
 import torch
 
 from ..common import target
 from ..common.checks import check_inputs
-from ..quantize.precision import find_precision
+from ..quantize.precision import Quantisation, as_quantisation, find_precision, refuse_keywords
 from ..quantize.tokens import GROUPS
 from .reference import quantised_attention_reference
 from .triton import launch
@@ -33,35 +35,25 @@ def quantised_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    how: Quantisation | None = None,
     *,
-    precision: str = "int8-fp8",
     is_causal: bool = False,
     mask: torch.Tensor | None = None,
     sm_scale: float | None = None,
-    smooth_q: bool | None = None,
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    q_groups: str = "token",
-    k_groups: str = "block",
     failed: torch.Tensor | None = None,
     return_lse: bool = False,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query to every key, in 8 bits.
 
     Args:
         q: [B, H, S, D] fp16, bf16 or fp32, last dim contiguous.
         k, v: [B, Hkv, Sk, D], q's dtype; Hkv divides H, and query head h sees key head h // (H / Hkv).
-        precision: one of `precision.PRECISIONS`: bits of Q K^T, then of P V.
+        how: how it is quantised; or its fields as keywords: precision, smooth_q, smooth_k, smooth_v, q_groups, k_groups.
         is_causal: query i sees keys 0 .. i (as in PyTorch, also where S != Sk).
         mask: bool [B or 1, H or 1, S or 1, Sk], True where a query sees a key; hidden keys must be finite, and count in
             the means and scales.
         sm_scale: softmax scale; default D ** -0.5.
-        smooth_q: take the mean of every 128 queries off and add its scores back; None: with INT4 only. Costs 4 bytes
-            for each (128 queries, key) and head.
-        smooth_k: take K's mean over all tokens off.
-        smooth_v: take V's channel means off and add them to the output (FP8 only).
-        q_groups, k_groups: which tokens share a scale, see `quantize_tokens`. Single queries cost nothing extra, keys
-            in groups other than "block" one multiplication a score.
         failed: int32 [B, H], set to 1 for a head whose sums are not finite or left the range of the quantised values.
         return_lse: also return the log-sum-exp.
 
@@ -77,15 +69,14 @@ def quantised_attention(
     Source: arXiv 2411.10958, section 3; arXiv 2505.21136, section 3 (sums in fp16).
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    kind = find_precision(precision, smooth_v=smooth_v)
-    for name, side, groups in (("q_groups", "q", q_groups), ("k_groups", "k", k_groups)):
+    how = as_quantisation(how, fields)
+    refuse_keywords("quantised_attention", fields)
+    find_precision(how.precision, smooth_v=how.smooth_v)
+    how.refuse("quantised_attention", "pv_threshold")
+    for name, side, groups in (("q_groups", "q", how.q_groups), ("k_groups", "k", how.k_groups)):
         if groups not in GROUPS[side]:
             raise ValueError(f"{name} must be one of {', '.join(GROUPS[side])}, got {groups!r}")
     check_inputs(q, k, v, sm_scale, mask)
     target.refuse_gradients("quantised_attention", q, k, v)
     op = launch if target.use_triton(q) else quantised_attention_reference
-    return op(
-        q, k, v, precision=precision, is_causal=is_causal, mask=mask, sm_scale=sm_scale,
-        smooth_q=kind.bits == 4 if smooth_q is None else smooth_q, smooth_k=smooth_k, smooth_v=smooth_v,
-        q_groups=q_groups, k_groups=k_groups, failed=failed, return_lse=return_lse,
-    )  # fmt: skip
+    return op(q, k, v, how, is_causal=is_causal, mask=mask, sm_scale=sm_scale, failed=failed, return_lse=return_lse)

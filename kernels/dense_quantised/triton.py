@@ -11,7 +11,7 @@ from ..common.quantised_tile import Launch, attend_tile, finish_rows, key_source
 from ..common.smoothing import mean_scores, unsmoothed_lse
 from ..common.target import tl, triton
 from ..quantize.channels import QuantizedChannels, quantize_channels, statistics
-from ..quantize.precision import PRECISIONS, pv_dtype
+from ..quantize.precision import PRECISIONS, Quantisation, pv_dtype
 from ..quantize.tokens import QuantizedTokens, padded_head_dim, quantize_tokens
 from . import hopper as quantised_hopper
 
@@ -49,27 +49,25 @@ def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) ->
     return dataclasses.replace(row, block_n=min(row.block_n, ACC16_KEYS)) if kind.acc16 else row
 
 
-def launch(q, k, v, *, is_causal, mask, sm_scale, failed, return_lse, **options):
-    interleave = runs_specialised(
-        q, options["precision"], options["k_groups"], plain=not (is_causal or mask is not None or options["smooth_q"])
-    )
-    inputs = quantize_inputs(q, k, v, sm_scale=sm_scale, interleave=interleave, **options)
+def launch(q, k, v, how, *, is_causal, mask, sm_scale, failed, return_lse):
+    interleave = runs_specialised(q, how, plain=not (is_causal or mask is not None))
+    inputs = quantize_inputs(q, k, v, how, sm_scale=sm_scale, interleave=interleave)
     out, lse = attend_quantized(inputs, torch.empty_like(q), is_causal, sm_scale, return_lse, mask, failed)
     return (out, unsmoothed_lse(lse, q, inputs.k_mean, sm_scale)) if return_lse else out
 
 
-def runs_specialised(q: torch.Tensor, precision: str, k_groups: str, plain: bool) -> bool:
+def runs_specialised(q: torch.Tensor, how: Quantisation, plain: bool) -> bool:
     """Whether a call runs on hopper.py's kernel, which wants V interleaved.
 
     Args:
         q: [B, H, S, D].
-        precision, k_groups: as `quantised_attention` takes them.
-        plain: no mask of any kind, no smoothing of Q, no packed sequences.
+        how: how it is quantised.
+        plain: no mask of any kind, no packed sequences.
     """
-    kind = PRECISIONS[precision]
-    if not (plain and k_groups == "block" and quantised_hopper.takes(q.device, kind)):
+    plain = plain and not how.smooths_q and how.k_groups == "block"
+    if not (plain and quantised_hopper.takes(q.device, how.kind)):
         return False
-    return launch_for(kind, padded_head_dim(q.shape[-1]), q.device).specialised
+    return launch_for(how.kind, padded_head_dim(q.shape[-1]), q.device).specialised
 
 
 @dataclass(frozen=True)
@@ -87,33 +85,22 @@ class QuantizedInputs:
 
 
 def quantize_inputs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    precision: str,
-    sm_scale: float,
-    smooth_q: bool,
-    smooth_k: bool,
-    smooth_v: bool,
-    q_groups: str,
-    k_groups: str,
-    interleave: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Quantisation, *, sm_scale: float, interleave: bool = False
 ) -> QuantizedInputs:
     """Everything that `quantised_attention` does before its attention; same arguments, and V's order in a head."""
-    kind = PRECISIONS[precision]
+    kind, smooth_q = how.kind, how.smooths_q
     if kind.fp8:
         target.require_fp8(q.device)
-    stats = statistics(k, v) if smooth_k or kind.fp8 else None
-    mean = stats.k_mean if smooth_k else None
-    rows = quantize_tokens(q, side="q", groups=q_groups, bits=kind.bits, own_mean=smooth_q)
-    channels = (
-        quantize_channels(v, stats, smooth=smooth_v, limit=kind.v_range, interleave=interleave) if kind.fp8 else None
-    )
+    stats = statistics(k, v) if how.smooth_k or kind.fp8 else None
+    mean = stats.k_mean if how.smooth_k else None
+    rows = quantize_tokens(q, side="q", groups=how.q_groups, bits=kind.bits, own_mean=smooth_q)
+    channels = None
+    if kind.fp8:
+        channels = quantize_channels(v, stats, smooth=how.smooth_v, limit=kind.v_range, interleave=interleave)
     return QuantizedInputs(
-        precision=precision,
+        precision=how.precision,
         rows=rows,
-        keys=quantize_tokens(k, side="k", groups=k_groups, bits=kind.bits, mean=mean),
+        keys=quantize_tokens(k, side="k", groups=how.k_groups, bits=kind.bits, mean=mean),
         channels=channels,
         values=channels.values if kind.fp8 else v.to(pv_dtype(v)),
         k_mean=mean,

@@ -5,13 +5,22 @@ tiles may begin and groups of 128 keys share a scale; that is one read and write
 all sequences. Nothing waits for the device: lengths stay there.
 """
 
+from typing import Any
+
 import torch
 
 from ..common import target
 from ..common.checks import check_inputs
 from ..common.target import tl, triton
 from ..quantize.channels import quantize_channels, statistics
-from ..quantize.precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
+from ..quantize.precision import (
+    SPARSE_PRECISIONS,
+    Quantisation,
+    as_quantisation,
+    find_precision,
+    pv_dtype,
+    refuse_keywords,
+)
 from ..quantize.tokens import BLOCK, quantize_tokens
 from .reference import quantised_attention_reference
 from .triton import QuantizedInputs, Sequences, attend_quantized
@@ -23,13 +32,12 @@ def varlen_attention(
     v: torch.Tensor,
     q_ends: torch.Tensor,
     k_ends: torch.Tensor,
+    how: Quantisation | None = None,
     *,
-    precision: str = "int8-fp8",
     is_causal: bool = False,
     sm_scale: float | None = None,
-    smooth_k: bool = True,
-    smooth_v: bool = False,
     return_lse: bool = False,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention within each of n packed sequences, in 8 bits.
 
@@ -37,11 +45,10 @@ def varlen_attention(
         q: [H, T, D] fp16, bf16 or fp32, last dim contiguous, the sequences' queries one after the other.
         k, v: [Hkv, Tk, D], q's dtype; Hkv divides H.
         q_ends, k_ends: int32 or int64 [n + 1], 0 and where each sequence ends, in tokens; the last ones are T and Tk.
-        precision: "int8-fp8", "int8-fp8-acc16" or "int8-fp16".
+        how: precision "int8-fp8", "int8-fp8-acc16" or "int8-fp16", smooth_k (each sequence's mean is taken off K) and smooth_v;
+            or these as keywords.
         is_causal: query i of a sequence sees its keys 0 .. i.
         sm_scale: softmax scale; default D ** -0.5.
-        smooth_k: take each sequence's mean off K.
-        smooth_v: take V's channel means off and add them to the output (FP8 only).
         return_lse: also return the log-sum-exp.
 
     Returns:
@@ -57,14 +64,14 @@ def varlen_attention(
     Source: arXiv 2411.10958, section 3, with K smoothed in each sequence.
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    find_precision(precision, SPARSE_PRECISIONS, smooth_v)
+    how = as_quantisation(how, fields)
+    refuse_keywords("varlen_attention", fields)
+    find_precision(how.precision, SPARSE_PRECISIONS, how.smooth_v)
+    how.refuse("varlen_attention", "smooth_q", "q_groups", "k_groups", "pv_threshold")
     check_inputs(q[None], k[None], v[None], sm_scale)
     _check_ends(q, k, q_ends, k_ends)
     op = _launch if target.use_triton(q) else varlen_attention_reference
-    return op(
-        q, k, v, q_ends, k_ends, precision=precision, is_causal=is_causal, sm_scale=sm_scale, smooth_k=smooth_k,
-        smooth_v=smooth_v, return_lse=return_lse,
-    )  # fmt: skip
+    return op(q, k, v, q_ends, k_ends, how, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse)
 
 
 def varlen_attention_reference(
@@ -73,15 +80,16 @@ def varlen_attention_reference(
     v: torch.Tensor,
     q_ends: torch.Tensor,
     k_ends: torch.Tensor,
+    how: Quantisation | None = None,
     *,
-    precision: str = "int8-fp8",
     is_causal: bool = False,
     sm_scale: float | None = None,
-    smooth_k: bool = True,
-    smooth_v: bool = False,
     return_lse: bool = False,
+    **fields: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Specification of `varlen_attention` in plain torch: one sequence at a time, with V scaled in each by itself."""
+    how = as_quantisation(how, fields)
+    refuse_keywords("varlen_attention_reference", fields)
     out = torch.empty_like(q).zero_()
     lse = torch.full(q.shape[:2], -torch.inf)
     rows, keys = (list(zip(ends.tolist(), ends.tolist()[1:])) for ends in (q_ends, k_ends))
@@ -90,8 +98,7 @@ def varlen_attention_reference(
             continue
         part, sums = quantised_attention_reference(
             q[None, :, first:stop], k[None, :, first_key:stop_key], v[None, :, first_key:stop_key],
-            precision=precision, is_causal=is_causal, sm_scale=sm_scale, smooth_k=smooth_k, smooth_v=smooth_v,
-            return_lse=True,
+            how, is_causal=is_causal, sm_scale=sm_scale, return_lse=True,
         )  # fmt: skip
         out[:, first:stop], lse[:, first:stop] = part[0], sums[0]
     return (out, lse) if return_lse else out
@@ -126,9 +133,9 @@ def segment_means(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return means
 
 
-def _launch(q, k, v, q_ends, k_ends, *, precision, is_causal, sm_scale, smooth_k, smooth_v, return_lse):
+def _launch(q, k, v, q_ends, k_ends, how, *, is_causal, sm_scale, return_lse):
     target.refuse_gradients("varlen_attention", q, k, v)
-    kind = PRECISIONS[precision]
+    kind = how.kind
     if kind.fp8:
         target.require_fp8(q.device)
     q_ends, k_ends = (ends.to(q.device, torch.int32) for ends in (q_ends, k_ends))
@@ -139,14 +146,14 @@ def _launch(q, k, v, q_ends, k_ends, *, precision, is_causal, sm_scale, smooth_k
     number = torch.searchsorted(k_ends[1:], token, right=True)  # of the sequence that holds a key
     goal = token + (sequences.k_start - k_ends[:-1]).long()[number]
     room = (k.shape[1] + (BLOCK - 1) * len(lengths)) // BLOCK * BLOCK
-    mean = segment_means(k, k_ends) if smooth_k else None  # [n, Hkv, D]
+    mean = segment_means(k, k_ends) if how.smooth_k else None  # [n, Hkv, D]
     wide = k.float() if mean is None else k.float() - mean.transpose(0, 1)[:, number]
     keys = wide.new_zeros(1, k.shape[0], room, k.shape[2]).index_copy_(2, goal, wide[None])
     values = v.new_zeros(1, v.shape[0], room, v.shape[2]).index_copy_(2, goal, v[None])
     stats = statistics(k[None], v[None])
-    channels = quantize_channels(values, stats, smooth=smooth_v, limit=kind.v_range) if kind.fp8 else None
+    channels = quantize_channels(values, stats, smooth=how.smooth_v, limit=kind.v_range) if kind.fp8 else None
     inputs = QuantizedInputs(
-        precision=precision,
+        precision=how.precision,
         rows=quantize_tokens(q[None], side="q"),
         keys=quantize_tokens(keys, side="k", groups="block"),
         channels=channels,

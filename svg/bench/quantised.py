@@ -12,7 +12,7 @@ from svg.kernels.block_sparse_quantised import triton as sparse_module
 from svg.kernels.common import quantised_tile, target
 from svg.kernels.dense_quantised import hopper as quantised_hopper
 from svg.kernels.dense_quantised.triton import LAUNCH, attend_quantized, quantize_inputs, runs_specialised
-from svg.kernels.quantize.precision import PRECISIONS, SPARSE_PRECISIONS
+from svg.kernels.quantize.precision import PRECISIONS, SPARSE_PRECISIONS, Quantisation
 
 from ..config import Sage2Config
 from ..engine.execute import execute
@@ -82,13 +82,13 @@ def _guarded(
 def _alone(
     bench, q: Tensor, k: Tensor, v: Tensor, precision: str, key: str, flops: float, shape: str, about: dict
 ) -> None:
-    options = {"smooth_q": False, "smooth_k": True, "smooth_v": False, "q_groups": "token", "k_groups": "block"}
+    how = Quantisation(precision, smooth_q=False)
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(q)
 
-    interleave = runs_specialised(q, precision, "block", plain=True)
+    interleave = runs_specialised(q, how, plain=True)
 
     def prepare():
-        return quantize_inputs(q, k, v, precision=precision, sm_scale=scale, interleave=interleave, **options)
+        return quantize_inputs(q, k, v, how, sm_scale=scale, interleave=interleave)
 
     ready = prepare()
     bench.note(f"{key}/quantisation_ms", median_ms(prepare), "ms", shape, **about)
@@ -103,7 +103,7 @@ def _alone(
             if ms is not None:
                 bench.note(f"{key}/sweep/{row.name()}/tops", flops / ms / 1e9, "TOPS", shape, **about)
     table = target.launch_row(LAUNCH, q.device)
-    ready = quantize_inputs(q, k, v, precision=precision, sm_scale=scale, interleave=False, **options)
+    ready = quantize_inputs(q, k, v, how, sm_scale=scale)
     for row in quantised_tile.candidates():
         with replaced(table, (precision == "int8-fp8", 64 if q.shape[-1] <= 64 else 128), row):
             ms = time_or_none(lambda: attend_quantized(ready, out, False, scale, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from svg.kernels.block_sparse.op import block_sparse_attention
 from svg.kernels.block_sparse_quantised.op import block_sparse_attention_quantised
 from svg.kernels.clustering.permute import gather_tokens
 from svg.kernels.common import target
+from svg.kernels.quantize.precision import Quantisation
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -66,38 +68,12 @@ def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed
         return _execute_quantised(plan, q, k, v, precision, failed)
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
-    return block_sparse_attention(
-        q,
-        k,
-        v,
-        plan.block_map,
-        plan.q_sizes,
-        plan.k_sizes,
-        map_index=plan.map_index,
-        q_permutation=plan.q_permutation,
-        tail=plan.tail,
-        sm_scale=plan.sm_scale,
-    )
+    return block_sparse_attention(q, k, v, replace(plan.blocks, k_permutation=None), sm_scale=plan.sm_scale)
 
 
 def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
-    return block_sparse_attention_quantised(
-        q,
-        k,
-        v,
-        plan.block_map,
-        plan.q_sizes,
-        plan.k_sizes,
-        map_index=plan.map_index,
-        q_permutation=plan.q_permutation,
-        k_permutation=plan.k_permutation,
-        precision=precision,
-        pv_threshold=plan.pv_threshold,
-        key_multiple=plan.key_multiple,
-        failed=failed,
-        tail=plan.tail,
-        sm_scale=plan.sm_scale,
-    )
+    how = Quantisation(precision, pv_threshold=plan.pv_threshold)
+    return block_sparse_attention_quantised(q, k, v, plan.blocks, how=how, sm_scale=plan.sm_scale, failed=failed)
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:

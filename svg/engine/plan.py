@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from svg.kernels.block_sparse.blocks import Tail
+from svg.kernels.block_sparse.blocks import BlockMap, Tail
 from svg.kernels.selection.computed_pairs import computed_pairs
 
 from .execute import execute
@@ -123,6 +123,20 @@ class Plan:
             pv_threshold=None if self.pv_threshold is None else self.pv_threshold[heads],
             tail=None if self.tail is None else Tail(part(self.tail.k), part(self.tail.v), self.tail.bias[maps]),
             share=None if self.share is None else self.share[maps],
+        )
+
+    @property
+    def blocks(self) -> BlockMap:
+        """The map as kernels take it."""
+        return BlockMap(
+            self.block_map,
+            self.q_sizes,
+            self.k_sizes,
+            self.map_index,
+            self.q_permutation,
+            self.k_permutation,
+            self.tail,
+            self.key_multiple,
         )
 
     execute = execute
