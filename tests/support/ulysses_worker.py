@@ -12,7 +12,7 @@ from diffusers.hooks import context_parallel
 from tiny_transformers import FAMILIES
 
 import svg
-from svg.config import DenseConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
+from svg.config import DenseConfig, NearConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
 from svg.methods.sparge import plan as sparge
 from svg.pipelines.attach import attached
 
@@ -24,7 +24,10 @@ METHODS = {
     "svg2": SVG2Config(top_p=0.4, num_q_clusters=4, num_k_clusters=6, first_iterations=5, **WARMUP),
     "sparge": SpargeConfig(topk=0.4, **WARMUP),
     "sage2": Sage2Config(**WARMUP),
+    "near": NearConfig(budget=1.0, granule=8, rows=64, **WARMUP),
+    "near_sparse": NearConfig(budget=0.5, granule=8, rows=64, cluster_tokens=8, **WARMUP),
 }
+APART = ("near_sparse",)  # one threshold for a layer's heads: for those of a rank, where a rank has some
 SIZE = (7, 6, 10)  # 105 tokens (patch 1 x 2 x 2): odd, and 3 heads
 
 
