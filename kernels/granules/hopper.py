@@ -1,6 +1,6 @@
 """Attention over lists of granules for Hopper: triton.py's loops with two producers and two consumers (Gluon).
 
-A persistent program walks over groups of 128 query rows. One warp fetches keys and one values through the tensor memory
+A program computes a group of 128 query rows. One warp fetches keys and one values through the tensor memory
 accelerator into stages of 128 keys, as fast as stages come free, also for the next group. A stage is filled granule by
 granule: the 128-byte swizzle repeats every 8 rows, so a box of 8 rows or more lands where it would in a box of the whole
 stage, and no tile is padded whatever the list holds. Two warpgroups of 64 rows each compute: while the softmax of one
@@ -39,12 +39,13 @@ def takes(q: torch.Tensor, granules, lists) -> bool:
     )  # fmt: skip
 
 
-def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, keys, stages) -> None:
+def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only, keys, stages) -> None:
     """Attention over lists of granules; arguments as `op.granule_attention` has checked them.
 
     Args:
         scale_log2: softmax scale times log2 e.
         tail: whether means stand for granules that are not listed.
+        only: int32 [B, H], heads that are 0 are left out; or None.
         keys: keys of a stage, 64 or 128.
         stages: buffers of K and of V. Three of 128 keys leave 2 KB of shared memory at a head dim above 64.
     """
@@ -60,12 +61,13 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, keys, stages
         for x in ((granules.k_mean, granules.v_mean) if tail else (granules.k, granules.v))
     )
     strides = (0, 0, 0) if q_order is None else q_order.stride()
-    _hopper_granules_kernel[(min(programs, target.sm_count(q.device)),)](
+    # A program a row group: the hardware hands out the next one wherever one ends, which evens out lists of any lengths.
+    _hopper_granules_kernel[(programs,)](
         k_desc, v_desc, k_means, v_means, q, out, lse, q_order, granules.tokens, lists.entries, lists.starts, lists.whole,
-        lists.counts, lists.chosen, scale_log2, math.log2(granules.size), programs, H, S, V, lists.counts.shape[2], C, T, lists.chosen.shape[3],
+        lists.counts, lists.chosen, lists.schedule, only, scale_log2, math.log2(granules.size), programs, H, S, V, lists.counts.shape[2], C, T, lists.chosen.shape[3],
         *q.stride()[:3], *out.stride()[:3], *strides,
         D=D, BLOCK_D=64 if D <= 64 else 128, SIZE=granules.size, KEYS=keys, STAGES=stages, HAS_ORDER=q_order is not None,
-        HAS_LSE=lse is not None, HAS_TAIL=tail, num_warps=4, maxnreg=MAX_REGISTERS,
+        HAS_LSE=lse is not None, HAS_TAIL=tail, HAS_ONLY=only is not None, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -97,14 +99,15 @@ if LOADABLE:
         A stage is PANELS panels of 64 columns; a granule fills SIZE rows of each.
         """
         ready, empty = barriers
-        entries, starts, _, counts, _ = lists
+        entries, starts, _, counts, _, schedule = lists
         programs, _, groups, C, T, _ = sizes
         EACH: gl.constexpr = KEYS // SIZE
         dtype: gl.constexpr = stages.dtype
         boxes = stages._reinterpret(dtype, [STAGES * PANELS * EACH, SIZE, 64], stages.layout)
         panels = stages._reinterpret(dtype, [STAGES * PANELS, KEYS, 64], stages.layout)
         n = 0
-        for t in range(gl.program_id(0), programs, gl.num_programs(0)):
+        for place in range(gl.program_id(0), programs, gl.num_programs(0)):
+            t = gl.load(schedule + place)
             bh = t // groups
             count = gl.load(counts + t)
             listed = entries + gl.load(starts + t)
@@ -157,16 +160,24 @@ if LOADABLE:
         return gl.where((inside | second)[None, :], s, float("-inf"))
 
     @gluon.jit
-    def _leave_out(s, chosen, c, words, KEYS: gl.constexpr, s_layout: gl.constexpr):
-        """Scores of the means from granule c on become -inf where the granule is listed, or where there is none."""
+    def _bits(lists, c, KIND: gl.constexpr):
+        """Which of the 128 granules from c on are listed, in four words; asked for long before `_leave_out` needs them."""
+        if KIND == "tail":
+            _, _, chosen, words = lists
+            word, last = c // 32, words - 1
+            bits = (_word(chosen, word, last), _word(chosen, word + 1, last))
+            bits = bits + (_word(chosen, word + 2, last), _word(chosen, word + 3, last))
+        else:
+            bits = (0, 0, 0, 0)
+        return bits
+
+    @gluon.jit
+    def _leave_out(s, found, KEYS: gl.constexpr, s_layout: gl.constexpr):
+        """Scores of means become -inf where the granule is listed, or where there is none."""
         column = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-        word = c // 32
-        last = words - 1
-        a, b = _word(chosen, word, last), _word(chosen, word + 1, last)
-        bits = gl.where((column & 32) == 0, a, b)
+        bits = gl.where((column & 32) == 0, found[0], found[1])
         if KEYS == 128:
-            a, b = _word(chosen, word + 2, last), _word(chosen, word + 3, last)
-            bits = gl.where((column & 64) == 0, bits, gl.where((column & 32) == 0, a, b))
+            bits = gl.where((column & 64) == 0, bits, gl.where((column & 32) == 0, found[2], found[3]))
         listed = (bits >> (column & 6)) & (1 << (column & 25))
         return gl.where((listed != 0)[None, :], float("-inf"), s)
 
@@ -185,13 +196,13 @@ if LOADABLE:
         return p, alpha, m_new, l_i * alpha + gl.sum(p, 1)
 
     @gluon.jit
-    def _hide(s, i, lists, KIND: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr):
+    def _hide(s, i, lists, bits, KIND: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, s_layout: gl.constexpr):
         """Scores that do not count become -inf: i is the first list entry of the stage, or the first mean."""
-        whole, ends, chosen, words = lists
+        whole, ends, _, _ = lists
         if KIND == "partial":
             s = _mask(s, i, whole, ends, SIZE, KEYS, s_layout)
         elif KIND == "tail":
-            s = _leave_out(s, chosen, i, words, KEYS, s_layout)
+            s = _leave_out(s, bits, KEYS, s_layout)
         return s
 
     @gluon.jit
@@ -203,12 +214,13 @@ if LOADABLE:
         """Q K^T and softmax of stage n under P V of stage n - 1"""
         _, k_empty, v_ready, v_empty = barriers
         before, phase = _place(n - 1, STAGES)
+        bits = _bits(lists, i, KIND)
         s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
         mbarrier.wait(v_ready.index(before), phase)
         acc = warpgroup_mma(p, v_stages.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
-        s = _hide(s, i, lists, KIND, SIZE, KEYS, s_layout)
+        s = _hide(s, i, lists, bits, KIND, SIZE, KEYS, s_layout)
         p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, log_size if KIND == "tail" else 0.0)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -235,12 +247,12 @@ if LOADABLE:
             mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
             if HAS_TAIL:
                 if count > 0:
-                    s = _hide(s, 0, lists, "partial", SIZE, KEYS, s_layout)
+                    s = _hide(s, 0, lists, (0, 0, 0, 0), "partial", SIZE, KEYS, s_layout)
                 else:
-                    s = _hide(s, 0, lists, "tail", SIZE, KEYS, s_layout)
+                    s = _hide(s, 0, lists, _bits(lists, 0, "tail"), "tail", SIZE, KEYS, s_layout)
                 bias = gl.where(count > 0, 0.0, log_size)
             else:
-                s = _hide(s, 0, lists, "partial", SIZE, KEYS, s_layout)
+                s = _hide(s, 0, lists, (0, 0, 0, 0), "partial", SIZE, KEYS, s_layout)
                 bias = 0.0
             p_new, _, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, bias)
             p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
@@ -276,7 +288,7 @@ if LOADABLE:
     @gluon.jit
     def _list_of(t, bh, lists, tokens, sizes, H, SIZE: gl.constexpr):
         """How many granules row group t lists, and what `_hide` needs to know of them."""
-        entries, starts, whole, counts, chosen = lists
+        entries, starts, whole, counts, chosen, _ = lists
         _, _, _, C, _, words = sizes
         count, full = gl.load(counts + t), gl.load(whole + t)
         listed = entries + gl.load(starts + t)
@@ -320,7 +332,8 @@ if LOADABLE:
         q_shared = q_stages.index(HALF)
         offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
         n = 0
-        for t in range(gl.program_id(0), programs, gl.num_programs(0)):
+        for place in range(gl.program_id(0), programs, gl.num_programs(0)):
+            t = gl.load(lists[5] + place)
             bh, first = t // groups, t % groups * 128
             b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
             order = q_order + b * spb + h * sph if HAS_ORDER else q_order
@@ -350,13 +363,17 @@ if LOADABLE:
 
     @gluon.jit(do_not_specialize=["programs", "S", "V", "groups", "C", "T", "words"])
     def _hopper_granules_kernel(
-        k_desc, v_desc, k_means, v_means, q, out, lse, q_order, tokens, entries, starts, whole, counts, chosen,
+        k_desc, v_desc, k_means, v_means, q, out, lse, q_order, tokens, entries, starts, whole, counts, chosen, schedule, only,
         scale_log2, log_size, programs, H, S: gl.int64, V, groups, C, T, words,
         sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
         spb: gl.int64, sph: gl.int64, sps: gl.int64,
         D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-        HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr, num_warps: gl.constexpr,
+        HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_ONLY: gl.constexpr,
+        num_warps: gl.constexpr,
     ):  # fmt: skip
+        if HAS_ONLY:  # no program of a head that is left out has anything to do
+            if gl.load(only + gl.load(schedule + gl.program_id(0)) // groups) == 0:
+                programs = 0
         dtype: gl.constexpr = q.dtype.element_ty
         PANELS: gl.constexpr = BLOCK_D // 64
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -375,7 +392,7 @@ if LOADABLE:
         barriers = (k_ready, k_empty, v_ready, v_empty)
         stages = (q_stages, k_stages, v_stages)
         tensors = (q, q_order, out, lse, tokens)
-        lists = (entries, starts, whole, counts, chosen)
+        lists = (entries, starts, whole, counts, chosen, schedule)
         sizes = (programs, H, groups, C, T, words)
         shape = (H, S, V)
         strides = (sqb, sqh, sqs, sob, soh, sos, spb, sph, sps)

@@ -30,6 +30,7 @@ def granule_attention(
     tail: bool = True,
     return_lse: bool = False,
     out: Tensor | None = None,
+    only: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every row group over the tokens of its listed granules and the means of all others.
 
@@ -43,6 +44,7 @@ def granule_attention(
         tail: whether each unlisted granule takes part as `size` keys equal to its mean; else it is left out.
         return_lse: also return the log-sum-exp.
         out: [B, H, S, D] to write into; rows that q_order does not name are left as they are. Default: zeros.
+        only: int32 [B, H]; rows of heads that are 0 here are left as they are too. None: all heads are computed.
 
     Returns:
         out [B, H, S, D] in q's dtype; with return_lse also lse fp32 [B, H, S], natural log, -inf for rows that q_order
@@ -57,23 +59,25 @@ def granule_attention(
     """
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, granules, lists, q_order, sm_scale, out)
+    if only is not None and (only.shape != q.shape[:2] or only.dtype != torch.int32):
+        raise ValueError(f"only must be int32 [B, H] = {list(q.shape[:2])}, got {only.dtype} {tuple(only.shape)}: one flag a head")
     if not target.use_triton(q):
         return granule_attention_reference(
-            q, granules, lists, q_order=q_order, sm_scale=sm_scale, tail=tail, return_lse=return_lse, out=out
+            q, granules, lists, q_order=q_order, sm_scale=sm_scale, tail=tail, return_lse=return_lse, out=out, only=only
         )
     _check_for_gpu(q, granules)
     B, H, S, D = q.shape
     everything = q_order is None or q_order.shape[2] == S
     if out is None:
-        out = torch.empty_like(q) if everything else torch.zeros_like(q)
+        out = torch.empty_like(q) if everything and only is None else torch.zeros_like(q)
     lse = None
     if return_lse:
         lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device)
-        if not everything:
+        if not everything or only is not None:
             lse.fill_(-torch.inf)
     if lists.counts.numel():
         with target.on_device(q):
-            arguments = (q, granules, lists, out, lse, q_order, sm_scale * LOG2_E, tail)
+            arguments = (q, granules, lists, out, lse, q_order, sm_scale * LOG2_E, tail, None if only is None else only.contiguous())
             if hopper.takes(q, granules, lists):
                 hopper.launch(*arguments, *HOPPER[64 if D <= 64 else 128])
             else:

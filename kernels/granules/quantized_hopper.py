@@ -57,14 +57,15 @@ def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> N
     V = S if q_order is None else q_order.shape[2]
     block_d, C = granules.k.shape[3], granules.tokens.shape[1]
     T, means = granules.means, granules.tail_k.shape[2]
-    tiles = -(-V // 64) * B * H
+    tiles = lists.counts.numel() * lists.rows // 64  # of 64 rows; the last group's second may have none
     descriptors = _descriptors(granules.k, granules.v, granules.size)
     descriptors += _descriptors(granules.tail_k, granules.tail_v, 128) if tail else (None, None)
     strides = (0, 0, 0) if q_order is None else q_order.stride()
     with target.on_device(out):
-        _hopper_granules_int8_kernel[(min(-(-tiles // CONSUMERS), target.sm_count(q.device)),)](
+        # Three tiles a program: the hardware hands out the next ones wherever a program ends.
+        _hopper_granules_int8_kernel[(-(-tiles // CONSUMERS),)](
             *descriptors, q, granules.k_scale, granules.v_scale, granules.v_mean, out, lse, failed, q_order, granules.tokens,
-            lists.entries, lists.starts, lists.whole, lists.counts, lists.chosen,
+            lists.entries, lists.starts, lists.whole, lists.counts, lists.chosen, lists.schedule,
             scale_log2, tiles, H, V, S, C, T, means, lists.counts.shape[2], lists.chosen.shape[3], lists.rows // 64,
             *q.stride()[:3], *out.stride()[:3], *strides,
             CONSUMERS=CONSUMERS, D=D, BLOCK_D=block_d, SIZE=granules.size, STAGES=STAGES,
@@ -120,11 +121,12 @@ if LOADABLE:
     @gluon.jit
     def _list_of(t, lists, sizes):
         """Head, first row, group and list of the t-th query tile: where the list begins, its whole entries, all entries."""
-        entries, starts, whole, counts, _ = lists
-        groups, tiles, shared = sizes
-        bh, tile = t // tiles, t % tiles
-        group = bh.to(gl.int64) * groups + tile // shared
-        return bh, tile * 64, group, entries + gl.load(starts + group), gl.load(whole + group), gl.load(counts + group)
+        entries, starts, whole, counts, _, schedule = lists
+        groups, shared = sizes
+        group = gl.load(schedule + t // shared)
+        bh, first = group // groups, (group % groups * shared + t % shared) * 64
+        group = group.to(gl.int64)
+        return bh, first, group, entries + gl.load(starts + group), gl.load(whole + group), gl.load(counts + group)
 
     @gluon.jit
     def _produce(
@@ -335,7 +337,7 @@ if LOADABLE:
     @gluon.jit(do_not_specialize=["count", "V", "S", "C", "T", "means", "groups", "width", "shared"])
     def _hopper_granules_int8_kernel(
         k_desc, v_desc, k_tail, v_tail, q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens,
-        entries, starts, whole, counts, chosen, scale_log2, count, H, V, S, C, T, means, groups, width, shared,
+        entries, starts, whole, counts, chosen, schedule, scale_log2, count, H, V, S, C, T, means, groups, width, shared,
         sqb: gl.int64, sqh: gl.int64, sqs: gl.int64, sob: gl.int64, soh: gl.int64, sos: gl.int64,
         spb: gl.int64, sph: gl.int64, sps: gl.int64,
         CONSUMERS: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr, SIZE: gl.constexpr, STAGES: gl.constexpr,
@@ -363,7 +365,7 @@ if LOADABLE:
         descriptors, barriers = (k_desc, v_desc, k_tail, v_tail), (ready, empty)
         stages, boxes = (q_stages, k_stages, v_stages, ones), (k_boxes, v_boxes, k_stages, v_flat)
         tensors = (q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens)
-        lists, sizes = (entries, starts, whole, counts, chosen), (groups, gl.cdiv(V, 64), shared)
+        lists, sizes = (entries, starts, whole, counts, chosen, schedule), (groups, shared)
         shape, rows = (count, C, T, means), (H, V, S, width)
         strides = (sqb, sqh, sqs, sob, soh, sos, spb, sph, sps)
         gl.warp_specialize(

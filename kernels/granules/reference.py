@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .values import GranuleLists, Granules
+from .values import GranuleLists, Granules, longest_first
 
 SPREAD_CAP = 6.0  # exp of a larger logit variance would let one outlier decide a row
 
@@ -212,6 +212,7 @@ def lists_of(chosen: Tensor, tokens: Tensor, size: int, rows: int) -> GranuleLis
         whole=(listed & is_whole).sum(-1, dtype=torch.int32).view(B, H, NG),
         counts=counts.view(B, H, NG),
         chosen=bits,
+        schedule=longest_first(counts.view(B, H, NG)),
         rows=rows,
     )
 

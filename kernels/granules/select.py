@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common import target
 from ..common.target import tl, triton
 from .reference import select_granules_reference
-from .values import ROWS, SIZES, GranuleLists
+from .values import ROWS, SIZES, GranuleLists, longest_first
 
 MAX_GRANULES = 32768
 LOW_BITS = 7  # of a score's 31 that are not compared
@@ -183,7 +183,7 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head):
             scores, *edge, tokens, floors, taken, starts, entries, whole, counts, chosen, T, C, size,
             BLOCK_C=max(16, triton.next_power_of_2(C - T + 1)), **wide,
         )  # fmt: skip
-    return GranuleLists(entries, starts.view(B, H, NG), whole, counts, chosen, rows)
+    return GranuleLists(entries, starts.view(B, H, NG), whole, counts, chosen, longest_first(counts), rows)
 
 
 @triton.jit

@@ -47,12 +47,13 @@ LAUNCH = {
 }  # fmt: skip
 
 
-def launch(q, granules, lists, out, lse, q_order, scale_log2, tail) -> None:
+def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only) -> None:
     """Attention over lists of granules; arguments as `op.granule_attention` has checked them.
 
     Args:
         scale_log2: softmax scale times log2 e.
         tail: whether means stand for granules that are not listed.
+        only: int32 [B, H], heads that are 0 are left out; or None.
     """
     B, H, S, D = q.shape
     NG, C, T = lists.counts.shape[2], granules.tokens.shape[1], granules.k_mean.shape[2]
@@ -63,7 +64,7 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail) -> None:
     strides = (0, 0, 0) if q_order is None else q_order.stride()
     _granules_kernel[(NG * parts, B * H)](
         q, granules.k, granules.v, granules.k_mean, granules.v_mean, out, lse, q_order, granules.tokens, lists.entries,
-        lists.starts, lists.whole, lists.counts, lists.chosen, scale_log2, H, S, V, NG, parts, C, T,
+        lists.starts, lists.whole, lists.counts, lists.chosen, only, scale_log2, H, S, V, NG, parts, C, T,
         lists.chosen.shape[3] if tail else 0, *q.stride()[:3], *out.stride()[:3], *strides,
         D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, SIZE=granules.size, TAIL=tail,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=row.num_warps, num_stages=row.num_stages,
@@ -132,7 +133,7 @@ def _attend_means(
 
 @triton.jit(do_not_specialize=["S", "V", "NG", "C", "T", "words"])
 def _granules_kernel(
-    q, k, v, k_mean, v_mean, out, lse, q_order, tokens, entries, starts, whole, counts, chosen,
+    q, k, v, k_mean, v_mean, out, lse, q_order, tokens, entries, starts, whole, counts, chosen, only,
     scale_log2, H, S, V, NG, parts, C, T, words,
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
@@ -140,6 +141,9 @@ def _granules_kernel(
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
+    if only is not None:
+        if tl.load(only + bh) == 0:
+            return
     group = bh * NG + tl.program_id(0) // parts
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)

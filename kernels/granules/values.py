@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 SIZES = (8, 16, 32, 64)
@@ -49,6 +50,8 @@ class GranuleLists:
         counts: int32 [B, H, NG], entries of a list.
         chosen: int32 [B, H, NG, ceil(T / 32)], bit t of word w is set where granule 32 w + t is in the list, so that
             its mean takes no part; bits past T are set.
+        schedule: int32 [B * H * NG], row groups in the order in which they are computed: head by head, the longest list
+            of a head first, so that no multiprocessor is left with a long one at the end.
         rows: query rows of a group, one of ROWS.
     """
 
@@ -57,4 +60,13 @@ class GranuleLists:
     whole: Tensor
     counts: Tensor
     chosen: Tensor
+    schedule: Tensor
     rows: int
+
+
+def longest_first(counts: Tensor) -> Tensor:
+    """`GranuleLists.schedule` of counts int32 [B, H, NG]."""
+    groups = counts.shape[-1]
+    order = counts.flatten(0, 1).argsort(dim=-1, descending=True, stable=True)
+    first = torch.arange(0, counts.numel(), groups, device=counts.device)
+    return (order + first[:, None]).flatten().to(torch.int32)

@@ -5,6 +5,7 @@ Text takes no part in the choice: its keys are in every list, and its queries se
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from svg.kernels.granules import (
     quantize_granules,
     select_granules,
 )
+from svg.kernels.granules.values import longest_first
 
 from ...engine.layout import TokenLayout
 from ...engine.state import LayerState
@@ -32,6 +34,7 @@ from .config import NearConfig
 from .orders import token_orders
 
 PROBE_ROWS = 64
+PER_GROUP = ("starts", "whole", "counts", "chosen")  # of a row group, in its lists
 SCORE_BYTES = 2 << 30  # of the heads whose threshold is found together
 
 
@@ -60,6 +63,7 @@ class NearPlan:
         text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
         dense_backend: of the text's queries.
         reused: whether an earlier call made all of it.
+        made: this call's keys and values in granules, a stretch after another, where planning has made them already.
     """
 
     chosen: Chosen
@@ -69,6 +73,7 @@ class NearPlan:
     text_mask: Tensor | None
     dense_backend: str
     reused: bool = False
+    made: tuple[Granules, ...] | None = None
     kind: None = None
 
     def granules(self, k: Tensor, v: Tensor, heads: slice, gather: bool = True, only: Tensor | None = None) -> Granules:
@@ -104,10 +109,11 @@ class NearPlan:
     ) -> Tensor:
         """Attention as planned; arguments and result as `svg.engine.execute.execute` has them."""
         out = torch.empty_like(q)
-        for heads, lists in zip(self.stretches, self.chosen.lists):
+        for i, (heads, lists) in enumerate(zip(self.stretches, self.chosen.lists)):
             part = {"q_order": self.chosen.q_order[:, heads], "out": out[:, heads]}
             if precision == "native":
-                granule_attention(q[:, heads], self.granules(k, v, heads), lists, **part)
+                granules = self.granules(k, v, heads) if self.made is None else self.made[i]
+                granule_attention(q[:, heads], granules, lists, **part)
             else:
                 text, prompt_tokens = text_order(self.layout, self.text_mask, k)
                 granules = quantize_granules(
@@ -137,14 +143,8 @@ class NearPlan:
         index = self.chosen.q_order[:, :, group * rows : group * rows + PROBE_ROWS]
         exact = torch.empty_like(out)
         for heads, lists in zip(self.stretches, self.chosen.lists):
-            one = GranuleLists(
-                entries=lists.entries,
-                rows=rows,
-                **{
-                    name: getattr(lists, name)[:, :, group : group + 1]
-                    for name in ("starts", "whole", "counts", "chosen")
-                },
-            )
+            part = {name: getattr(lists, name)[:, :, group : group + 1].contiguous() for name in PER_GROUP}
+            one = dataclasses.replace(lists, schedule=longest_first(part["counts"]), **part)
             granule_attention(
                 q[:, heads], self.granules(k, v, heads), one, q_order=index[:, heads], out=exact[:, heads]
             )
@@ -190,7 +190,7 @@ def plan(
         ValueError: the means and the text alone are above the budget.
     """
     video = layout.video_slice
-    kept = reuse.still_good(state, config)
+    kept, made = reuse.still_good(state, config), None
     stretches = _stretches(q, config, layout)
     common = {"size": config.granule, "stretches": stretches, "layout": layout, "text_mask": text_mask}
     common["dense_backend"] = config.dense_backend
@@ -199,25 +199,29 @@ def plan(
     else:
         q_order, k_order = token_orders(q[:, :, video], k[:, :, video], config, state, layout)
         found = NearPlan(chosen=Chosen(q_order, k_order, ()), **common)
-        lists = tuple(_select(found, q, k, v, config, state, heads) for heads in stretches)
+        gather = config.precision == "native"  # other precisions are gathered where they are quantised
+        granules = tuple(found.granules(k, v, heads, gather) for heads in stretches)
+        lists = tuple(_select(found, q, part, config, state, heads) for heads, part in zip(stretches, granules))
         found = NearPlan(chosen=Chosen(q_order, k_order, lists), **common)
-        kept = None
+        kept, made = None, granules if gather else None
+    # What is remembered must not hold this call's keys and values.
     reuse.remember(state, config, kept, found, found.chosen, q[:, :, video], k[:, :, video])
-    return found
+    return dataclasses.replace(found, made=made)
 
 
 def _select(
-    found: NearPlan, q: Tensor, k: Tensor, v: Tensor, config: NearConfig, state: LayerState, heads: slice
+    found: NearPlan, q: Tensor, granules: Granules, config: NearConfig, state: LayerState, heads: slice
 ) -> GranuleLists:
-    granules = found.granules(k, v, heads, gather=False)
     order = found.chosen.q_order[:, heads]
     scores = granule_scores(q[:, heads], order, granules, rows=config.rows, pool=config.pool)
-    budgets = state.head_budgets(config, q.device)
-    own = isinstance(budgets, Tensor)
-    share = exact_share(budgets[heads] if own else budgets, config, found.layout)
-    return select_granules(
-        scores, granules.tokens, budget=share, floor=config.floor, size=config.granule, rows=config.rows, per_head=own
-    )
+    options = {"floor": config.floor, "size": config.granule, "rows": config.rows}
+    own = config.head_budgets(state.layer)
+    if own is None:
+        share = exact_share(config.budget, config, found.layout)
+        return select_granules(scores, granules.tokens, budget=share, **options)
+    shares = exact_share(state.head_budgets(config, q.device)[heads], config, found.layout)
+    most = exact_share(torch.tensor(own[heads]), config, found.layout).mean().item()
+    return select_granules(scores, granules.tokens, budget=shares, per_head=True, most=min(1.0, most + 1e-4), **options)
 
 
 def exact_share(budget: float | Tensor, config: NearConfig, layout: TokenLayout) -> float | Tensor:
