@@ -11,7 +11,7 @@ from ...config.tuned import TunedFor, check_head_table
 QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (64, 128)
-POOLS = (1, 2, 4, 8, 16)
+POOLS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class NearConfig(GuardedConfig):
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 64 or 128.
         floor: share of the mean number of exact granules that every group of rows gets at least, in [0, 1].
-        pool: neighbouring query rows whose mean stands for them in the estimate: 1, 2, 4, 8 or 16.
+        pool: neighbouring query rows whose mean stands for them in the estimate: 1, 2, 4 or 8.
         cluster_tokens: keys of a k-means cluster on average, >= 1; inside a cluster keys follow a curve through the video.
         query_order: what puts queries into groups: "clusters" (k-means) or "hilbert" (a curve through the video, free).
         query_cluster_tokens: queries of a k-means cluster on average, >= 1.
