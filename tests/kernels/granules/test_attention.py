@@ -59,21 +59,19 @@ def brute_force(p, tail, dtype=torch.float64):
             k, v = p.k[b, h].to(dtype), p.v[b, h].to(dtype)
             order = p.k_order[b, h].long()
             words = [] if p.text is None else p.text[b, : p.prompt[b]].tolist()
-            for i in range(V):
-                row = p.q_order[b, h, i].long()
-                picked = p.chosen[b, h, i // rows].repeat_interleave(size)[:V]
-                index = torch.cat([order[picked], torch.tensor(words, dtype=torch.long)])
+            for group, row in enumerate(p.q_order[b, h].long().split(rows)):
+                picked = p.chosen[b, h, group]
+                index = torch.cat([order[picked.repeat_interleave(size)[:V]], torch.tensor(words, dtype=torch.long)])
                 keys, vals = k[index], v[index]
                 if tail:  # `size` copies of each unlisted granule's mean
-                    left = (~p.chosen[b, h, i // rows]).nonzero().squeeze(1)
-                    copies = left.repeat_interleave(size)
+                    copies = (~picked).nonzero().squeeze(1).repeat_interleave(size)
                     keys = torch.cat([keys, p.granules.k_mean[b, h, copies].to(dtype)])
                     vals = torch.cat([vals, p.granules.v_mean[b, h, copies].to(dtype)])
                 if len(keys) == 0:
                     continue
-                logits = keys @ p.q[b, h, row].to(dtype) * D**-0.5
-                lse[b, h, row] = logits.double().logsumexp(0)
-                out[b, h, row] = logits.softmax(0) @ vals
+                logits = p.q[b, h, row].to(dtype) @ keys.T * D**-0.5
+                lse[b, h, row] = logits.double().logsumexp(-1)
+                out[b, h, row] = logits.softmax(-1) @ vals
     return out, lse
 
 
@@ -87,7 +85,7 @@ def assert_matches_definition(p, tail=True):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("V", [5, 63, 130, 333])
+@pytest.mark.parametrize("V", [5, 63, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_odd_lengths(V, dtype):
     """Fewer tokens than a granule, a partial last granule, a partial last row group."""
@@ -104,13 +102,13 @@ def test_text_with_padding(text_first, tail):
 @pytest.mark.parametrize("size", values.SIZES)
 @pytest.mark.parametrize("rows", values.ROWS)
 def test_sizes_and_rows(size, rows):
-    assert_matches_definition(problem(int(torch.randint(140, 300, ())), 20, B=1, size=size, rows=rows))
+    assert_matches_definition(problem(int(torch.randint(140, 260, ())), 20, B=1, H=1, size=size, rows=rows))
 
 
 @pytest.mark.parametrize("D", [32, 64, 96, 112, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_dims(D, dtype):
-    assert_matches_definition(problem(133, D=D, B=1, dtype=dtype))
+    assert_matches_definition(problem(133, D=D, B=1, H=1, dtype=dtype))
 
 
 def test_many_words_of_bits():
@@ -134,7 +132,7 @@ def test_empty_lists(tail):
 
 
 @pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("V, text", [(333, 0), (150, 40)])
+@pytest.mark.parametrize("V, text", [(205, 0), (150, 40)])
 def test_everything_listed_is_dense_attention(V, text, tail):
     p = problem(V, text, B=1, chosen=torch.ones(1, 2, -(-V // 128), -(-V // 16), dtype=torch.bool))
     out = granule_attention(p.q, p.granules, p.lists, q_order=p.q_order, tail=tail)
@@ -146,7 +144,7 @@ def test_everything_listed_is_dense_attention(V, text, tail):
 
 
 def test_one_token_a_granule_listed_is_dense_attention():
-    """Every key alone in a partial granule: three at most fit the rule of the lists, so three keys."""
+    """Each key alone in a partial granule; a list may hold two of those."""
     p = problem(130, B=1, H=1)
     granules = dataclasses.replace(
         p.granules, k=F.pad(p.granules.k[:, :, :2].unflatten(2, (2, 1)), (0, 0, 0, 15)).flatten(2, 3),
@@ -204,7 +202,7 @@ def test_two_runs_are_equal_and_large_logits_stay_finite():
 def test_kernel_is_the_specification():
     """Fresh shapes in every run."""
     torch.seed()
-    V, text = (int(torch.randint(1, 400, ())) for _ in range(2))
+    V, text = (int(torch.randint(1, 300, ())) for _ in range(2))
     density, size = float(torch.rand(())), values.SIZES[int(torch.randint(4, ()))]
     p = problem(V, text, dtype=torch.bfloat16, density=density, size=size)
     arguments = {"q_order": p.q_order, "return_lse": True}
