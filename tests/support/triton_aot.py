@@ -9,6 +9,7 @@ compiled is exactly what the operation would launch. Run as a program, in a proc
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import struct
@@ -48,6 +49,8 @@ from svg.kernels.common.smoothing import unsmoothed_lse
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
 from svg.kernels.dense_quantised.varlen import varlen_attention
+from svg.kernels.granules import granule_attention
+from svg.kernels.granules.reference import cut_granules_reference, lists_of
 from svg.kernels.selection.computed_pairs import computed_pairs
 from svg.kernels.training import forward_hopper as training_hopper
 from svg.kernels.training.backward import LAUNCH as backward_table
@@ -100,6 +103,10 @@ def run_operations(arch):
         # the other ways to launch that `svg bench attention --sweep` times
         for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
+        for D, tail in ((64, True), (96, True), (128, True), (128, False)):
+            yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: granules("bf16", D, 128, tail)
+    for name, D in itertools.product(("bf16", "fp32"), (64, 128)):
+        yield f"granules {name} D={D}", lambda name=name, D=D: granules(name, D, 64)
     yield "block_sparse bf16 D=128 tail", lambda: attention(DTYPES["bf16"], 128, tail=5)
     for name in ("bf16", "fp32", *(["fp16"] if arch == 80 else [])):
         yield f"kmeans {name}", lambda name=name: clustering(DTYPES[name])
@@ -157,6 +164,14 @@ def attention(dtype, D, tail=0, contiguous=False):
         q, k, k, block_map, sizes, sizes, map_index=index, q_permutation=permutation, return_lse=True,
         tail=Tail(means, means, torch.zeros(2, 4, tail)) if tail else None,
     )  # fmt: skip
+
+
+def granules(name, D, rows, tail=True):
+    q = torch.zeros(1, 256, 2, D, dtype=DTYPES[name]).transpose(1, 2)
+    order = torch.zeros(1, 2, 256, dtype=torch.int32)
+    cut = cut_granules_reference(q, q, order, 16)
+    lists = lists_of(torch.ones(1, 2, 256 // rows, 16, dtype=torch.bool), cut.tokens, 16, rows)
+    granule_attention(q, cut, lists, q_order=order, tail=tail, return_lse=True)
 
 
 def quantised(precision, D, **options):
