@@ -1,33 +1,131 @@
-"""Files that appear whole or not at all, and JSON that stays valid."""
+"""Files that appear whole or not at all, places that are checked before the work, and JSON that stays valid."""
 
+import fcntl
+import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
-from contextlib import contextmanager
+import stat
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _NUMBERS = re.compile(r'\[\n(?:\s+(?:-?[\d.e+-]+|null|"-?inf"),?\n)+\s+\]')
+_PARTIAL = re.compile(r"\.svg-[0-9a-f]{16}\.part")
+_FINISHED = ".svg-finished"  # a finished run's files, on their way into a folder that was there before
+_GONE = ".gone"  # in it: a result that the run doesn't have, so that an earlier one of that name goes
 
 
 @contextmanager
 def atomic_path(path):
-    """Give a temporary name in the same folder and move it to `path` when the block ends without an error.
+    """Give a temporary file in the same folder and move it to `path` when the block ends without an error.
+
+    Its name is random and the file is made anew, so no link and no file that is there already is ever written through. It
+    is locked while the block runs: `remove_partials` sees by that whether its writer still lives.
 
     Args:
         path: where the finished file is to appear; an existing file is replaced in one step.
 
     Yields:
         Path to write to; it is removed if the block raises, KeyboardInterrupt included.
+
+    Raises:
+        OSError: the folder is not there or cannot be written to, or what is at `path` is no file.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} must be a plain file, got something else at that place: choose another name")
+    partial, descriptor = _new_file(path.parent)
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_partials(folder):
+    """Remove the temporary files that killed processes left in a folder; those of living ones, and all else, stay.
+
+    Args:
+        folder: where to look; folders in it are not looked into.
+    """
+    for path in Path(folder).iterdir():
+        if not _PARTIAL.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
+            continue
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if _lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def check_outputs(outputs, inputs=()):
+    """Refuse places for results before any work is done.
+
+    Args:
+        outputs: {argument: path of a file to write}; None where it was not given.
+        inputs: files and folders that the same command reads; None counts as nothing. A path is what it leads to, by links,
+            other folders or another spelling.
+
+    Raises:
+        ValueError: a place is an input or another output, no plain file, in a folder that is not there, or cannot be
+            written to.
+    """
+    given = {name: Path(path) for name, path in outputs.items() if path is not None}
+    for name, path in given.items():
+        if path.exists() and not path.is_file():
+            kind = "the folder" if path.is_dir() else "no plain file,"
+            raise ValueError(f"{name} must be a file, got {kind} {path}: choose another name")
+        check_not_input(name, path, inputs)
+        for other, rival in given.items():
+            if name < other and os.path.realpath(path).casefold() == os.path.realpath(rival).casefold():
+                raise ValueError(f"{name} and {other} must be two files, got {path} and {rival}: choose another name")
+        _check_writable(name, path.parent)
+
+
+def check_folder(name, folder, files, inputs=()):
+    """Refuse a folder of results before any work is done.
+
+    Args:
+        name: the argument that asks for it.
+        folder: it may be there, or be made later.
+        files: names of what will be written right into it.
+        inputs: as `check_outputs` takes them.
+
+    Raises:
+        ValueError: it is a file, cannot be written to, or one of the files would replace an input.
+    """
+    folder = Path(os.path.abspath(folder))
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ValueError(f"{name} must be a folder, got the file {folder}: choose another name")
+    for file in files:
+        check_not_input(name, folder / file, inputs)
+    _check_writable(name, next(place for place in (folder, *folder.parents) if place.exists()))
+
+
+def check_not_input(name, path, inputs):
+    """Refuse to write where a command reads.
+
+    Args:
+        name: the argument that asks for it.
+        path: where a file is to be written.
+        inputs: files and folders that are read; None counts as nothing. Of a folder the files that are in it count.
+
+    Raises:
+        ValueError: they are one.
+    """
+    path = Path(path)
+    for source in inputs:
+        if source is None:
+            continue
+        inside = [folder for folder in Path(os.path.realpath(path)).parents if _is_same(folder, source)]
+        if _is_same(path, source) or (inside and path.exists()):
+            raise ValueError(f"{name} must not be one of the inputs, got {path} for {source}: choose another name")
 
 
 def to_json(value):
@@ -62,55 +160,140 @@ def write_json(path, value):
 
 
 @contextmanager
-def result_folder(out, names, force=False):
+def result_folder(out, names, force=False, inputs=()):
     """Give a hidden temporary folder whose files appear in `out` together, when the block ends without an error.
 
     The temporary folder is made in the nearest existing folder above `out`, so a place that cannot be written to is
-    found out before any work is done, and an error or an interrupt leaves nothing behind.
+    found out before any work is done, and an error or an interrupt leaves nothing behind. It is locked: a second run into
+    `out` is refused, and what a killed run left is removed by the next one. A new `out` appears by one rename. Where `out`
+    was there, one rename makes the run count as finished, and a kill among the moves after it is made good by the next run.
 
     Args:
         out: the folder to fill; it may exist, other files in it are left alone.
         names: every file name a run may write, in the order of appearance; the last one marks a complete run.
         force: replace the results of an earlier run.
+        inputs: files and folders that the run reads; none of them is overwritten.
 
     Yields:
         Path of the temporary folder.
 
     Raises:
-        ValueError: `out` is not a folder, holds results and force is off, or cannot be written to.
+        ValueError: `out` is not a folder, holds results and force is off, holds an input of a result's name, is being
+            written to by another run, or cannot be written to.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and not out.is_dir():
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}: choose another name")
+    anchor = next(folder for folder in (out, *out.parents) if folder.exists())
+    place = hashlib.sha256(os.path.relpath(out, anchor).encode(errors="surrogateescape")).hexdigest()[:16]
+    partial = anchor / f".svg-{place}.part"
+    descriptor = _own_folder(partial, out, names)
+    try:
+        if out.exists():
+            _move_in(out / _FINISHED, out, names)
+        _check_free(out, names, force)
+        for name in names:
+            check_not_input("out", out / name, inputs)
+        yield partial
+        _publish(partial, out, names)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _check_free(out, names, force):
     found = [name for name in names if (out / name).exists()]
     if found and not force:
         raise ValueError(
             f"out must hold no earlier results, got {out} with {', '.join(found)}: "
             "choose another folder or pass --force"
         )
-    partial = _make_partial(out)
-    try:
-        yield partial
-        _publish(partial, out, names)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _make_partial(out):
-    anchor = next(folder for folder in (out, *out.parents) if folder.exists())
-    partial = anchor / f".{out.name}.{os.getpid()}.part"
+def _own_folder(partial, out, names):
+    """Make a temporary folder and lock it; what a killed run left there is removed. Returns its descriptor."""
     try:
-        partial.mkdir()
+        with suppress(FileExistsError):
+            partial.mkdir()
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise ValueError(f"out must be writable, got {out} ({error.strerror}): choose another folder") from error
-    return partial
+    try:
+        # A folder that was renamed or removed since is another run's.
+        if not _lock(descriptor) or not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+            raise ValueError(f"another run is writing to {out}: wait for it to end, or choose another folder")
+        left, ours = list(partial.iterdir()), {*names, *(f"{name}{_GONE}" for name in names)}
+        if any(path.is_dir() or not (path.name in ours or _PARTIAL.fullmatch(path.name)) for path in left):
+            raise ValueError(f"{partial} is in the way: svg would write its results there, so move it elsewhere")
+        for path in left:
+            path.unlink()
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _publish(partial, out, names):
-    out.mkdir(parents=True, exist_ok=True)
-    (out / names[-1]).unlink(missing_ok=True)  # an interrupted replacement must not look complete
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.replace(out)
+        return
     for name in names:
-        if (partial / name).exists():
-            (partial / name).replace(out / name)
-        else:
+        if not (partial / name).exists():
+            (partial / f"{name}{_GONE}").touch()
+    partial.replace(out / _FINISHED)
+    _move_in(out / _FINISHED, out, names)
+
+
+def _move_in(finished, out, names):
+    """Move a finished run's files to their places, where a killed process had begun to as well."""
+    if not finished.is_dir() or finished.is_symlink():
+        return
+    if (finished / names[-1]).exists():
+        (out / names[-1]).unlink(missing_ok=True)  # an interrupted replacement must not look complete
+    for name in names:
+        gone = finished / f"{name}{_GONE}"
+        if gone.exists():
             (out / name).unlink(missing_ok=True)
+            gone.unlink()
+        elif (finished / name).exists():
+            (finished / name).replace(out / name)
+    finished.rmdir()
+
+
+def _new_file(folder):
+    """A new file under a random name, locked: its path and descriptor."""
+    partial = Path(folder) / f".svg-{secrets.token_hex(8)}.part"
+    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    _lock(descriptor)
+    return partial, descriptor
+
+
+def _lock(descriptor):
+    """Lock a file until its descriptor is closed, by a kill too; whether that succeeded."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _check_writable(name, folder):
+    if not folder.is_dir():
+        kind = "which is a file" if folder.exists() else "which is not there: make it first"
+        raise ValueError(f"{name} must be in a folder, got {folder}, {kind}")
+    try:
+        partial, descriptor = _new_file(folder)
+    except OSError as error:
+        raise ValueError(f"{name} must be writable, got {folder} ({error.strerror}): choose another folder") from error
+    os.close(descriptor)
+    partial.unlink()
+
+
+def _is_same(path, other):
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(other)

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..methods.registry import method_flags
 from .adapt import adapt
 from .models import models
 from .options import method_options
+from .signals import end_as_interrupted
 from .sparge_tune import sparge_tune
 from .sweep import record, sweep
 from .tune import tune
@@ -105,7 +107,7 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
     """
     from rich.console import Console
 
-    from svg.eval.files import write_json
+    from svg.eval.files import check_outputs, write_json
     from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv
     from svg.pipelines.loading import resolve_device
 
@@ -114,6 +116,7 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
     console = Console()
     pairs = find_pairs(reference, output)
     chosen = resolve_device(device)
+    check_outputs({"--json": json_path, "--csv": csv_path}, [path for _, *both in pairs for path in both])
     if os.path.isdir(reference):
         result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"[dim]{name} ...[/dim]"))
         rows = [pair for pair in result["pairs"] if "error" not in pair]
@@ -249,7 +252,9 @@ def main(arguments: list[str] | None = None) -> int:
         0, or 1 when something failed on this machine, 2 on bad input, 130 when interrupted.
     """
     try:
-        code = cli.main(arguments, prog_name="svg", standalone_mode=False)
+        with end_as_interrupted():
+            code = cli.main(arguments, prog_name="svg", standalone_mode=False)
+            sys.stdout.flush()  # a full disk or a closed pipe behind it shows here, not in the interpreter's last words
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as help_text:
         click.echo(help_text.format_message())
@@ -261,10 +266,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (ValueError, TypeError, NotImplementedError, ArithmeticError, OSError) as error:
         return _fail(error, str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's class, without importing torch
-            raise
-        _fail(error, f"{error}. Use fewer frames, a smaller size, --offload model or --vae-tiling")
+    except Exception as error:
+        if _is_out_of_memory(error):
+            _fail(error, f"{error}. Use fewer frames, a smaller size, --offload model or --vae-tiling")
+        else:
+            text = f"{type(error).__name__}: {error}"
+            _fail(error, f"unexpected {text}: this is a fault of svg, SVG_TRACEBACK=1 tells where, please report it")
         return 1
 
 
@@ -273,6 +280,11 @@ def _fail(error: Exception, message: str) -> int:
         raise error
     click.echo(f"svg: error: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's classes and words, without importing torch
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def quiet_loading() -> None:

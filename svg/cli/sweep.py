@@ -153,10 +153,11 @@ def record(prompt: str, **options: Any) -> None:
 
 
 def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
-    from svg.eval.page import build_page
+    from svg.eval.files import check_folder
+    from svg.eval.page import PAGE, build_page
     from svg.pipelines.loading import resolve_device
 
-    from ..sweep.grid import cells_of, read_grid
+    from ..sweep.grid import cells_of, inputs_of, read_grid
     from ..sweep.pool import LocalPool, RayPool
     from ..sweep.run import Results, run_sweep
     from .app import quiet_loading
@@ -166,6 +167,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     plan = read_grid(grid, _flags(options))
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, resolve_device)
+    check_folder("--out", options["out"], ("sweep.json", PAGE), [grid, *inputs_of(plan)])
     header = {"command": command_text(), "lpips": plan.run["lpips"]}
     results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
     with SweepDisplay(console) as display:
@@ -186,14 +188,17 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
 
 
 def _sweep_recorded(console: Any, grid: str | None, options: dict[str, Any]) -> int:
-    from svg.eval.page import build_page
+    from svg.eval.files import check_folder
+    from svg.eval.page import PAGE, build_page
     from svg.pipelines.loading import resolve_device
 
     from ..recordings.sweep import sweep_recorded
-    from ..sweep.grid import method_configs, read_grid
+    from ..sweep.grid import inputs_of, method_configs, read_grid
     from .sweep_display import print_recorded
 
     plan = read_grid(grid, _flags(options), prompts_needed=False)
+    inputs = [grid, options["recorded"], *inputs_of(plan)]
+    check_folder("--out", options["out"], ("recorded.json", PAGE), inputs)
     device = resolve_device(plan.run["device"])
     result = sweep_recorded(options["recorded"], method_configs(plan), device, Path(options["out"]), command_text())
     build_page(options["out"])

@@ -54,15 +54,19 @@ def tune(**options: Any) -> int:
     """
     from rich.console import Console
 
+    from svg.eval.files import check_folder
+    from svg.eval.page import PAGE
     from svg.pipelines.loading import resolve_device
 
-    from ..tune.run import Tuner
+    from ..generate.job import inputs_of
+    from ..tune.run import PRESET, Tuner
     from .app import quiet_loading
     from .tune_display import ConsoleDisplay, print_tuning
 
     quiet_loading()
     console = Console()
     plan = _plan(options)
+    check_folder("--out", options["out"], ("sweep.json", "tune.json", PRESET, PAGE), inputs_of(plan.job))
     device = resolve_device(plan.job.device)
     dtype = plan.job.dtype or ("bf16" if device.type == "cuda" else "fp32")
     tuner = Tuner(plan, Path(options["out"]), str(device), dtype, command_text(), ConsoleDisplay(console))

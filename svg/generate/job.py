@@ -13,7 +13,7 @@ from PIL import Image
 from svg.configs import Preset, load_preset, preset_names
 from svg.pipelines import GenerationRequest
 from svg.pipelines.fingerprint import fingerprint
-from svg.pipelines.loading import BUNDLED
+from svg.pipelines.loading import BUNDLED, locate_model
 
 from ..config import METHODS, MethodConfig, config_from_dict
 
@@ -109,6 +109,14 @@ def resolve(
         flow_shift=flow_shift,
         **rest,
     )
+
+
+def inputs_of(job: Job) -> list[str | Path]:
+    """Files and folders that a job reads: none of them may be written to."""
+    settings = (getattr(job.config, name, None) for name in ("thresholds", "layers"))
+    files = [job.image_path, job.preset, *settings]
+    model = locate_model(job.model)
+    return [path for path in (*files, model if isinstance(model, Path) else None) if path is not None]
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:

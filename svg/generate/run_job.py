@@ -23,7 +23,7 @@ from svg.pipelines.loading import BUNDLED, resolve_device
 from ..config import DenseConfig, MethodConfig
 from ..environment import version_problems, versions
 from .command_line import command_line
-from .job import Job
+from .job import Job, inputs_of
 
 RESULTS = ("dense.mp4", "accelerated.mp4", "side_by_side.mp4", PAGE, "report.json")
 WARMUP_STEPS = 2
@@ -58,7 +58,7 @@ def run(job: Job, display: Display) -> dict[str, Any]:
     if problems:
         raise ValueError("; ".join(problems))
     resolve_device(job.device)
-    with result_folder(job.out, RESULTS, job.force) as folder:
+    with result_folder(job.out, RESULTS, job.force, inputs_of(job)) as folder:
         display.stage(f"loading {job.model}{' (bundled)' if job.model == BUNDLED else ''}")
         pipe = load_pipeline(
             job.model,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svg.eval.files import write_json
+from svg.eval.files import check_outputs, write_json
 from svg.kernels.quantize.precision import default_precision
 
 from ..config import METHODS, Sage2Config
@@ -42,7 +42,8 @@ def adapt(
         What was written.
 
     Raises:
-        ValueError: no such recording, an unknown method or setting, min_cosine outside (0, 1], or no precision is needed.
+        ValueError: no such recording, an unknown method or setting, min_cosine outside (0, 1], no precision is needed, or
+            `out` is the recording or cannot be written to.
         TypeError: a setting has the wrong type.
         OSError: the file cannot be written.
     """
@@ -53,6 +54,7 @@ def adapt(
     if not 0 < min_cosine <= 1:
         raise ValueError(f"min_cosine must be in (0, 1], got {min_cosine}")
     opened = open_recording(recording)
+    check_outputs({"out": out}, [recording])
     measured: dict[str, dict[int, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for call in opened.calls:
         measured[call.transformer][call.layer].append(cosines(config, call, *opened.tensors(call, device)))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svg.eval.files import atomic_path
+from svg.eval.files import atomic_path, check_outputs
 from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate, load_pipeline, restore
 from svg.pipelines.attach import attached, transformers_of
 
@@ -23,7 +23,7 @@ from ..engine.layout import TokenLayout
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState
 from ..environment import versions
-from ..generate.job import Job
+from ..generate.job import Job, inputs_of
 
 FORMAT, VERSION = "svg-record", "1"
 _THIRDS = 3
@@ -160,6 +160,7 @@ def record(
         ValueError: an index out of range, or nothing was recorded (says which branches there are).
         OSError: the file cannot be written.
     """
+    check_outputs({"out": path})
     chosen = _indices("steps", steps if steps is not None else _spread(request.steps), request.steps)
     tensors: dict[str, Tensor] = {}
     calls: list[RecordedCall] = []
@@ -190,6 +191,7 @@ def record_job(job: Job, path: Path, **chosen: Any) -> tuple[int, int]:
     Returns:
         Recorded calls, and the file's bytes.
     """
+    check_outputs({"out": path}, inputs_of(job))
     pipe = load_pipeline(
         job.model,
         device=job.device,
@@ -239,7 +241,10 @@ def _save(path: Path, tensors: dict[str, Tensor], calls: list[RecordedCall], sou
         "source": json.dumps(source),
     }
     with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata)
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error}): make room and record again") from error
 
 
 def _source(pipe: Any, request: GenerationRequest) -> dict[str, Any]:

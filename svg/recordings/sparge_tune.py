@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from svg.eval.files import atomic_path
+from svg.eval.files import atomic_path, check_outputs
 
 from ..config import SpargeConfig
 from ..methods.sparge.thresholds_file import Thresholds, read_about, read_layers, save_thresholds
@@ -99,6 +99,7 @@ def tune(
     groups = _by_layer(recordings)
     about = _about(recordings, config, bounds, sampling)
     out = Path(out)
+    check_outputs({"out": out}, paths)
     layers = _earlier(out, about) if out.exists() and not force else {}
     about["layers"] = read_about(out)["layers"] if layers else {}
     todo = {key: calls for key, calls in groups.items() if key not in layers}

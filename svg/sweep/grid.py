@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svg.pipelines.fingerprint import fingerprint
-from svg.pipelines.loading import BUNDLED, OFFLOADS
+from svg.pipelines.loading import BUNDLED, OFFLOADS, locate_model
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
 from ..generate.job import Job, resolve
@@ -107,6 +107,14 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
             for cell in _group(grid, jobs, labels, prompt, seed, {"mark": mark, "device": device, "dtype": dtype}):
                 cells.setdefault(cell.id, cell)
     return list(cells.values())
+
+
+def inputs_of(grid: Grid) -> list[str | Path]:
+    """Files and folders that a grid's cells read: none of them may be written to."""
+    models = [locate_model(model["model"]) for model in grid.models]
+    values = [*models, *(model.get("preset") for model in grid.models), *(prompt.get("image") for prompt in grid.prompts)]
+    values += [settings.get(name) for settings, _ in grid.methods for name in ("thresholds", "layers")]
+    return [value for value in values if isinstance(value, (str, Path))]
 
 
 def method_configs(grid: Grid) -> list[tuple[str, MethodConfig]]:

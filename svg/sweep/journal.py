@@ -7,7 +7,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from svg.eval.files import atomic_path, to_json
+from svg.eval.files import atomic_path, remove_partials, to_json
 
 
 class JournalError(ValueError):
@@ -26,6 +26,7 @@ class Journal:
     """
 
     FORMAT = "svg-sweep-journal"
+    _FOLDERS = ("journal", "videos", "frames")
 
     def __init__(self, folder, version):
         self.folder, self.version = Path(folder), version
@@ -48,9 +49,10 @@ class Journal:
                 raise JournalError(
                     f"another sweep is writing to {self.folder}: wait for it to end, or choose another folder"
                 ) from error
+            if (self.entries / "format.json").exists():  # else the folder is not ours to clear up
+                for folder in (self.folder, *(path for path in self.folder.iterdir() if path.name in self._FOLDERS)):
+                    remove_partials(folder)
             self._write(self.entries / "format.json", {"format": self.FORMAT, "version": self.version})
-            for partial in self.folder.rglob(".*.part"):  # what a killed process had begun
-                partial.unlink()
             yield self
 
     def check_version(self):

@@ -41,11 +41,17 @@ def save_thresholds(path: str | Path, layers: Layers, about: Mapping[str, Any]) 
         path: the file.
         layers: thresholds by (transformer, layer).
         about: what they were found with; "order" and "attention_sink" must be there. JSON values.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     tensors = {
         f"{name}.{layer}.{key}": x.cpu() for (name, layer), one in layers.items() for key, x in vars(one).items()
     }
-    save_file(tensors, path, {"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
+    try:
+        save_file(tensors, path, {"format": FORMAT, "version": VERSION, "about": json.dumps(about)})
+    except SafetensorError as error:
+        raise OSError(f"thresholds could not be written ({error}): make room and run the same command again") from error
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

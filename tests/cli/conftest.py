@@ -1,0 +1,1 @@
+from tiny_model import model  # noqa: F401
