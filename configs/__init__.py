@@ -9,6 +9,9 @@ from typing import Any
 import yaml
 
 from svg.config import METHODS, MethodConfig, config_from_dict
+from svg.documents import shown
+
+from .reader import read_yaml
 
 _FOLDER = Path(__file__).parent
 _SPARSE = tuple(method for method in METHODS if method != "dense")
@@ -110,7 +113,7 @@ def load_preset(name: str | Path) -> Preset:
     if not path.is_file():
         raise ValueError(f"preset must be one of {', '.join(preset_names())}, or the path of a YAML file, got {name}")
     try:
-        return _preset(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
+        return _preset(path.stem, read_yaml(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
@@ -123,10 +126,8 @@ def _preset(name: str, content: Any) -> Preset:
     _keys("generation", generation, [f.name for f in fields(Generation) if f.name != "flow_shift"], ("flow_shift",))
     for key in ("model", "source"):
         if not isinstance(content[key], str):
-            raise TypeError(f"{key} must be text, got {content[key]!r}")
-    methods: dict[str, MethodConfig] = {
-        method: config() for method, config in METHODS.items() if config.for_any_model
-    }
+            raise TypeError(f"{key} must be text, got {shown(content[key])}")
+    methods: dict[str, MethodConfig] = {method: config() for method, config in METHODS.items() if config.for_any_model}
     for method in _SPARSE:
         if method in content:
             methods[method] = _method(method, content[method])
@@ -150,11 +151,11 @@ def _method(method: str, settings: Any) -> MethodConfig:
 
 def _keys(where: str, mapping: Any, required, optional) -> None:
     if not isinstance(mapping, dict):
-        raise TypeError(f"{where} must be a mapping of keys to values, got {mapping!r}")
+        raise TypeError(f"{where} must be a mapping of keys to values, got {shown(mapping)}")
     choices = [*required, *optional]
     for key in mapping:
         if key not in choices:
-            raise ValueError(f"unknown key {key!r} in {where}; choose from {', '.join(choices)}")
+            raise ValueError(f"unknown key {shown(key)} in {where}; choose from {', '.join(choices)}")
     for key in required:
         if key not in mapping:
             raise ValueError(f"key {key!r} is missing in {where}")

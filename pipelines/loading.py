@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from svg.documents import MEBIBYTE, read_json
 
 from .attach import TRANSFORMERS
 from .registry import MODELS, PIPELINES
@@ -139,7 +140,7 @@ def _read_index(source: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise ValueError(f"model must be a pipeline's directory, got {source} without model_index.json")
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            return dict(read_json(path, MEBIBYTE))
         except (ValueError, TypeError) as error:
             raise ValueError(f"model must have a model_index.json with one JSON object, got {path}: {error}") from error
     from diffusers import DiffusionPipeline

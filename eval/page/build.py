@@ -7,6 +7,8 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from svg.documents import read_json
+
 from ..files import atomic_path
 from .measured import load_recorded, load_rows, load_tune
 from .run import load_run
@@ -69,10 +71,12 @@ def load_page_data(folder):
 
 def _load(path, load):
     try:
-        return load(json.loads(path.read_text(encoding="utf-8")), path.parent)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} must be JSON as svg wrote it, got: {error}. Run the command again") from error
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    try:
+        return load(content, path.parent)
+    except (KeyError, TypeError, AttributeError, LookupError, StopIteration, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} must be as this version of svg writes it, got {reason}. Run it again") from error
 

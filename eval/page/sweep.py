@@ -24,7 +24,7 @@ def load_sweep(sweep, folder):
     return page_data(
         kind="sweep",
         title=_title(sweep),
-        cells=[_cell(item, folder) for item in sweep["cells"]],
+        cells=[load_cell(item, folder) for item in sweep["cells"]],
         notes=[*_counts(sweep), *sweep["notes"]],
         state=sweep["state"],
         command=sweep["command"],
@@ -45,7 +45,16 @@ def _counts(sweep):
         yield f"{counts['pending']} of {counts['total']} cells are still to come: build the page again to see them"
 
 
-def _cell(item, folder):
+def load_cell(item, folder):
+    """One cell of a sweep.json.
+
+    Args:
+        item: its entry.
+        folder: what the paths in it are relative to.
+
+    Returns:
+        dict of `svg.eval.page.cells.cell`.
+    """
     method, finished = item["method"], item["status"] == "finished"
     error = item.get("error")
     return cell(

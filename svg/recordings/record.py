@@ -19,6 +19,7 @@ from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate,
 from svg.pipelines.attach import attached, transformers_of
 
 from ..config import DenseConfig
+from ..documents import parse_json, shown
 from ..engine.layout import TokenLayout
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState
@@ -227,10 +228,37 @@ def open_recording(path: str | Path) -> Recording:
     found = metadata.get("format"), metadata.get("version")
     if found != (FORMAT, VERSION):
         raise ValueError(f"{path} must be a recording ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}")
-    calls = [
-        RecordedCall(**{**call, "layout": TokenLayout(**call["layout"])}) for call in json.loads(metadata["calls"])
-    ]
-    return Recording(path, calls, json.loads(metadata["source"]))
+    try:
+        calls = [
+            RecordedCall(**{**call, "layout": TokenLayout(**call["layout"])}) for call in parse_json(metadata["calls"])
+        ]
+        source = parse_json(metadata["source"])
+        _check_calls(calls, source, path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a recording as `svg record` writes it, got {error}: record it again") from error
+    return Recording(path, calls, source)
+
+
+def _check_calls(calls: list[RecordedCall], source: Any, path: Path) -> None:
+    """Raise unless calls are of the right types, and their tensors there and of the layout's shape."""
+    if not calls or not isinstance(source, dict):
+        raise ValueError("one without calls or their source")
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for call in calls:
+            numbers = (call.step, call.num_steps, call.layer, call.num_layers)
+            texts = (call.name, call.branch, call.transformer)
+            if not all(type(number) is int and number >= 0 for number in numbers) or not all(map(_is_text, texts)):
+                raise ValueError(f"a call with {shown(dataclasses.asdict(call))}")
+            if missing := [f"{call.name}.{key}" for key in "qkv" if f"{call.name}.{key}" not in names]:
+                raise ValueError(f"one without {missing[0]}")
+            shapes = {tuple(file.get_slice(f"{call.name}.{key}").get_shape()) for key in "qkv"}
+            if len(shapes) > 1 or len(shape := shapes.pop()) != 4 or shape[2] != call.layout.total_tokens or 0 in shape:
+                raise ValueError(f"tensors of another shape than {call.layout.total_tokens} tokens in {call.name}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], calls: list[RecordedCall], source: dict[str, Any]) -> None:

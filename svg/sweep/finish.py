@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from svg.eval.compare import compare
 from svg.eval.files import to_json, write_json
+from svg.eval.page.sweep import load_sweep
 from svg.eval.video import ffmpeg_is_there, write_video
 
+from ..documents import read_json
 from .cell import VERSION
 from .journal import Journal
 from .run import NO_FFMPEG, now, read_frames
@@ -35,7 +36,11 @@ def finish(out: str | Path, lpips: str | None, device: Any) -> dict[str, Any]:
         raise ValueError(f"--out must be the folder of a sweep, got {out} without sweep.json")
     if not ffmpeg_is_there():
         raise ValueError("ffmpeg is missing: pip install imageio-ffmpeg")
-    summary = json.loads((out / "sweep.json").read_text())
+    try:
+        summary = read_json(out / "sweep.json")
+        load_sweep(summary, out)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{out / 'sweep.json'} must be as svg wrote it: {error}; run the sweep again") from error
     summary["lpips"] = lpips or summary["lpips"]
     journal = Journal(out, VERSION)
     with journal.locked():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +16,7 @@ from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.loading import BUNDLED, OFFLOADS, locate_model
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
+from ..documents import shown
 from ..generate.job import Job, resolve
 from .cell import Cell, cell_of
 from .grid_file import GridError, Mapping, read_mapping
@@ -30,6 +33,8 @@ _CHOICES = {
     "lpips": ("alex", "vgg", "none"),
     "control": (False, True),
 }
+
+MOST_METHODS, MOST_CELLS = 1000, 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,9 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
     Raises:
         ValueError: sizes are missing, or a preset, model or setting is not there.
     """
+    count = len(grid.models) * len(grid.prompts) * len(grid.seeds) * (len(grid.methods) + 1 + grid.control)
+    if count > MOST_CELLS:
+        raise GridError(f"a grid must have at most {MOST_CELLS} cells, got {count}: sweep it in parts")
     dtype = dtype or grid.run["dtype"] or ("bf16" if device == "cuda" else "fp32")
     cells: dict[str, Cell] = {}
     for model in grid.models:
@@ -181,10 +189,12 @@ def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -
 
 def _labels(configs: list[MethodConfig]) -> list[str]:
     """The method and those settings that differ among the configs of one method."""
-    labels = []
+    labels, values = [], defaultdict(set)
     for config in configs:
-        same = [other for other in configs if other.method == config.method]
-        varying = [f.name for f in fields(config) if len({getattr(other, f.name) for other in same}) > 1]
+        for field in fields(config):
+            values[config.method, field.name].add(getattr(config, field.name))
+    for config in configs:
+        varying = [f.name for f in fields(config) if len(values[config.method, f.name]) > 1]
         given = [name for name in varying if getattr(config, name) is not None]
         labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in given)]))
     return labels
@@ -193,9 +203,9 @@ def _labels(configs: list[MethodConfig]) -> list[str]:
 def _grid(content: Mapping, prompts_needed: bool) -> Grid:
     values = {**_DEFAULTS, "prompts": [], "budgets": None, **_RUN_DEFAULTS, **content}
     for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            shown = ", ".join(map(json.dumps, choices))
-            raise GridError(f"{content.where(key)}{key} must be one of {shown}, got {values[key]!r}")
+        if not any(values[key] is choice or values[key] == choice for choice in choices):
+            names = ", ".join(map(json.dumps, choices))
+            raise GridError(f"{content.where(key)}{key} must be one of {names}, got {shown(values[key])}")
     if prompts_needed and not values["prompts"]:
         raise GridError("prompts must hold at least one prompt: add `prompts:` to the file or --prompt")
     return Grid(
@@ -216,7 +226,7 @@ def _grid(content: Mapping, prompts_needed: bool) -> Grid:
 def _list(content: Mapping, values: dict[str, Any], key: str, empty: bool = False) -> list[Any]:
     items = values[key]
     if not isinstance(items, list) or not (items or empty):
-        raise GridError(f"{content.where(key)}{key} must be a list with at least one entry, got {items!r}")
+        raise GridError(f"{content.where(key)}{key} must be a list with at least one entry, got {shown(items)}")
     return items
 
 
@@ -227,11 +237,11 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
         entry.line = content.lines.get(name, 0)
         return entry
     if not isinstance(item, Mapping):
-        raise GridError(f"{content.where(name)}an entry of {name} must be text or keys and values, got {item!r}")
+        raise GridError(f"{content.where(name)}an entry of {name} must be text or keys and values, got {shown(item)}")
     item.check(f"an entry of {name}", [main, *optional])
     for key, value in item.items():
         if not isinstance(value, str):
-            raise GridError(f"{item.where(key)}{key} must be text, got {value!r}")
+            raise GridError(f"{item.where(key)}{key} must be text, got {shown(value)}")
     if main not in item and name != "models":
         raise GridError(f"{item.where()}an entry of {name} must have {main!r}")
     item.setdefault(main, None)
@@ -240,7 +250,7 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
 
 def _seed(item: Any, content: Mapping) -> int:
     if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**63:
-        raise GridError(f"{content.where('seeds')}a seed must be an integer in [0, 2**63), got {item!r}")
+        raise GridError(f"{content.where('seeds')}a seed must be an integer in [0, 2**63), got {shown(item)}")
     return item
 
 
@@ -250,17 +260,21 @@ def _methods(content: Mapping, values: dict[str, Any]) -> list[tuple[dict[str, A
     for item in _list(content, values, "methods"):
         entry = Mapping({"method": item}) if isinstance(item, str) else item
         if not isinstance(entry, Mapping):
-            raise GridError(f"{content.where('methods')}an entry of methods must be text or keys and values, got {item!r}")
+            raise GridError(f"{content.where('methods')}an entry of methods must be text or keys and values, got {shown(item)}")
         entry.line = entry.line or content.lines.get("methods", 0)
         found += [(settings, entry) for settings in _product(entry, budgets)]
+    if not 1 <= len(found) <= MOST_METHODS:
+        raise GridError(
+            f"{content.where('methods')}methods must come to 1 to {MOST_METHODS} settings, got {len(found)}: change their lists"
+        )
     return found
 
 
 def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, Any]]:
     """Every combination of the settings that are lists, each validated with its line."""
     method = entry.get("method")
-    if method not in METHODS:
-        raise GridError(f"{entry.where('method')}method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise GridError(f"{entry.where('method')}method must be one of {', '.join(METHODS)}, got {shown(method)}")
     config = METHODS[method]
     names = [field.name for field in fields(config)]
     entry.check(f"method {method}", ["method", *names])
@@ -269,6 +283,8 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
     if budgets is not None and not rival and (axis := config.sweep_field()) is not None:
         settings.setdefault(axis[0], budgets)
     choices = [[(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()]
+    if (count := math.prod(map(len, choices))) > MOST_METHODS:
+        raise GridError(f"{entry.where()}method {method} must have at most {MOST_METHODS} settings, got {count}: fewer values")
     for combination in itertools.product(*choices):
         chosen = dict(combination)
         try:

@@ -8,6 +8,12 @@ from typing import Any
 
 import yaml
 
+from svg.configs.reader import LOADER, read_yaml
+
+from ..documents import shown
+
+_LONGEST = 40  # letters of a key that are compared with what it might have been
+
 
 class GridError(ValueError):
     """A grid's file has an error, named with its line."""
@@ -40,14 +46,14 @@ class Mapping(dict):
         """
         for key in self:
             if key not in choices:
-                near = difflib.get_close_matches(str(key), choices, n=1)
+                near = difflib.get_close_matches(str(key)[:_LONGEST], choices, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise GridError(
-                    f"{self.where(key)}unknown key {key!r} in {name}: {hint}choose from {', '.join(choices)}"
+                    f"{self.where(key)}unknown key {shown(key)} in {name}: {hint}choose from {', '.join(choices)}"
                 )
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(LOADER):
     pass
 
 
@@ -58,9 +64,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> Mapping:
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise GridError(f"line {line}: a key must be text, got {key!r}")
+            raise GridError(f"line {line}: a key must be text, got {shown(key)}")
         if key in mapping:
-            raise GridError(f"line {line}: key {key!r} is there twice, first in line {mapping.lines[key]}")
+            raise GridError(f"line {line}: key {shown(key)} is there twice, first in line {mapping.lines[key]}")
         mapping.lines[key] = line
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
@@ -85,12 +91,14 @@ def read_mapping(path: str | Path) -> Mapping:
     if not path.is_file():
         raise GridError(f"the grid must be a YAML file, got {path}, which is not there")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = read_yaml(path, _Loader)
+    except GridError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise GridError(f"{line}not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise GridError(f"not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
-        raise GridError(f"line 1: the file must hold keys and values, got {content!r}")
+        raise GridError(f"line 1: the file must hold keys and values, got {shown(content)}")
     return content

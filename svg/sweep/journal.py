@@ -7,6 +7,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+from svg.documents import MEBIBYTE, read_json
 from svg.eval.files import atomic_path, remove_partials, to_json
 
 
@@ -61,8 +62,8 @@ class Journal:
         if not path.exists():
             return
         try:
-            found = json.loads(path.read_text())
-        except ValueError:
+            found = read_json(path, MEBIBYTE)
+        except (ValueError, OSError):
             found = None
         if found != {"format": self.FORMAT, "version": self.version}:
             got = found.get("version", found) if isinstance(found, dict) else "a damaged format.json"
@@ -110,20 +111,29 @@ class Journal:
 
     def _read(self, path):
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             record, files, digest = content["record"], content["files"], content["sha256"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OSError):
+            return "it is damaged", None
+        if not isinstance(record, dict) or not isinstance(files, dict) or not isinstance(content, dict):
             return "it is damaged", None
         if content.get("version") != self.version or content.get("name") != path.stem:
             return "it is of another version or name", None
         if digest != _digest_of(record):
             return "it is damaged", None
         for file, expected in files.items():
+            if not self.is_inside(file):
+                return f"{file} leads out of the folder", None
             if not (self.folder / file).is_file():
                 return f"{file} is missing", None
             if _digest_of_file(self.folder / file) != expected:
                 return f"{file} is damaged", None
         return None, record
+
+    def is_inside(self, file):
+        """Whether a relative path stays in the folder, whatever links are on its way."""
+        folder = Path(os.path.realpath(self.folder))
+        return folder in Path(os.path.realpath(self.folder / file)).parents
 
     def _write(self, path, content):
         text = json.dumps(content, allow_nan=False)

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from svg.eval.files import atomic_path, write_json
+from svg.eval.page.cells import METRICS
+from svg.eval.page.sweep import load_cell
 from svg.eval.video import VideoError, ffmpeg_is_there, write_video
 
 from ..environment import version_problems, versions
@@ -74,9 +76,25 @@ class Results:
         for folder in ("videos", "frames"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         found, self.notes = self.journal.read()
-        self.records = {cell.id: found[cell.id] for cell in self.cells if cell.id in found}
+        for cell in self.cells:
+            if cell.id in found and self._is_usable(cell, found[cell.id]):
+                self.records[cell.id] = found[cell.id]
+            elif cell.id in found:
+                self.notes.append(f"{cell.id}.json in the journal is not used: it is not as svg writes it")
         if not ffmpeg_is_there():
             self.notes.append(NO_FFMPEG)
+
+    def _is_usable(self, cell: Cell, record: dict[str, Any]) -> bool:
+        """Whether a record has all that the summary and the page show of it, in the right types."""
+        try:
+            shown = load_cell({**self._first_blocks[cell.id], **record}, self.out)
+            numbers = [*record["seconds"].values(), shown["density"]["all_calls"]] if shown["density"] else []
+            quality = record["quality"] if record["status"] == "finished" else None
+            numbers += [quality[name]["mean"] for name in METRICS] if quality else []
+            [float(number) for number in numbers if number is not None]
+            return record["status"] == "failed" or (record["status"] == "finished" and len(numbers) > 4)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+            return False
 
     def store(self, cell: Cell, record: dict[str, Any], frames: np.ndarray | None) -> dict[str, Any]:
         """Write a cell's files, then its journal entry, then sweep.json.

@@ -18,7 +18,7 @@ SIZE = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def recording(model, tmp_path_factory):  # noqa: F811
+def recording(model, tmp_path_factory):
     """All layers of one step, both branches."""
     path = tmp_path_factory.mktemp("recorded") / "qkv.safetensors"
     request = GenerationRequest(prompt="a red ball", height=32, width=48, num_frames=9, steps=2)
@@ -65,7 +65,7 @@ def test_a_video_is_not_written_over(place, capsys):
     assert "must not be one of the inputs" in fails(capsys, "evaluate", "folder", "other", "--json", "other/a.mp4")
 
 
-def test_model_image_and_grid_are_not_written_over(place, model, capsys, monkeypatch):  # noqa: F811
+def test_model_image_and_grid_are_not_written_over(place, model, capsys, monkeypatch):
     monkeypatch.setattr("svg.recordings.record.load_pipeline", refuse_to_load)
     monkeypatch.setattr("svg.generate.run_job.load_pipeline", refuse_to_load)
     shutil.copytree(model, "model")
@@ -86,7 +86,7 @@ def refuse_to_load(*args, **kwargs):
 
 
 @pytest.mark.parametrize("out", ["no/such/q", "picture.png/q", "pipe", "."])
-def test_the_place_is_checked_before_the_run(place, model, capsys, monkeypatch, out):  # noqa: F811
+def test_the_place_is_checked_before_the_run(place, model, capsys, monkeypatch, out):
     monkeypatch.setattr("svg.recordings.record.load_pipeline", refuse_to_load)
     os.mkfifo("pipe")
     for command in (["record", "a", "--model", model, *SIZE], ["sparge-tune", "q"], ["adapt", "q"]):
@@ -94,7 +94,7 @@ def test_the_place_is_checked_before_the_run(place, model, capsys, monkeypatch, 
     assert "--csv" in fails(capsys, "evaluate", "a.mp4", "b.mp4", "--csv", out)
 
 
-def test_a_full_disk_is_one_line(place, model, capsys, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_line(place, model, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -104,7 +104,7 @@ def test_a_full_disk_is_one_line(place, model, capsys, monkeypatch):  # noqa: F8
     assert "No space left" in fails(capsys, "sparge-tune", "q", "--out", "new")
 
 
-def test_a_sweep_leaves_foreign_files_alone(place, model):  # noqa: F811
+def test_a_sweep_leaves_foreign_files_alone(place, model):
     """Files that look temporary, and the temporary folder of another command, in a folder that becomes a sweep's."""
     names = ["videos/.mine.part", ".draft.1.part", ".svg-0123456789abcdef.part"]
     os.mkdir("videos")

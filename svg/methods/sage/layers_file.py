@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...documents import MEBIBYTE, read_json, shown
 from .config import LAYER_PRECISIONS
 
 FORMAT, VERSION = "svg-layers", 1
@@ -53,21 +53,24 @@ def read_choices(path: str) -> Choices:
 @lru_cache(maxsize=8)
 def _read(path: str, changed: int) -> Choices:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again with `svg adapt`") from error
+        content = read_json(path, 16 * MEBIBYTE)
+    except ValueError as error:
+        raise ValueError(f"layers must be a file of `svg adapt`: {error}; make it again") from error
     found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise ValueError(
             f"{path} must hold precisions ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
         )
-    choices = {
-        name: {int(layer): choice["precision"] for layer, choice in layers.items()}
-        for name, layers in content["transformers"].items()
-    }
-    unknown = {one for layers in choices.values() for one in layers.values()} - set(LAYER_PRECISIONS)
+    try:
+        choices = {
+            name: {int(layer): choice["precision"] for layer, choice in layers.items()}
+            for name, layers in content["transformers"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} must hold a precision for every layer, as `svg adapt` writes it: make it again") from error
+    unknown = [one for layers in choices.values() for one in layers.values() if one not in LAYER_PRECISIONS]
     if unknown:
-        raise ValueError(f"{path}: precision must be one of {', '.join(LAYER_PRECISIONS)}, got {min(unknown)!r}")
+        raise ValueError(f"{path}: precision must be one of {', '.join(LAYER_PRECISIONS)}, got {shown(unknown[0])}")
     return choices
 
 

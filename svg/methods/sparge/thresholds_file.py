@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ...documents import parse_json
 
 FORMAT, VERSION = "svg-sparge", "1"
 
@@ -31,6 +33,7 @@ class Thresholds:
     pv_threshold: Tensor
 
 
+_THRESHOLDS = tuple(field.name for field in fields(Thresholds))
 Layers = Mapping[tuple[str, int], Thresholds]
 
 
@@ -78,7 +81,10 @@ def read_about(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} must hold thresholds ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
         )
-    return json.loads(metadata["about"])
+    about = parse_json(metadata.get("about", "null"))
+    if not isinstance(about, dict) or not isinstance(about.get("layers"), dict) or not {"order", "attention_sink"} <= set(about):
+        raise ValueError(f"{path} does not say what its thresholds were found with: make it again with `svg sparge-tune`")
+    return about
 
 
 def read_layers(path: str | Path) -> dict[tuple[str, int], Thresholds]:
@@ -89,12 +95,21 @@ def read_layers(path: str | Path) -> dict[tuple[str, int], Thresholds]:
 
     Returns:
         Thresholds by (transformer, layer), on the CPU.
+
+    Raises:
+        ValueError: a tensor is not as `save_thresholds` writes it.
     """
     layers: dict[tuple[str, int], dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
-            transformer, layer, key = name.rsplit(".", 2)
-            layers.setdefault((transformer, int(layer)), {})[key] = file.get_tensor(name)
+            transformer, layer, key = name.rsplit(".", 2) if name.count(".") > 1 else (name, "", "")
+            tensor = file.get_tensor(name)
+            key = key if layer.isdecimal() else ""
+            if key not in _THRESHOLDS or tensor.dtype != torch.float32 or tensor.dim() != 1:
+                raise ValueError(f"{path} must hold fp32 [H] of {', '.join(_THRESHOLDS)}, got {name}: make it again")
+            layers.setdefault((transformer, int(layer)), {})[key] = tensor
+    if any(len(one) < len(_THRESHOLDS) or len({len(x) for x in one.values()}) > 1 for one in layers.values()):
+        raise ValueError(f"{path} must hold {', '.join(_THRESHOLDS)} of every head in every layer: make it again")
     return {key: Thresholds(**layers[key]) for key in sorted(layers)}
 
 

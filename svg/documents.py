@@ -1,0 +1,90 @@
+"""Text and JSON from strangers: plain files of bounded length, and words for everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+MEBIBYTE = 2**20
+_SHOWN = 100
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """Read a text file, whatever lies at its place.
+
+    Args:
+        path: the file.
+        most: bytes it may have.
+
+    Returns:
+        Its text.
+
+    Raises:
+        ValueError: it is no plain file (a folder, a pipe, a device), longer than `most`, or not UTF-8.
+        OSError: it is not there or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} must be a plain file, got a folder, a pipe or a device")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > most:
+        raise ValueError(f"{path} must have at most {most} bytes, got more")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, got {error.reason} at byte {error.start}") from error
+
+
+def read_json(path: str | Path, most: int = 256 * MEBIBYTE) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        most: bytes it may have.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: as `read_text`, not JSON, NaN or infinity in it, or nested too deeply.
+        OSError: it is not there or cannot be read.
+    """
+    try:
+        return parse_json(read_text(path, most))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: the JSON.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: it is not JSON (a JSONDecodeError), holds NaN or infinity, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError("JSON must not be nested as deeply as this") from error
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its text, cut short."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"JSON must not hold {name}")
