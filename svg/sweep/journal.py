@@ -7,8 +7,9 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from svg.documents import MEBIBYTE, read_json
 from svg.eval.files import atomic_path, remove_partials, to_json
+
+from ..documents import MEBIBYTE, read_json
 
 
 class JournalError(ValueError):
