@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from svg.configs import load_preset
 from svg.kernels.clustering.kmeans import kmeans
 from svg.kernels.granules import cut_granules, granule_attention, granule_scores, select_granules
 
@@ -21,6 +23,7 @@ from .timing import median_ms
 DENSITY = 0.25
 ROWS = 1024  # query rows whose output is compared with exact attention
 ALWAYS = {"warmup_steps": 0.0, "warmup_layers": 0.0}
+PRESET = "wan2.1-t2v-720p"
 
 
 def bench_near(bench, inputs: Inputs, svg2: SVG2Config) -> None:
@@ -41,7 +44,7 @@ def bench_near(bench, inputs: Inputs, svg2: SVG2Config) -> None:
     shape = f"B=1 H={q.shape[1]} S={tokens} D={q.shape[-1]}"
     for precision, name in (("native", "bf16"), ("int8-fp8", "int8_fp8")):
         for kept in (False, True):
-            config = NearConfig(budget=DENSITY, precision=precision, refresh=1 << 20 if kept else 1, **ALWAYS)
+            config = _settings(precision=precision, refresh=1 << 20 if kept else 1)
             out, density, again = _call(config, inputs)
             ms = median_ms(again)
             key = f"near/{name}/S{tokens}/density{DENSITY}" + ("/reused" if kept else "")
@@ -54,6 +57,11 @@ def bench_near(bench, inputs: Inputs, svg2: SVG2Config) -> None:
                 bench.note(f"{key}/output_error", errors[name], "relative l2", shape, **about)
                 bench.note(f"{key}/error_vs_svg2", errors[name] / errors["svg2"], "x", shape, **about)
     _parts(bench, inputs, shape, f"near/bf16/S{tokens}/density{DENSITY}")
+
+
+def _settings(**options) -> NearConfig:
+    """The preset's settings, sparse in every step and layer."""
+    return dataclasses.replace(load_preset(PRESET).config("near"), budget=DENSITY, **ALWAYS, **options)
 
 
 def _call(config: MethodConfig, inputs: Inputs) -> tuple[Tensor, float, Callable[[], Tensor]]:
@@ -72,7 +80,7 @@ def _call(config: MethodConfig, inputs: Inputs) -> tuple[Tensor, float, Callable
 def _parts(bench, inputs: Inputs, shape: str, key: str) -> None:
     """Where the time of a call goes."""
     q, k, v = inputs.heads_first()
-    config = NearConfig(budget=DENSITY, **ALWAYS)
+    config = _settings()
     memory = LayerState(0, "cond", 0)
     found = plan(q, k, v, config, memory, inputs.layout)
     chosen, (lists,) = found.chosen, found.chosen.lists
