@@ -131,7 +131,9 @@ def test_compensation_goes_with_every_precision(precision):
 
 def test_every_preset_is_complete():
     names = preset_names()
-    assert {*PUBLISHED, "wan2.1-t2v-480p", "cogvideox1.5-i2v", "tiny-wan"} == set(names)
+    ours = {"wan2.1-t2v-480p", "cogvideox1.5-i2v", "cogvideox1.5-t2v", "cogvideox-5b-t2v", "wan2.1-t2v-1.3b-480p"}
+    ours |= {"wan2.2-t2v-a14b-720p", "wan2.2-i2v-a14b-720p", "wan2.2-ti2v-5b-720p", "tiny-wan"}
+    assert {*PUBLISHED, *ours} == set(names)
     for name in names:
         preset = load_preset(name)
         assert preset.name == name and preset.source and preset.model
@@ -173,7 +175,7 @@ def test_bad_preset_files_name_file_and_key(tmp_path, old, new, message):
 
 
 def test_unknown_preset_lists_the_choices():
-    with pytest.raises(ValueError, match="preset must be one of cogvideox1.5-i2v.*got wan3"):
+    with pytest.raises(ValueError, match="preset must be one of cogvideox-5b-t2v.*got wan3"):
         load_preset("wan3")
 
 
