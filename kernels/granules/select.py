@@ -4,10 +4,10 @@ Scores are compared by their upper 24 bits (8 of the exponent, 15 of the mantiss
 lowest first. No scores are sorted, and none are written again:
 
     floors       a row in registers: bisection finds its `least`-th largest score
-    histograms   of what is left of a sample, 8 bits at a time: three passes find the score that the budget ends at
-    counts       how many granules of each row lie above it, and how many are equal to it
+    histograms   of what is left of a sample, some bits at a time: the score that the budget ends at
+    counts       from the last one: how many granules of each row lie above that score, and how many are equal to it
     ties         of the equal ones as many as still fit; running sums say where each list begins
-    lists        a row in registers: its granules written one after the other, and as bits
+    lists        granules written one after the other, and as bits
 
 Counts are added by integer atomics, so two runs are bit-equal. Nothing waits for the device: a CUDA graph can hold it.
 Up to 32768 granules of a video's keys, sm80 and newer.
@@ -27,10 +27,7 @@ from .reference import select_granules_reference
 from .values import ROWS, SIZES, GranuleLists, longest_first
 
 MAX_GRANULES = 32768
-LOW_BITS = 7  # of a score's 31 that are not compared
-DIGIT = 8  # bits of one histogram
-NONE = 1 << 3 * DIGIT  # above every score
-COUNTED = 1024  # scores of a row that are looked at together
+KEY_BITS = 24  # of a score that are compared
 
 
 def select_granules(
@@ -142,12 +139,11 @@ def _limits(budget, most, floor, per_head, shape, device) -> Limits:
     return Limits(*allowed_least, B * thresholds * max(allowed, NG * heads * least))
 
 
-# arch -> (warps of a row up to 2048 granules wide, twice as many above and again above 8192; programs of a histogram for
-# each SM). Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: (4, 8), 89: (4, 8), 90: (4, 8), 100: (4, 8), 120: (4, 8)}
+# arch -> (bits of a digit, programs of a histogram for each SM). Not measured: chosen by ahead-of-time compile.
+LAUNCH = {80: (6, 16), 89: (6, 16), 90: (6, 16), 100: (6, 16), 120: (6, 16)}
 
 
-def _select(scores, tokens, *, budget, most, floor, size, rows, per_head):
+def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, launch=None):
     B, H, NG, T = scores.shape
     C, device = tokens.shape[1], scores.device
     if T > MAX_GRANULES or H * NG * T >= 1 << 31:
@@ -157,32 +153,40 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head):
         )
     scores, tokens = scores.contiguous(), tokens.contiguous()
     limits = _limits(budget, most, floor, per_head, scores.shape, device)
+    digit, programs = launch or target.launch_row(LAUNCH, device)
+    levels = KEY_BITS // digit
     thresholds, members = (H, NG) if per_head else (1, H * NG)
     segments = B * thresholds
-    histograms = torch.zeros(3, segments, 1 << DIGIT, dtype=torch.int32, device=device)
-    # Of each row: its least-th score, how many equal to it are kept, and how many are left; above the edge, at the edge.
-    floors, kept, spare, above, tied, taken, room = torch.empty(7, B * H * NG, dtype=torch.int32, device=device)
+    histograms = torch.zeros(levels, segments, 1 << digit, dtype=torch.int32, device=device)
+    row_histograms = torch.empty(B * H * NG, 1 << digit, dtype=torch.int32, device=device)
+    # Of each row: its floor, the keys equal to it that are kept and left; beyond the floor, the keys above the last digit's,
+    # above the threshold and at it; the keys taken at its edge, and the room of its list.
+    floors, kept, spare, higher, above, tied, taken, room = torch.empty(8, B * H * NG, dtype=torch.int32, device=device)
     whole, counts = torch.empty(2, B, H, NG, dtype=torch.int32, device=device)
     chosen = torch.empty(B, H, NG, triton.cdiv(T, 32), dtype=torch.int32, device=device)
     entries = torch.empty(limits.listed + B * H * NG * (1 + C - T), dtype=torch.int32, device=device)
-    warps, programs = target.launch_row(LAUNCH, device)
-    wide = {"BLOCK_T": max(32, triton.next_power_of_2(T)), "num_warps": warps * (1 + (T > 2048) + 2 * (T > 8192))}
+    part = 1024 if T <= 8192 else 4096
     grid = (min(members, triton.cdiv(programs * target.sm_count(device), segments)), segments)
     edge = (histograms, *limits[:2], thresholds, members, segments)
+    extra = {"BLOCK_C": max(16, triton.next_power_of_2(C - T + 1)), "LEVELS": levels, "DIGIT": digit, "BLOCK": 1024}
     with target.on_device(scores):
-        _floors_kernel[grid](scores, histograms, limits.least, floors, kept, spare, thresholds, members, T, **wide)
-        for level in (1, 2):
-            _histogram_kernel[grid](scores, *edge, floors, spare, T, LEVEL=level, BLOCK=COUNTED)
-        _counts_kernel[grid](scores, *edge, floors, spare, above, tied, T, BLOCK=COUNTED)
-        _ties_kernel[(segments,)](
-            *edge, tokens, floors, kept, above, tied, taken, room, T, C, size,
-            BLOCK_C=max(16, triton.next_power_of_2(C - T + 1)), BLOCK=COUNTED,
+        _floors_kernel[grid](
+            scores, *edge, floors, kept, spare, T,
+            DIGIT=digit, BLOCK=part, PARTS=triton.cdiv(T, part), num_warps=part // 256,
         )  # fmt: skip
+        for level in range(1, levels):
+            _histogram_kernel[grid](
+                scores, *edge, floors, spare, higher, row_histograms if level == levels - 1 else None, T,
+                LEVEL=level, DIGIT=digit, BLOCK=1024,
+            )  # fmt: skip
+        _counts_kernel[(triton.cdiv(members, 32), segments)](
+            *edge, higher, row_histograms, above, tied, T, LEVELS=levels, DIGIT=digit, BLOCK=32
+        )
+        _ties_kernel[(segments,)](*edge, tokens, floors, kept, above, tied, taken, room, T, C, size, **extra)
         starts = room.cumsum(0, dtype=torch.int64) - room
         _lists_kernel[(members, segments)](
-            scores, *edge, tokens, floors, taken, starts, entries, whole, counts, chosen, T, C, size,
-            BLOCK_C=max(16, triton.next_power_of_2(C - T + 1)), **wide,
-        )  # fmt: skip
+            scores, *edge, tokens, floors, taken, starts, entries, whole, counts, chosen, T, C, size, **extra
+        )
     return GranuleLists(entries, starts.view(B, H, NG), whole, counts, chosen, longest_first(counts), rows)
 
 
@@ -199,167 +203,230 @@ def _count(chosen):
     return tl.sum(chosen.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["thresholds", "members", "T"])
-def _floors_kernel(
-    scores, histograms, least, floors, kept, spare, thresholds, members, T, BLOCK_T: tl.constexpr
-):  # fmt: skip
-    segment = tl.program_id(1)
-    at_least = tl.load(least + segment % thresholds)
-    bins = tl.arange(0, 256)
-    histogram = tl.zeros([256], dtype=tl.int32)
-    for member in range(tl.program_id(0), members, tl.num_programs(0)):
-        row = segment * members + member
-        key = _keys(scores, row, 0, T, BLOCK_T)
-        # At least `at_least` scores are >= low, fewer are > high.
-        low, high = 0, tl.max(key, 0)
-        if _count(key >= high) >= at_least:
-            low = high
-        while low < high:
-            middle = low + (high - low + 1) // 2
-            number = _count(key >= middle)
-            low = tl.where(number >= at_least, middle, low)
-            high = tl.where(number > at_least, high, tl.where(number == at_least, middle, middle - 1))
-        last = tl.min(tl.where(key >= low, key, 0x7FFFFFFF), 0)
-        keep = at_least - _count(key > last)
-        left = _count(key == last) - keep
-        tl.store(floors + row, last)
-        tl.store(kept + row, keep)
-        tl.store(spare + row, left)
-        histogram += tl.histogram(tl.maximum(key, 0) >> 16, 256, mask=(key >= 0) & (key < last))
-        histogram += tl.where(bins == last >> 16, left, 0)
-    tl.atomic_add(histograms + segment * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
+@triton.jit
+def _row(scores, row, T, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """All keys of a row, in parts of BLOCK."""
+    parts = (_keys(scores, row, 0, T, BLOCK),)
+    for i in tl.static_range(1, PARTS):
+        parts = parts + (_keys(scores, row, i * BLOCK, T, BLOCK),)
+    return parts
 
 
 @triton.jit
-def _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVELS: tl.constexpr):
-    """After some histograms: the upper digits of the score where the budget ends, and how many equal to it still fit.
+def _count_from(parts, key, PARTS: tl.constexpr):
+    """How many keys of a row are at least `key`."""
+    number = (parts[0] >= key).to(tl.int32)
+    for i in tl.static_range(1, PARTS):
+        number += (parts[i] >= key).to(tl.int32)
+    return tl.sum(number, 0)
 
-    Above every score, or below every one, where nothing more fits or all does.
+
+@triton.jit
+def _smallest_from(parts, key, PARTS: tl.constexpr):
+    """The smallest key of a row that is at least `key`."""
+    smallest = tl.where(parts[0] >= key, parts[0], 0x7FFFFFFF)
+    for i in tl.static_range(1, PARTS):
+        smallest = tl.minimum(smallest, tl.where(parts[i] >= key, parts[i], 0x7FFFFFFF))
+    return tl.min(smallest, 0)
+
+
+@triton.jit
+def _largest(parts, PARTS: tl.constexpr):
+    largest = parts[0]
+    for i in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, parts[i])
+    return tl.max(largest, 0)
+
+
+@triton.jit(do_not_specialize=["thresholds", "members", "segments", "T"])
+def _floors_kernel(
+    scores, histograms, allowed, least, thresholds, members, segments, floors, kept, spare, T,
+    DIGIT: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Each row's `least`-th key, how many equal to it its floor keeps and leaves, and the first histogram of what is left."""
+    segment = tl.program_id(1)
+    at_least = tl.load(least + segment % thresholds)
+    bins = tl.arange(0, 1 << DIGIT)
+    histogram = tl.zeros([1 << DIGIT], dtype=tl.int32)
+    SHIFT: tl.constexpr = 24 - DIGIT
+    for member in range(tl.program_id(0), members, tl.num_programs(0)):
+        row = segment * members + member
+        parts = _row(scores, row, T, BLOCK, PARTS)
+        # At least `at_least` keys are >= low, fewer are > high.
+        low, high = 0, _largest(parts, PARTS)
+        if _count_from(parts, high, PARTS) >= at_least:
+            low = high
+        while low < high:
+            middle = low + (high - low + 1) // 2
+            number = _count_from(parts, middle, PARTS)
+            low = tl.where(number >= at_least, middle, low)
+            high = tl.where(number > at_least, high, tl.where(number == at_least, middle, middle - 1))
+        last = _smallest_from(parts, low, PARTS)
+        keep = at_least - _count_from(parts, last + 1, PARTS)
+        left = _count_from(parts, last, PARTS) - at_least
+        tl.store(floors + row, last)
+        tl.store(kept + row, keep)
+        tl.store(spare + row, left)
+        for i in tl.static_range(PARTS):
+            open = (parts[i] >= 0) & (parts[i] < last)
+            histogram += tl.histogram(tl.maximum(parts[i], 0) >> SHIFT, 1 << DIGIT, mask=open)
+        histogram += tl.where(bins == last >> SHIFT, left, 0)
+    tl.atomic_add(histograms + (segment << DIGIT) + bins, histogram, mask=histogram > 0, sem="relaxed")
+
+
+@triton.jit
+def _threshold(
+    histograms, allowed, least, thresholds, members, segments, segment, LEVELS: tl.constexpr, DIGIT: tl.constexpr
+):
+    """After some histograms: the upper digits of the key where the budget ends, and how many equal to it still fit.
+
+    Above every key, or below every one, where nothing more fits or all does.
     """
     at_least = tl.load(least + segment % thresholds)
     need = tl.load(allowed + segment % thresholds) - members * at_least
-    bins = tl.arange(0, 256)
-    counts = tl.load(histograms + segment * 256 + bins)
+    bins = tl.arange(0, 1 << DIGIT)
+    counts = tl.load(histograms + (segment << DIGIT) + bins)
     full, empty = need >= tl.sum(counts, 0), need <= 0
     prefix = 0
     for level in tl.static_range(LEVELS):
-        counts = tl.load(histograms + (level * segments + segment) * 256 + bins)
+        counts = tl.load(histograms + (level * segments + segment << DIGIT) + bins)
         from_here = tl.cumsum(counts, 0, reverse=True)
         digit = tl.maximum(_count(from_here >= need) - 1, 0)
         need -= tl.sum(tl.where(bins > digit, counts, 0), 0)
-        prefix = prefix * 256 + digit
+        prefix = (prefix << DIGIT) + digit
     prefix = tl.where(full, -1, tl.where(empty, 1 << 24, prefix))
     return prefix, tl.where(full | empty, 0, need)
 
 
 @triton.jit(do_not_specialize=["thresholds", "members", "segments", "T"])
 def _histogram_kernel(
-    scores, histograms, allowed, least, thresholds, members, segments, floors, spare, T,
-    LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    scores, histograms, allowed, least, thresholds, members, segments, floors, spare, higher, row_histograms, T,
+    LEVEL: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How often scores with the upper digits found so far have each next digit."""
+    """How often keys with the upper digits found so far have each next digit, of those that floors leave.
+
+    The last level keeps each row's histogram, and how many keys lie above what it looks at.
+    """
     segment = tl.program_id(1)
-    prefix, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVEL)
-    bins = tl.arange(0, 256)
-    histogram = tl.zeros([256], dtype=tl.int32)
-    SHIFT: tl.constexpr = 16 - 8 * LEVEL
+    prefix, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVEL, DIGIT)
+    bins = tl.arange(0, 1 << DIGIT)
+    histogram = tl.zeros([1 << DIGIT], dtype=tl.int32)
+    SHIFT: tl.constexpr = 24 - DIGIT - DIGIT * LEVEL
     if need > 0:
         for member in range(tl.program_id(0), members, tl.num_programs(0)):
             row = segment * members + member
             last = tl.load(floors + row)
+            left = tl.where(last >> SHIFT + DIGIT == prefix, tl.load(spare + row), 0)
+            own = tl.where(bins == ((last >> SHIFT) & (1 << DIGIT) - 1), left, 0)
+            above = tl.zeros([BLOCK], dtype=tl.int32)
             for first in range(0, T, BLOCK):
                 key = _keys(scores, row, first, T, BLOCK)
-                open = (key < last) & (key >> SHIFT + 8 == prefix)
-                histogram += tl.histogram((key >> SHIFT) & 255, 256, mask=open)
-            left = tl.where(last >> SHIFT + 8 == prefix, tl.load(spare + row), 0)
-            histogram += tl.where(bins == ((last >> SHIFT) & 255), left, 0)
-    tl.atomic_add(histograms + (LEVEL * segments + segment) * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
+                upper = key >> SHIFT + DIGIT
+                own += tl.histogram(
+                    (key >> SHIFT) & (1 << DIGIT) - 1, 1 << DIGIT, mask=(key < last) & (upper == prefix)
+                )
+                if row_histograms is not None:
+                    above += ((key < last) & (upper > prefix)).to(tl.int32)
+            histogram += own
+            if row_histograms is not None:
+                tl.store(row_histograms + (row.to(tl.int64) << DIGIT) + bins, own)
+                number = tl.sum(above, 0) + tl.where(last >> SHIFT + DIGIT > prefix, tl.load(spare + row), 0)
+                tl.store(higher + row, number)
+    into = histograms + (LEVEL * segments + segment << DIGIT) + bins
+    tl.atomic_add(into, histogram, mask=histogram > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["thresholds", "members", "segments", "T"])
 def _counts_kernel(
-    scores, histograms, allowed, least, thresholds, members, segments, floors, spare, above, tied, T,
-    BLOCK: tl.constexpr,
+    histograms, allowed, least, thresholds, members, segments, higher, row_histograms, above, tied, T,
+    LEVELS: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scores of each row above its edge, and those at the threshold that its floor leaves."""
+    """Keys of each row above the threshold, beyond its floor, and those at it."""
     segment = tl.program_id(1)
-    threshold, _ = _threshold(histograms, allowed, least, thresholds, members, segments, segment, 3)
-    for member in range(tl.program_id(0), members, tl.num_programs(0)):
-        row = segment * members + member
-        last = tl.load(floors + row)
-        edge = tl.minimum(last, threshold)
-        higher = tl.zeros([BLOCK], dtype=tl.int32)
-        equal = tl.zeros([BLOCK], dtype=tl.int32)
-        for first in range(0, T, BLOCK):
-            key = _keys(scores, row, first, T, BLOCK)
-            higher += (key >= 0) & (key > edge)
-            equal += (key >= 0) & (key == threshold)
-        tl.store(above + row, tl.sum(higher, 0))
-        left = tl.where(threshold == last, tl.load(spare + row), tl.sum(equal, 0))
-        tl.store(tied + row, tl.where(threshold > last, 0, left))
+    threshold, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVELS, DIGIT)
+    at_least = tl.load(least + segment % thresholds)
+    member = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = segment * members + member
+    inside = member < members
+    bins = tl.arange(0, 1 << DIGIT)[None, :]
+    cell = (row.to(tl.int64) << DIGIT)[:, None] + bins
+    counts = tl.load(row_histograms + cell, mask=inside[:, None] & (need > 0), other=0)
+    digit = threshold & (1 << DIGIT) - 1
+    number = tl.load(higher + row, mask=inside & (need > 0), other=0) + tl.sum(tl.where(bins > digit, counts, 0), 1)
+    tl.store(above + row, tl.where(threshold < 0, T - at_least, number), mask=inside)
+    tl.store(tied + row, tl.sum(tl.where(bins == digit, counts, 0), 1), mask=inside)
 
 
 @triton.jit
 def _extra(tokens, sample, T, C, size, BLOCK_C: tl.constexpr):
-    """Tokens of the last video granule and the text's, and which of them are in every list whatever their score."""
+    """The last video granule and the text's, and which of them are in every list: whole ones of the text, partial ones."""
     offs = T - 1 + tl.arange(0, BLOCK_C)
     number = tl.load(tokens + sample.to(tl.int64) * C + offs, mask=offs < C, other=0)
     is_text = offs >= T
     whole = is_text & (number == size)
-    partial = (number < size) & ((number > 0) | ~is_text)
+    partial = (offs < C) & (number < size) & ((number > 0) | (offs < T))
     return offs, whole, partial
 
 
 @triton.jit(do_not_specialize=["thresholds", "members", "segments", "T", "C", "size"])
 def _ties_kernel(
     histograms, allowed, least, thresholds, members, segments, tokens, floors, kept, above, tied, taken, room, T, C, size,
-    BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, DIGIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How many scores at its edge each row takes, lowest index first, and how long its list may be."""
+    """How many keys at its edge each row takes, lowest index first, and how long its list may be."""
     segment = tl.program_id(0)
-    threshold, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, 3)
+    threshold, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVELS, DIGIT)
+    at_least = tl.load(least + segment % thresholds)
     _, whole, partial = _extra(tokens, segment // thresholds, T, C, size, BLOCK_C)
-    more = _count(whole | partial)
+    length = at_least + _count(whole | partial)
     for first in range(0, members, BLOCK):
         member = first + tl.arange(0, BLOCK)
         inside = member < members
         row = segment * members + member
         equal = tl.load(tied + row, mask=inside, other=0)
-        before = tl.cumsum(equal, 0) - equal
-        take = tl.minimum(tl.maximum(need - before, 0), equal)
+        take = tl.minimum(tl.maximum(need - (tl.cumsum(equal, 0) - equal), 0), equal)
         need = tl.maximum(need - tl.sum(equal, 0), 0)
-        own = tl.load(floors + row, mask=inside, other=0) <= threshold
-        take += tl.where(own, tl.load(kept + row, mask=inside, other=0), 0)
+        tl.store(room + row, length + tl.load(above + row, mask=inside, other=0) + take, mask=inside)
+        at_floor = tl.load(floors + row, mask=inside, other=0) <= threshold
+        take += tl.where(at_floor, tl.load(kept + row, mask=inside, other=0), 0)
         tl.store(taken + row, take, mask=inside)
-        tl.store(room + row, tl.load(above + row, mask=inside, other=0) + take + more, mask=inside)
 
 
 @triton.jit(do_not_specialize=["thresholds", "members", "segments", "T", "C", "size"])
 def _lists_kernel(
     scores, histograms, allowed, least, thresholds, members, segments, tokens, floors, taken, starts,
-    entries, whole, counts, chosen, T, C, size, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    entries, whole, counts, chosen, T, C, size,
+    LEVELS: tl.constexpr, DIGIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A row's list, its lengths and its bits."""
     segment = tl.program_id(1)
     row = segment * members + tl.program_id(0)
-    threshold, _ = _threshold(histograms, allowed, least, thresholds, members, segments, segment, 3)
+    threshold, _ = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVELS, DIGIT)
     edge, take = tl.minimum(tl.load(floors + row), threshold), tl.load(taken + row)
-    key = _keys(scores, row, 0, T, BLOCK_T)
-    offs = tl.arange(0, BLOCK_T)
-    tie = (key == edge) & (key >= 0)
-    keep = (key > edge) & (key >= 0)
-    if take >= _count(tie):
-        keep = keep | tie
-    elif take > 0:
-        keep = keep | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= take))
     extra, extra_whole, extra_partial = _extra(tokens, segment // thresholds, T, C, size, BLOCK_C)
-    cut = tl.max((extra_partial & (extra < T)).to(tl.int32), 0)  # 1 where the last video granule is partial
-    words = tl.where(offs >= T - cut, 1, keep.to(tl.int32)).reshape([BLOCK_T // 32, 32]) << tl.arange(0, 32)[None, :]
-    word, length = tl.arange(0, BLOCK_T // 32), (T + 31) // 32
-    tl.store(chosen + row.to(tl.int64) * length + word, tl.sum(words, 1), mask=word < length)
-    keep = keep & (offs < T - cut)
+    limit = T - tl.max((extra_partial & (extra < T)).to(tl.int32), 0)  # a partial granule is not in its place
     entries += tl.load(starts + row)
-    tl.store(entries + tl.cumsum(keep.to(tl.int32), 0) - 1, offs, mask=keep)
-    number = _count(keep)
+    words = (T + 31) // 32
+    chosen += row.to(tl.int64) * words
+    number = 0
+    for first in range(0, T, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        key = _keys(scores, row, first, T, BLOCK)
+        keep = (key > edge) & (key >= 0)
+        tie = (key == edge) & (key >= 0)
+        ties = _count(tie)
+        if take >= ties:
+            keep = keep | tie
+        elif take > 0:
+            keep = keep | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= take))
+        take -= ties
+        bits = (keep | (offs >= limit)).to(tl.int32).reshape([BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
+        word = first // 32 + tl.arange(0, BLOCK // 32)
+        tl.store(chosen + word, tl.sum(bits, 1), mask=word < words)
+        keep = keep & (offs < limit)
+        place = tl.cumsum(keep.to(tl.int32), 0)
+        tl.store(entries + number + place - 1, offs, mask=keep)
+        number += tl.max(place, 0)
     tl.store(entries + number + tl.cumsum(extra_whole.to(tl.int32), 0) - 1, extra, mask=extra_whole)
     number += _count(extra_whole)
     tl.store(whole + row, number)
