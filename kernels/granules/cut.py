@@ -2,7 +2,7 @@
 
 A program holds some granules with one slot of each granule after the other in a thread's own registers, so that sums
 over a granule's keys need no other thread. Variances are sums of squared deviations, never differences of squares: keys
-share a large mean. Granules of more than `PART` keys are put together from parts in order (Chan's formula), so two runs
+share a large mean. Granules are put together from parts in order (Chan's formula), so two runs
 are bit-equal. fp16, bf16 and fp32, head dims up to 128, sm80 and newer.
 """
 
@@ -18,7 +18,7 @@ from .values import SIZES, Granules
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PART = 16  # keys of a granule that a thread holds at a time
+PART = 16  # bytes of a channel's keys that a thread holds at a time
 
 
 def cut_granules(
@@ -116,7 +116,7 @@ def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
             k, v, k_order, text, prompt_tokens, None if only is None else only.contiguous(), keys, values, k_mean, v_mean, spread, weight, tokens,
             H, V, T, L, C, *k.stride()[:3], *v.stride()[:3], *k_order.stride(),
             *((0, 0) if text is None else text.stride()), 0 if prompt_tokens is None else prompt_tokens.stride(0),
-            SIZE=size, PART=min(size, PART if k.element_size() == 2 else PART // 2),
+            SIZE=size, PART=min(size, PART // k.element_size()),
             D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_G=block, num_warps=num_warps,
         )  # fmt: skip
     return Granules(keys, values, tokens, k_mean, v_mean, spread, weight, size)
