@@ -51,7 +51,7 @@ def rounded_attention(
         lses.append(torch.logsumexp(scores, -1))
         p = torch.exp(scores - scores.amax(-1, keepdim=True))
         rounded = (largest * p).to(p_dtype).float()
-        sums = _sum_in_fp16(rounded, v) if acc16 else rounded @ v
+        sums = sum_in_fp16(rounded, v) if acc16 else rounded @ v
         outs.append((sums / (largest * p.sum(-1, keepdim=True))).clamp(-limit, limit))
     out, lse = torch.cat(outs, 2), torch.cat(lses, 2)
     return (out if seen is None else torch.where(lse[..., None] == -torch.inf, 0.0, out)), lse
@@ -71,7 +71,7 @@ def hide(scores: torch.Tensor, rows: torch.Tensor, is_causal: bool, seen: torch.
         scores.masked_fill_(~(seen if seen.shape[2] == 1 else seen[:, :, rows]), -torch.inf)
 
 
-def _sum_in_fp16(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def sum_in_fp16(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """P V [B, H, n, D] of FP8 numbers in fp32: an exact product of 32 keys, rounded to fp16, another added, rounded."""
     padding = (0, -v.shape[2] % (2 * ACC16_KEYS))
     p, v = F.pad(p, padding), F.pad(v, (0, 0, *padding))

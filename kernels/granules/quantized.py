@@ -1,7 +1,7 @@
 """Attention over granules in 8 bits: INT8 Q K^T, and P V in FP8 or 16 bits.
 
 What `granule_attention` computes, from keys and values that `quantize_granules` made. Every query has a scale of its own;
-those of the keys are folded into it, so no score is rescaled. The means of granules that are not listed take part as further
+that of a head's keys goes into it, so no score is rescaled. The means of granules that are not listed take part as further
 keys of the same softmax, quantised in the scales of the others.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common import target
-from ..common.rounded import note_failure_reference
+from ..common.rounded import note_failure_reference, sum_in_fp16
 from ..common.smoothing import unsmoothed_lse, unsmoothed_lse_reference
 from ..quantize.channels import INTERLEAVED
 from ..quantize.tokens import dequantize_tokens, quantize_tokens_reference
@@ -92,8 +92,7 @@ def granule_attention_quantized_reference(
     B, H, S, D = q.shape
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
     out = torch.zeros_like(q) if out is None else out
-    scaled = q.float() * granules.k_scale[:, :, None, :D]
-    rows = dequantize_tokens(quantize_tokens_reference(scaled, side="q"), D)
+    rows = dequantize_tokens(quantize_tokens_reference(q, side="q"), D) * granules.k_scale[..., None, None]
     numbers = quantized_numbers(granules, D)
     order = torch.arange(S, device=q.device).expand(B, H, S) if q_order is None else q_order.long()
     lse = torch.full((B, H, S), -torch.inf, device=q.device)
@@ -122,7 +121,8 @@ def _rounded(logits: Tensor, values: Tensor, granules: QuantizedGranules) -> Ten
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     rounded = (largest * p).to(granules.v.dtype).float()
     limit = values.abs().amax(0)
-    return (rounded @ values / (largest * p.sum(-1, keepdim=True))).clamp(-limit, limit)
+    sums = sum_in_fp16(rounded[None, None], values[None, None])[0, 0] if granules.acc16 else rounded @ values
+    return (sums / (largest * p.sum(-1, keepdim=True))).clamp(-limit, limit)
 
 
 def quantized_numbers(granules: QuantizedGranules, D: int) -> Granules:

@@ -9,7 +9,7 @@ rows, so a granule of K lands where it would in a box of the whole stage. V cann
 by side, and a granule has 16 of a row's 128. So V lies in blocks [D, 16] of 16 keys (2 KB in one piece), and a stage is eight
 of them, which is the operand layout without a swizzle: core matrices of 8 channels x 16 keys.
 
-Scales of K are folded into Q before Q is quantised: nothing in the loop multiplies by them. The means of granules that are
+The scale of a head's keys goes into those of the queries: nothing in the loop multiplies by it. The means of granules that are
 not listed are further stages of the same loop; bits say which, and all weigh as much as a granule has keys.
 
 Source: SageAttention2 (arXiv 2411.10958); roles: FlashAttention-3 (arXiv 2407.08608, section 3).
@@ -27,16 +27,18 @@ SIZES = (16, 32, 64)  # keys of a granule: V's blocks hold 16
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
-def takes(q: torch.Tensor, granules) -> bool:
-    """Whether this kernel computes these inputs: Hopper, 16-bit q, P V in FP8, granules of 16 keys and more.
+def takes(k: torch.Tensor, kind, size: int) -> bool:
+    """Whether this kernel attends to keys: Hopper, 16 bits, P V in FP8 with fp32 sums, granules of 16 keys and more.
 
     Args:
-        q: [B, H, S, D].
-        granules: `QuantizedGranules`.
+        k: [B, H, S, D] in the queries' dtype.
+        kind: one of `precision.PRECISIONS`.
+        size: keys a granule.
     """
     return (
-        LOADABLE and target.arch(q.device) == 90 and q.element_size() == 2 and granules.fp8 and granules.size in SIZES
-    )
+        LOADABLE and target.arch(k.device) == 90 and k.element_size() == 2
+        and kind.fp8 and not kind.acc16 and size in SIZES
+    )  # fmt: skip
 
 
 def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> None:
@@ -287,8 +289,7 @@ if LOADABLE:
             offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
             q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
             found = gl.load(q_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0).to(gl.float32)
-            found = found * gl.load(k_scale + channel + offs_d)[None, :]
-            scale = _quantize_rows(found, q_shared, scale_log2, s_layout)
+            scale = _quantize_rows(found, q_shared, scale_log2 * gl.load(k_scale + bh), s_layout)
 
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))

@@ -34,7 +34,7 @@ def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> N
             lists.counts.shape[2], lists.chosen.shape[3],
             *q.stride()[:3], *out.stride()[:3], *((0, 0, 0) if q_order is None else q_order.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=block_n, SIZE=granules.size, ROWS=lists.rows,
-            BIAS=math.log2(granules.size), FP8=fp8, HAS_TAIL=tail, num_warps=warps, num_stages=stages,
+            BIAS=math.log2(granules.size), FP8=fp8, ACC16=granules.acc16, HAS_TAIL=tail, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def _values(v, slot, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, FP8: tl.con
 @triton.jit
 def _attend(
     q, scale, k, v, slot, inside, bias, acc, l_i, m_i,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
 ):  # fmt: skip
     """The keys in slots [BN], of which those inside count: running output, sum and maximum (base 2)."""
     offs_d = tl.arange(0, BLOCK_D)
@@ -66,7 +66,7 @@ def _attend(
     p = tl.exp2(x * scale[:, None] - (m_new - (8.807354922057604 + bias if FP8 else bias))[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = add_values(p, alpha, acc, _values(v, slot, inside, D, BLOCK_D, FP8), FP8, False, True)
+    acc = add_values(p, alpha, acc, _values(v, slot, inside, D, BLOCK_D, FP8), FP8, ACC16, True)
     return acc, l_i, m_new
 
 
@@ -76,7 +76,7 @@ def _granules_int8_kernel(
     scale_log2, H, V, S, C, T, slots, means, groups, width,
     stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
-    BIAS: tl.constexpr, FP8: tl.constexpr, HAS_TAIL: tl.constexpr,
+    BIAS: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -89,11 +89,10 @@ def _granules_int8_kernel(
     mask = (row < V)[:, None] & (offs_d < D)[None, :]
     q_ptr = q + b * stride_qb + h * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
     rows = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
-    rows = rows * tl.load(k_scale + bh * BLOCK_D + offs_d)[None, :]
     largest = absmax_of_rows(rows)
     largest = tl.where(largest > 1e-30, largest, 1.0)  # quantize.TINY
     q_tile = round_to_int8(rows, tl.div_rn(tl.full([BLOCK_M], 127.0, tl.float32), largest)[:, None])
-    scale = tl.where(largest < float("inf"), largest / 127.0, float("nan")) * scale_log2
+    scale = tl.where(largest < float("inf"), largest / 127.0, float("nan")) * (scale_log2 * tl.load(k_scale + bh))
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -108,14 +107,14 @@ def _granules_int8_kernel(
     for i in range(0, full, NUMBER):
         slot = tl.load(entries + i + offs_n // SIZE).to(tl.int64) * SIZE + offs_n % SIZE
         acc, l_i, m_i = _attend(
-            q_tile, scale, k, v, slot, offs_n >= 0, 0.0, acc, l_i, m_i, D, BLOCK_D, False, FP8
+            q_tile, scale, k, v, slot, offs_n >= 0, 0.0, acc, l_i, m_i, D, BLOCK_D, False, FP8, ACC16
         )  # fmt: skip
     for i in range(full, total, NUMBER):
         place = i + offs_n // SIZE
         granule = tl.load(entries + tl.minimum(place, total - 1)).to(tl.int64)
         inside = (place < total) & (offs_n % SIZE < tl.load(tokens + b * C + granule))
         acc, l_i, m_i = _attend(
-            q_tile, scale, k, v, granule * SIZE + offs_n % SIZE, inside, 0.0, acc, l_i, m_i, D, BLOCK_D, True, FP8
+            q_tile, scale, k, v, granule * SIZE + offs_n % SIZE, inside, 0.0, acc, l_i, m_i, D, BLOCK_D, True, FP8, ACC16
         )  # fmt: skip
     if HAS_TAIL:
         tail_k += bh * means * BLOCK_D
@@ -125,9 +124,9 @@ def _granules_int8_kernel(
             word = tl.load(chosen + group * width + mean // 32, mask=mean < T, other=-1)
             inside = ((word >> mean % 32) & 1) == 0
             acc, l_i, m_i = _attend(
-                q_tile, scale, tail_k, tail_v, mean.to(tl.int64), inside, BIAS, acc, l_i, m_i, D, BLOCK_D, True, FP8
+                q_tile, scale, tail_k, tail_v, mean.to(tl.int64), inside, BIAS, acc, l_i, m_i, D, BLOCK_D, True, FP8, ACC16
             )  # fmt: skip
-    acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, bh * BLOCK_D, BLOCK_D, FP8, False)
+    acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, bh * BLOCK_D, BLOCK_D, FP8, ACC16)
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
