@@ -39,7 +39,7 @@ from .reference import cut_granules_reference
 from .values import SIZES, Granules
 
 INT8_MAX = 127.0
-BLOCK = 128  # slots that one program quantises; the means are padded to a multiple of it
+STAGE = 128  # keys: the means are padded to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ def quantize_granules_reference(
         x = F.pad(x, (0, 0, 0, -x.shape[2] % 16)).unflatten(2, (-1, 16)).transpose(3, 4)
         return (x[..., list(INTERLEAVED)] if interleave else x).contiguous().to(torch.float8_e4m3fn)
 
-    means = (F.pad(x, (0, 0, 0, -T % BLOCK)) for x in (granules.k_mean, granules.v_mean))
-    real = torch.arange(-(-T // BLOCK) * BLOCK, device=k.device)[:, None] < T
+    means = (F.pad(x, (0, 0, 0, -T % STAGE)) for x in (granules.k_mean, granules.v_mean))
+    real = torch.arange(-(-T // STAGE) * STAGE, device=k.device)[:, None] < T
     tail_k, tail_v = (to(x, real) for to, x in zip((as_keys, as_values), means, strict=True))
     return _result(
         k=as_keys(granules.k, inside), k_scale=k_scale, k_mean=stats.k_mean, v=as_values(granules.v, inside),
@@ -220,8 +220,8 @@ def granule_tokens(V: int, size: int, L: int, prompt_tokens: Tensor | None, B: i
     return torch.cat([video, words], 1).to(torch.int32)
 
 
-# arch -> warps. Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
+# Slots of a program, a multiple of the largest granule, and its warps. Not measured: chosen by ahead-of-time compile (no spills).
+BLOCK, WARPS = 64, 8
 
 
 def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave):
@@ -238,7 +238,7 @@ def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave
         *torch.empty(2, B, H, T, dtype=torch.float32, device=k.device), size,
     )  # fmt: skip
     keys, values = _pass(k, v, stats, (k_scale, v_scale, v_mean), k_order, text, tokens, C * size, found, **options)
-    padded = triton.cdiv(T, BLOCK) * BLOCK
+    padded = triton.cdiv(T, STAGE) * STAGE
     tail_k, tail_v = _pass(
         found.k_mean, found.v_mean, stats, (k_scale, v_scale, v_mean), None, None, None, padded, None, **options
     )
@@ -268,7 +268,7 @@ def _pass(k, v, stats: Statistics, channels, order, text, tokens, slots, found, 
             *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if order is None else order.stride()),
             *((0, 0) if text is None else text.stride()),
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, SIZE=size, FP8=kind.fp8, LIMIT=kind.v_range, INTERLEAVE=interleave,
-            num_warps=target.launch_row(LAUNCH, k.device),
+            num_warps=WARPS,
         )  # fmt: skip
     return keys, values
 
