@@ -41,7 +41,7 @@ def cut_granules(
         text: int32 or int64 [B, L], original index of text tokens, the prompt's first; None: there is no text.
         prompt_tokens: int [B], how many of them belong to the prompt; None: all.
         gather: False leaves `k` and `v` of the granules None, where another kernel gathers and quantizes them.
-        only: int32 [B, H]; `k` and `v` of heads that are 0 here are zeros in the granules. None: all are gathered.
+        only: int32 [B, H]; nothing is written of heads that are 0 here, and nobody may read them. None: all are cut.
 
     Returns:
         The granules; those of the text begin at a multiple of `size`.
@@ -123,13 +123,12 @@ def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
 
 
 @triton.jit
-def _take(x, out, token, slot, seen, in_out, moved, offs_d, stride_s, D: tl.constexpr):
+def _take(x, out, token, slot, seen, in_out, offs_d, stride_s, D: tl.constexpr):
     """Rows of x, and their copy in sorted order where it is wanted: [PART, BG, BD] in x's dtype."""
     inside = (offs_d < D)[None, None, :]
     tile = tl.load(x + token[:, :, None] * stride_s + offs_d[None, None, :], mask=seen[:, :, None] & inside, other=0.0)
     if out is not None:
-        kept = tl.where(moved, tile, tl.zeros_like(tile))
-        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], kept, mask=in_out[:, :, None] & inside)
+        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], tile, mask=in_out[:, :, None] & inside)
     return tile.to(tl.float32)
 
 
@@ -160,9 +159,6 @@ def _cut_kernel(
     if k_out is not None:
         k_out += bh * C * SIZE * D
         v_out += bh * C * SIZE * D
-    moved = True
-    if only is not None:
-        moved = tl.load(only + bh) != 0
     granule = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     is_video = granule < T
     prompt = L
@@ -171,6 +167,9 @@ def _cut_kernel(
     number = tl.where(is_video, V - granule * SIZE, prompt - (granule - T) * SIZE)
     number = tl.minimum(tl.maximum(number, 0), SIZE)
     tl.store(tokens + b * C + granule, number, mask=(granule < C) & (h == 0))
+    if only is not None:
+        if tl.load(only + bh) == 0:
+            return
     offs_d = tl.arange(0, BLOCK_D)
     k_centre, k_squares, v_centre, v_squares = (tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),) * 4
     for first in tl.static_range(0, SIZE, PART):
@@ -187,9 +186,9 @@ def _cut_kernel(
         slot = slot.to(tl.int64)
         before = tl.minimum(number, first).to(tl.float32)
         more = tl.minimum(tl.maximum(number - first, 0), PART).to(tl.float32)
-        tile = _take(k, k_out, token, slot, seen, in_out, moved, offs_d, stride_ks, D)
+        tile = _take(k, k_out, token, slot, seen, in_out, offs_d, stride_ks, D)
         k_centre, k_squares = _moments(tile, seen, more, before, k_centre, k_squares)
-        tile = _take(v, v_out, token, slot, seen, in_out, moved, offs_d, stride_vs, D)
+        tile = _take(v, v_out, token, slot, seen, in_out, offs_d, stride_vs, D)
         v_centre, v_squares = _moments(tile, seen, more, before, v_centre, v_squares)
     at = bh * T + granule
     cell = at[:, None] * D + offs_d[None, :]

@@ -33,7 +33,7 @@ def cut_granules_reference(
         text: int [B, L], original index of text tokens, the prompt's first; None: there is no text.
         prompt_tokens: int [B], how many of them belong to the prompt; None: all.
         gather: whether k and v themselves are wanted in sorted order, beside the statistics.
-        only: int32 [B, H]; k and v of heads that are 0 here are not moved and stay 0. None: all are.
+        only: int32 [B, H]; nothing need be there of heads that are 0 here. None: all are cut.
 
     Returns:
         The granules; those of the text begin at a multiple of `size`.
@@ -54,8 +54,6 @@ def cut_granules_reference(
     k_mean, k_variance = _moments(k, tokens, T, size)
     v_mean, v_variance = _moments(v, tokens, T, size)
     weight = v_mean.square().sum(-1) + v_variance.sum(-1)
-    if only is not None:
-        k, v = (x * (only != 0)[:, :, None, None] for x in (k, v))
     return Granules(
         k=k.contiguous() if gather else None,
         v=v.contiguous() if gather else None,
