@@ -19,6 +19,7 @@ KERNELS = {
     "_attention_kernel", "_key_tiles_kernel", "_query_tiles_kernel", "_assign_kernel", "_sum_kernel", "_mean_kernel", "_total_kernel",
     "_move_kernel", "_select_kernel", "_count_kernel", "_place_kernel", "_pairs_kernel", "_merge_kernel", "_mean_score_kernel", "_chain_kernel", "_probe_kernel",
     "_block_statistics_kernel", "_select_blocks_kernel", "_norm_rope_kernel", "_modulate_kernel", "_gate_kernel",
+    "_quantize_granules_kernel", "_granules_int8_kernel", "_hopper_granules_int8_kernel",
     "_statistics_kernel", "_quantize_tokens_kernel", "_quantize_channels_kernel", "_quantised_attention_kernel",
     "_pack_queries_kernel", "_pack_keys_kernel", "_pack_gradients_kernel", "_turn_kernel", "_training_forward_kernel",
     "_query_gradient_kernel", "_key_gradient_kernel", "_sparse_quantised_kernel", "_aligned_tiles_kernel", "_separate_tiles_kernel", "_join_statistics_kernel",
@@ -29,6 +30,7 @@ KERNELS = {
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
+    "_hopper_granules_int8_kernel": 112,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
     "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
@@ -91,7 +93,7 @@ def test_products_run_on_tensor_cores(arch):
 
 @archs
 def test_quantised_products_run_in_8_bits(arch):
-    rows = [row for row in compiled(arch) if "quantised" in row["kernel"]]
+    rows = [row for row in compiled(arch) if "quantised" in row["kernel"] or "int8" in row["kernel"]]
     assert any("fp8" in row["case"] for row in rows) == (arch in FP8)
     for row in rows:
         assert set(row["instructions"]) == {INT8[arch], FP8[arch] if "fp8" in row["case"] else TENSOR_CORE[arch]}, row

@@ -49,8 +49,9 @@ from svg.kernels.common.smoothing import unsmoothed_lse
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
 from svg.kernels.dense_quantised.varlen import varlen_attention
-from svg.kernels.granules import granule_attention
+from svg.kernels.granules import granule_attention, granule_attention_quantized, quantize_granules
 from svg.kernels.granules.reference import cut_granules_reference, lists_of
+from svg.kernels.granules.values import GranuleLists
 from svg.kernels.selection.computed_pairs import computed_pairs
 from svg.kernels.training import forward_hopper as training_hopper
 from svg.kernels.training.backward import LAUNCH as backward_table
@@ -134,6 +135,11 @@ def run_operations(arch):
     if arch == 90:
         for case in ((64, True, 2), (128, False, 1), (128, True, 2)):
             yield f"training specialised {case}", lambda case=case: training(case[0], case[1], "bf16", case[2])
+    for D, size, precision, own in granules_in_8_bits(arch, fp8):
+        yield (
+            f"granules of {size} {precision} D={D}{' specialised' if own else ''}",
+            lambda D=D, size=size, precision=precision, own=own: granules_quantized(precision, D, size, own),
+        )
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
@@ -172,6 +178,31 @@ def granules(name, D, rows, tail=True):
     cut = cut_granules_reference(q, q, order, 16)
     lists = lists_of(torch.ones(1, 2, 256 // rows, 16, dtype=torch.bool), cut.tokens, 16, rows)
     granule_attention(q, cut, lists, q_order=order, tail=tail, return_lse=True)
+
+
+def granules_in_8_bits(arch, fp8):
+    """Yields (head dim, keys a granule, precision, whether Hopper's own kernel runs it)."""
+    for D in (64, 128):
+        yield D, 16, "int8-fp16", False
+        if fp8:
+            yield D, 16, "int8-fp8", False
+    if fp8:
+        yield 128, 64, "int8-fp8-acc16", False
+    if arch == 90:
+        yield from ((D, 16, "int8-fp8", True) for D in (64, 96, 128))
+        yield 128, 32, "int8-fp8", True
+
+
+def granules_quantized(precision, D, size, own):
+    q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
+    order, text = torch.zeros(1, 2, 200, dtype=torch.int32), torch.zeros(1, 56, dtype=torch.int32)
+    cut = quantize_granules(q, q, order, size=size, text=text, precision=precision, interleave=own)
+    number = torch.zeros(1, 2, 2, dtype=torch.int32)
+    lists = GranuleLists(number.flatten(), number.long(), number, number, number[..., None], number.flatten(), 128)
+    for return_lse in (False, True):
+        granule_attention_quantized(
+            q, cut, lists, q_order=order, return_lse=return_lse, failed=number[..., 0].contiguous()
+        )
 
 
 def quantised(precision, D, **options):
