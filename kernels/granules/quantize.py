@@ -8,8 +8,8 @@ queries, and no score is rescaled. Finer scales of K buy little where P and V ar
 tiny-wan (2 000 tokens, layers 0 to 6), from INT8 alone: .0030 a head, .0027 a granule of 16, .0024 a key, .0048 a channel
 (folded into Q); FP8 adds .005 to .012.
 
-The statistics of K and V are one read of both; the pass itself reads the rows in sorted order and leaves, beside the quantised
-values, what selection wants to know about every granule. The granules' means are quantised like other keys.
+The statistics of K and V are one read of both; the pass itself reads the rows in sorted order, and quantises every granule's
+mean beside its tokens.
 
 Source: SageAttention2 (arXiv 2411.10958, sections 3.1 and 3.3).
 """
@@ -26,7 +26,6 @@ from ..common import target
 from ..common.target import tl, triton
 from ..quantize.channels import (
     INTERLEAVED,
-    Statistics,
     channel_scales,
     scales_of_channels,
     statistics,
@@ -36,7 +35,7 @@ from ..quantize.precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, 
 from ..quantize.tokens import check, padded_head_dim, round_to_int8
 from .quantized_hopper import takes
 from .reference import cut_granules_reference
-from .values import SIZES, Granules
+from .values import SIZES
 
 INT8_MAX = 127.0
 STAGE = 128  # keys: the means are padded to a multiple of it
@@ -53,7 +52,9 @@ class QuantizedGranules:
         v: float8_e4m3fn [B, H, C * size / 16, Dp, 16], blocks of 16 keys; or 16 bits [B, H, C * size, D].
         v_scale, v_mean: fp32 [B, H, Dp]; None where v has 16 bits.
         tail_k, tail_v: the means of the video's granules as k and v, padded with zeros to a multiple of 128.
-        statistics: the granules' tokens and statistics, without keys and values.
+        tokens: int32 [B, C], tokens of each granule.
+        means: T, the video's granules.
+        size: keys a granule.
         acc16: whether sums of v's products stay in fp16's range, and are to be taken in it.
         interleaved: whether the keys of a block of v lie as Hopper's kernel wants them (`quantize_values.INTERLEAVED`).
     """
@@ -66,24 +67,11 @@ class QuantizedGranules:
     v_mean: Tensor | None
     tail_k: Tensor
     tail_v: Tensor
-    statistics: Granules
+    tokens: Tensor
+    means: int
+    size: int
     acc16: bool
     interleaved: bool
-
-    @property
-    def tokens(self) -> Tensor:
-        """int32 [B, C], tokens of each granule."""
-        return self.statistics.tokens
-
-    @property
-    def size(self) -> int:
-        """Keys a granule."""
-        return self.statistics.size
-
-    @property
-    def means(self) -> int:
-        """T, the video's granules."""
-        return self.statistics.k_mean.shape[2]
 
     @property
     def fp8(self) -> bool:
@@ -102,7 +90,7 @@ def quantize_granules(
     precision: str = "int8-fp8",
     interleave: bool | None = None,
 ) -> QuantizedGranules:
-    """Gather keys and values in sorted order, quantise them, and take every granule's statistics.
+    """Gather keys and values in sorted order, and quantise them and every granule's mean.
 
     Args:
         k, v: float [B, H, S, D], last dim contiguous.
@@ -161,43 +149,38 @@ def quantize_granules_reference(
     kind = PRECISIONS[precision]
     k_scale = channel_scales(stats.k_mean, stats.k_low, stats.k_high, INT8_MAX)[0][..., : k.shape[3]].amax(-1)
     v_scale, v_mean = channel_scales(stats.v_mean, stats.v_low, stats.v_high, kind.v_range)
-    T = granules.k_mean.shape[2]
+    T, block_d = granules.k_mean.shape[2], v_scale.shape[2]
     inside = torch.arange(size, device=k.device) < granules.tokens[..., None]
     inside = inside.flatten(1)[:, None, :, None]  # [B, 1, C * size, 1]
 
     def as_keys(x, inside):
-        x = F.pad((x.float() - stats.k_mean[:, :, None]), (0, v_scale.shape[2] - x.shape[3]))
-        return torch.where(inside, (x / k_scale[:, :, None, None]).round().nan_to_num(0).clamp(-127, 127), 0).to(
-            torch.int8
-        )
+        x = F.pad(x.float() - stats.k_mean[:, :, None], (0, block_d - x.shape[3]))
+        x = torch.where(inside, x, 0) * (1 / k_scale)[..., None, None]
+        return x.round().nan_to_num(0).clamp(-127, 127).to(torch.int8)
 
     def as_values(x, inside):
         if not kind.fp8:
-            return x.to(pv_dtype(x))
-        x = F.pad(x.float(), (0, v_scale.shape[2] - x.shape[3])) - v_mean[:, :, None]
-        x = torch.where(inside, (x / v_scale[:, :, None]).clamp(-kind.v_range, kind.v_range), 0)
+            return x.to(pv_dtype(v))
+        x = F.pad(x.float(), (0, block_d - x.shape[3])) - v_mean[:, :, None]
+        x = (torch.where(inside, x, 0) * (1 / v_scale)[:, :, None]).clamp(-kind.v_range, kind.v_range)
         x = F.pad(x, (0, 0, 0, -x.shape[2] % 16)).unflatten(2, (-1, 16)).transpose(3, 4)
         return (x[..., list(INTERLEAVED)] if interleave else x).contiguous().to(torch.float8_e4m3fn)
 
-    means = (F.pad(x, (0, 0, 0, -T % STAGE)) for x in (granules.k_mean, granules.v_mean))
     real = torch.arange(-(-T // STAGE) * STAGE, device=k.device)[:, None] < T
-    tail_k, tail_v = (to(x, real) for to, x in zip((as_keys, as_values), means, strict=True))
-    return _result(
-        k=as_keys(granules.k, inside), k_scale=k_scale, k_mean=stats.k_mean, v=as_values(granules.v, inside),
-        v_scale=v_scale, v_mean=v_mean, tail_k=tail_k, tail_v=tail_v, statistics=granules, acc16=kind.acc16, interleave=interleave,
-    )  # fmt: skip
-
-
-def _result(*, statistics, acc16, interleave, v, v_scale, v_mean, **fields) -> QuantizedGranules:
-    fp8 = v.dtype == torch.float8_e4m3fn
-    bare = Granules(None, None, *(getattr(statistics, name) for name in _STATISTICS), statistics.size)
+    tail_k, tail_v = (
+        to(F.pad(_means(x, granules.tokens, T, size), (0, 0, 0, -T % STAGE)), real)
+        for to, x in ((as_keys, granules.k), (as_values, granules.v))
+    )
     return QuantizedGranules(
-        v=v, v_scale=v_scale if fp8 else None, v_mean=v_mean if fp8 else None, statistics=bare,
-        acc16=acc16, interleaved=bool(interleave), **fields,
+        k=as_keys(granules.k, inside), k_scale=k_scale, k_mean=stats.k_mean, v=as_values(granules.v, inside),
+        v_scale=v_scale if kind.fp8 else None, v_mean=v_mean if kind.fp8 else None, tail_k=tail_k, tail_v=tail_v,
+        tokens=granules.tokens, means=T, size=size, acc16=kind.acc16, interleaved=bool(interleave),
     )  # fmt: skip
 
 
-_STATISTICS = ("tokens", "k_mean", "v_mean", "spread", "weight")
+def _means(x: Tensor, tokens: Tensor, T: int, size: int) -> Tensor:
+    """fp32 means [B, H, T, D] of the video's granules."""
+    return x[:, :, : T * size].float().unflatten(2, (T, size)).sum(3) / tokens[:, None, :T, None]
 
 
 def granule_tokens(V: int, size: int, L: int, prompt_tokens: Tensor | None, B: int, device) -> Tensor:
@@ -226,62 +209,47 @@ BLOCK, WARPS = 64, 8
 
 def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave):
     B, H, _, D = k.shape
-    V, L, block_d = k_order.shape[2], 0 if text is None else text.shape[1], padded_head_dim(D)
+    V, L, block_d, kind = (
+        k_order.shape[2],
+        0 if text is None else text.shape[1],
+        padded_head_dim(D),
+        PRECISIONS[precision],
+    )
     tokens = granule_tokens(V, size, L, prompt_tokens, B, k.device)
     T, C = triton.cdiv(V, size), tokens.shape[1]
+    slots, means = C * size, triton.cdiv(T, STAGE) * STAGE
     stats = statistics(k, v)
     v_scale, v_mean = torch.empty(2, B, H, block_d, dtype=torch.float32, device=k.device)
     k_scale = torch.empty(B, H, dtype=torch.float32, device=k.device)
-    options = {"kind": PRECISIONS[precision], "interleave": interleave}
-    found = Granules(
-        None, None, tokens, *torch.empty(2, B, H, T, D, dtype=k.dtype, device=k.device),
-        *torch.empty(2, B, H, T, dtype=torch.float32, device=k.device), size,
-    )  # fmt: skip
-    keys, values = _pass(k, v, stats, (k_scale, v_scale, v_mean), k_order, text, tokens, C * size, found, **options)
-    padded = triton.cdiv(T, STAGE) * STAGE
-    tail_k, tail_v = _pass(
-        found.k_mean, found.v_mean, stats, (k_scale, v_scale, v_mean), None, None, None, padded, None, **options
-    )
-    return _result(
-        k=keys, k_scale=k_scale, k_mean=stats.k_mean, v=values, v_scale=v_scale, v_mean=v_mean, tail_k=tail_k,
-        tail_v=tail_v, statistics=found, acc16=options["kind"].acc16, interleave=interleave,
-    )  # fmt: skip
-
-
-def _pass(k, v, stats: Statistics, channels, order, text, tokens, slots, found, *, kind, interleave):
-    """Quantised keys and values of `slots` slots; writes channels' scales, and granules' statistics into `found`."""
-    B, H, S, D = k.shape
-    k_scale, v_scale, v_mean = channels
-    block_d = v_scale.shape[2]
     keys = torch.empty(B, H, slots, block_d, dtype=torch.int8, device=k.device)
+    tail_k = torch.zeros(B, H, means, block_d, dtype=torch.int8, device=k.device)
     if kind.fp8:
-        values = torch.empty(B, H, triton.cdiv(slots, 16), block_d, 16, dtype=torch.float8_e4m3fn, device=v.device)
+        blocks = {"dtype": torch.float8_e4m3fn, "device": v.device}
+        values = torch.empty(B, H, triton.cdiv(slots, 16), block_d, 16, **blocks)
+        tail_v = torch.zeros(B, H, means // 16, block_d, 16, **blocks)
     else:
         values = torch.empty(B, H, slots, D, dtype=pv_dtype(v), device=v.device)
-    V = S if order is None else order.shape[2]
-    size, T, C = (1, V, slots) if found is None else (found.size, found.k_mean.shape[2], tokens.shape[1])
-    parts = (None,) * 4 if found is None else (found.k_mean, found.v_mean, found.spread, found.weight)
+        tail_v = torch.zeros(B, H, means, D, dtype=pv_dtype(v), device=v.device)
     with target.on_device(k):
         _quantize_granules_kernel[(triton.cdiv(slots, BLOCK), B * H)](
-            k, v, order, text, tokens, stats.k_mean, stats.k_low, stats.k_high, stats.v_mean, stats.v_low, stats.v_high,
-            keys, values, k_scale, v_scale, v_mean, *parts, H, V, T, C, slots,
-            *k.stride()[:3], *v.stride()[:3], *((0, 0, 0) if order is None else order.stride()),
-            *((0, 0) if text is None else text.stride()),
+            k, v, k_order, text, tokens, stats.k_mean, stats.k_low, stats.k_high, stats.v_mean, stats.v_low, stats.v_high,
+            keys, values, tail_k, tail_v, k_scale, v_scale, v_mean, H, V, T, C, slots, means,
+            *k.stride()[:3], *v.stride()[:3], *k_order.stride(), *((0, 0) if text is None else text.stride()),
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, SIZE=size, FP8=kind.fp8, LIMIT=kind.v_range, INTERLEAVE=interleave,
             num_warps=WARPS,
         )  # fmt: skip
-    return keys, values
+    return QuantizedGranules(
+        k=keys, k_scale=k_scale, k_mean=stats.k_mean, v=values, v_scale=v_scale if kind.fp8 else None,
+        v_mean=v_mean if kind.fp8 else None, tail_k=tail_k, tail_v=tail_v, tokens=tokens, means=T, size=size,
+        acc16=kind.acc16, interleaved=bool(interleave),
+    )  # fmt: skip
 
 
 @triton.jit
-def _source(
-    slot, order, text, tokens, V, T, C, SIZE: tl.constexpr, stride_s, stride_l,
-):  # fmt: skip
+def _source(slot, order, text, tokens, V, T, C, SIZE: tl.constexpr, stride_s, stride_l):
     """Original index of what a slot holds, and whether it holds a token."""
     inside = slot < V
-    index = slot
-    if order is not None:
-        index = tl.load(order + slot * stride_s, mask=inside, other=0).to(tl.int64)
+    index = tl.load(order + slot * stride_s, mask=inside, other=0).to(tl.int64)
     if text is not None:
         granule = slot // SIZE
         word = (granule >= T) & (granule < C)
@@ -292,35 +260,50 @@ def _source(
 
 
 @triton.jit
-def _moments(rows, inside, count, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr):
-    """Mean and variance [N, D] over the rows of every SIZE that are inside, `count` [N] of them; the others are zero."""
-    number = tl.maximum(count, 1).to(tl.float32)[:, None]
-    parts = tl.reshape(rows, [BLOCK // SIZE, SIZE, BLOCK_D])
-    mean = tl.sum(parts, 1) / number
-    real = tl.reshape(inside.to(tl.int32), [BLOCK // SIZE, SIZE])
-    away = tl.where((real > 0)[:, :, None], parts - mean[:, None, :], 0.0)
-    return mean, tl.sum(away * away, 1) / number
+def _interleaved(place):
+    """Which key of every 16 lies at a place, as `channels.INTERLEAVED` has it."""
+    return place // 16 * 16 + place % 4 // 2 * 8 + place % 16 // 4 * 2 + place % 2
 
 
-@triton.jit(do_not_specialize=["V", "T", "C", "slots"])
+@triton.jit
+def _means_of(rows, count, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr):
+    """Means [N, D] of every SIZE rows, `count` [N] of which are not zero."""
+    sums = tl.sum(tl.reshape(rows, [BLOCK // SIZE, SIZE, BLOCK_D]), 1)
+    return sums / tl.maximum(count, 1).to(tl.float32)[:, None]
+
+
+@triton.jit(do_not_specialize=["V", "T", "C", "slots", "means"])
 def _quantize_granules_kernel(
-    k, v, order, text, tokens, k_centre, k_low, k_high, v_centre, v_low, v_high, keys, values, k_scale, v_scale, v_mean,
-    means_k, means_v, spread, weight, H, V, T, C, slots,
+    k, v, order, text, tokens, k_centre, k_low, k_high, v_centre, v_low, v_high, keys, values, tail_k, tail_v,
+    k_scale, v_scale, v_mean, H, V, T, C, slots, means,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, stride_tb, stride_tl,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, FP8: tl.constexpr,
     LIMIT: tl.constexpr, INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    NUMBER: tl.constexpr = BLOCK // SIZE
+    first = tl.program_id(0) * BLOCK
+    slot = first + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     real = offs_d < D
-    if order is not None:
-        order += b * stride_ob + h * stride_oh
+    order += b * stride_ob + h * stride_oh
+    tokens += b * C
     if text is not None:
         text += b * stride_tb
-    if tokens is not None:
-        tokens += b * C
+    index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
+    mask = inside[:, None] & real[None, :]
+    k_rows = tl.load(
+        k + b * stride_kb + h * stride_kh + index[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0
+    )
+    v_inside, v_mask = inside, mask
+    if INTERLEAVE:
+        index, v_inside = _source(_interleaved(slot), order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
+        v_mask = v_inside[:, None] & real[None, :]
+    v_rows = tl.load(
+        v + b * stride_vb + h * stride_vh + index[:, None] * stride_vs + offs_d[None, :], mask=v_mask, other=0.0
+    )
+
     k_step, k_middle = scales_of_channels(k_centre + bh * D, k_low + bh * D, k_high + bh * D, D, BLOCK_D, 127.0, True)
     k_step = tl.max(tl.where(real, tl.where(k_step < float("inf"), k_step, float("inf")), 0.0), 0)  # NaN counts
     k_step = tl.where(k_step < float("inf"), k_step, float("nan"))
@@ -329,44 +312,49 @@ def _quantize_granules_kernel(
         tl.store(k_scale + bh, k_step)
         tl.store(v_scale + bh * BLOCK_D + offs_d, v_step)
         tl.store(v_mean + bh * BLOCK_D + offs_d, v_middle)
+    granule = tl.program_id(0) * NUMBER + tl.arange(0, NUMBER)
+    averaged = granule < T
+    count = tl.load(tokens + granule, mask=averaged, other=0)
 
-    index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
-    mask = inside[:, None] & real[None, :]
-    k += b * stride_kb + h * stride_kh
-    rows = tl.load(k + index[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    away = tl.where(mask, rows - k_middle[None, :], 0.0)
-    quantized = round_to_int8(tl.div_rn(away, tl.zeros_like(away) + k_step), 1.0)
-    written = (slot < slots)[:, None]
-    tl.store(keys + (bh * slots + slot)[:, None] * BLOCK_D + offs_d[None, :], quantized, mask=written)
-    if means_k is not None:
-        NUMBER: tl.constexpr = BLOCK // SIZE
-        granule = tl.program_id(0).to(tl.int64) * NUMBER + tl.arange(0, NUMBER)
-        count = tl.load(tokens + granule, mask=granule < T, other=0)
-        goal_of_means = (bh * T + granule)[:, None] * D + offs_d[None, :]
-        kept = (granule < T)[:, None] & real[None, :]
-        mean, variance = _moments(rows, inside, count, BLOCK, BLOCK_D, SIZE)
-        tl.store(means_k + goal_of_means, mean.to(means_k.dtype.element_ty), mask=kept)
-        tl.store(spread + bh * T + granule, tl.sum(variance, 1) / D, mask=granule < T)
+    inverse = tl.div_rn(1.0 + tl.zeros_like(k_step), k_step)
+    away = tl.where(inside[:, None], k_rows.to(tl.float32) - k_middle[None, :], 0.0)
+    keys += (bh * slots + first) * BLOCK_D
+    goal = tl.arange(0, BLOCK)[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(keys + goal, round_to_int8(away, inverse), mask=(slot < slots)[:, None])
+    mean = _means_of(away, count, BLOCK, BLOCK_D, SIZE)
+    tail_k += (bh * means + tl.program_id(0) * NUMBER) * BLOCK_D
+    goal = tl.arange(0, NUMBER)[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(tail_k + goal, round_to_int8(mean, inverse), mask=averaged[:, None])
 
-    place = slot
-    if INTERLEAVE:
-        place = slot // 16 * 16 + slot % 4 // 2 * 8 + slot % 16 // 4 * 2 + slot % 2  # quantize_values.INTERLEAVED
-        index, inside = _source(place, order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
-        mask = inside[:, None] & real[None, :]
-    v += b * stride_vb + h * stride_vh
-    rows = tl.load(v + index[:, None] * stride_vs + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
     if FP8:
-        size = tl.broadcast_to(v_step[None, :], [BLOCK, BLOCK_D])
         # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
-        small = tl.clamp(tl.div_rn(rows - v_middle[None, :], size), -LIMIT, LIMIT)
-        small = tl.where(inside[:, None], small, 0.0).to(tl.float8e4nv)
+        inverse = tl.div_rn(1.0 + tl.zeros_like(v_step), v_step)[None, :]
+        away = tl.where(v_inside[:, None], v_rows.to(tl.float32) - v_middle[None, :], 0.0)
+        small = tl.clamp(away * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
+        small = tl.trans(
+            tl.reshape(small, [BLOCK // 16, 16, BLOCK_D]), (0, 2, 1)
+        )  # blocks [D, 16], one after the other
+        block = tl.arange(0, BLOCK // 16)[:, None, None]
+        goal = block * (16 * BLOCK_D) + offs_d[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
         blocks = (slots + 15) // 16
-        goal = (bh * blocks + slot // 16) * (16 * BLOCK_D) + slot % 16
-        tl.store(values + offs_d[:, None] * 16 + goal[None, :], tl.trans(small), mask=(slot // 16 < blocks)[None, :])
+        values += (bh * blocks + first // 16) * (16 * BLOCK_D)
+        tl.store(values + goal, small, mask=first // 16 + block < blocks)
+        mean = _means_of(away, count, BLOCK, BLOCK_D, SIZE) * inverse
+        small = tl.clamp(mean, -LIMIT, LIMIT).to(tl.float8e4nv)
+        place = granule
+        if INTERLEAVE:
+            place = (
+                granule // 16 * 16 + granule % 8 // 2 * 4 + granule % 16 // 8 * 2 + granule % 2
+            )  # where `_interleaved` looks
+        tail_v += bh * means * BLOCK_D
+        goal = (place // 16 * (16 * BLOCK_D) + place % 16)[:, None] + offs_d[None, :] * 16
+        tl.store(tail_v + goal, small, mask=averaged[:, None])
     else:
-        goal = (bh * slots + slot)[:, None] * D + offs_d[None, :]
-        tl.store(values + goal, rows.to(values.dtype.element_ty), mask=written & real[None, :])
-    if means_k is not None:
-        mean, variance = _moments(rows, inside, count, BLOCK, BLOCK_D, SIZE)
-        tl.store(means_v + goal_of_means, mean.to(means_v.dtype.element_ty), mask=kept)
-        tl.store(weight + bh * T + granule, tl.sum(variance + mean * mean, 1), mask=granule < T)
+        rows = v_rows.to(tl.float32)
+        values += (bh * slots + first) * D
+        goal = tl.arange(0, BLOCK)[:, None] * D + offs_d[None, :]
+        tl.store(values + goal, rows.to(values.dtype.element_ty), mask=(slot < slots)[:, None] & real[None, :])
+        tail_v += bh * means * D
+        mean = _means_of(rows, count, BLOCK, BLOCK_D, SIZE)
+        goal = granule[:, None] * D + offs_d[None, :]
+        tl.store(tail_v + goal, mean.to(tail_v.dtype.element_ty), mask=averaged[:, None] & real[None, :])

@@ -137,7 +137,7 @@ def quantized_numbers(granules: QuantizedGranules, D: int) -> Granules:
     values, tail_values = (_plain_values(v, granules, D) for v in (granules.v, granules.tail_v))
     return Granules(
         keys, values[:, :, :slots], granules.tokens, tail_keys, tail_values[:, :, :T],
-        granules.statistics.spread, granules.statistics.weight, granules.size,
+        None, None, granules.size,
     )  # fmt: skip
 
 
