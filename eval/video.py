@@ -17,7 +17,10 @@ from .files import atomic_path
 
 _BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-colorspace", "bt709", "-color_primaries", "bt709",
           "-color_trc", "bt709", "-color_range", "tv"]  # fmt: skip
-_STREAM = re.compile(r"Stream #.*Video: .*?, (?P<pixels>[a-z0-9]+)[(,].*?(?:, (?P<fps>[\d.]+k?) fps(?:, (?P<tbr>[\d.]+k?) tbr)?|$)", re.MULTILINE)
+_STREAM = re.compile(
+    r"Stream #.*Video: .*?, (?P<pixels>[a-z0-9]+)[(,].*?(?:, (?P<fps>[\d.]+k?) fps(?:, (?P<tbr>[\d.]+k?) tbr)?|$)",
+    re.MULTILINE,
+)
 _ALPHA = re.compile(r"^(yuva|gbrap|rgba|argb|bgra|abgr|ya|pal8)")
 _GREY = re.compile(r"^(gray|mono)")
 GAP = 4  # pixels between the two halves of a side-by-side picture

@@ -14,7 +14,6 @@ from svg.engine.state import RunState
 from .processor import VideoAttnProcessor
 from .stock import StockAttnProcessor
 
-
 SELF, LAST, FIRST, PACKED = "self-attention", "joint, text last", "joint, text first", "packed: prefix, video"
 
 ON_A_CPU = "tiny random model, CPU"

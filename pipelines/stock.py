@@ -12,7 +12,6 @@ from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn

@@ -8,7 +8,6 @@ from .layouts import channels_first, patches
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec
 
-
 WAN_PROCESSORS = ("WanAttnProcessor", "WanAttnProcessor2_0")
 
 

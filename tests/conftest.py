@@ -12,6 +12,15 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cor
 # A shell that starts pytest in the background makes it and its children ignore SIGINT, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What takes longest, by file or folder: left out by default, as all tests that are marked slow.
+SLOW = (
+    *("bench/", "cli/", "scripts/", "sweep/test_ray", "sweep/test_resume", "sweep/test_sweep", "tune/test_tune", "tune/test_measure"),
+    *("pipelines/test_beside_stock", "pipelines/test_coexistence", "pipelines/test_families", "pipelines/test_fused_blocks"),
+    *("pipelines/test_generate", "pipelines/test_parallel", "pipelines/test_training", "recordings/test_sparge_tune"),
+    *("eval/test_real_clips", "eval/test_lpips", "functional/test_training", "kernels/training/", "kernels/dense_quantised/"),
+    *("kernels/block_sparse_quantised/", "kernels/granules/", "kernels/clustering/"),
+)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -24,7 +33,21 @@ def by_parameter(nodeid):
     return nodeid.startswith(("tests/kernels/test_aot.py", "tests/kernels/test_interpreter.py")) and "[" in nodeid
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="all tests, the long ones too (markers: see pyproject.toml)")
+
+
+def pytest_configure(config):
+    if config.option.all:
+        config.option.markexpr = ""
+    config.option.loadscopereorder = False  # of pytest-xdist: the order below stays
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker("slow")
     if hasattr(config, "workerinput"):  # of two workers none shall begin a long one last
         items.sort(key=lambda item: not by_parameter(item.nodeid))
 

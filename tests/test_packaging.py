@@ -76,10 +76,13 @@ def test_metadata(wheel):
     assert "svg = svg.cli:main" in wheel.read(name).decode()
 
 
-def test_version_is_the_same_everywhere():
+def test_version_is_the_same_everywhere(wheel):
     import svg
 
-    assert svg.__version__ == PYPROJECT["project"]["version"]
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    assert Parser().parsestr(wheel.read(name).decode())["Version"] == svg.__version__
+    assert f"version: {svg.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {svg.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_bundled_model_fits(wheel):

@@ -46,7 +46,7 @@ def test_commands_are_one_line_each():
     for name in ("main-job", "tests"):
         lines = block(f"bash {name}").splitlines()
         assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
-    assert "svg generate" in block("bash main-job") and block("bash tests").rstrip().endswith(".venv/bin/pytest")
+    assert "svg generate" in block("bash main-job") and block("bash tests").rstrip().endswith(".venv/bin/pytest --all -n 2")
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
 
 

@@ -61,7 +61,8 @@ def load_tune(tune, folder):
         folder: where it lies.
 
     Returns:
-        dict: title (of the page), target, unit, saved, winner, preset, trials, rows (of the result's table), budgets and curves of the heads.
+        dict: title (of the page), target, unit, saved, winner, preset, trials, rows (of the result's table),
+        budgets and curves of the heads.
 
     Raises:
         ValueError: another format version.

@@ -80,7 +80,7 @@ def record(group: Callable[[], Iterator], results: dict) -> None:
                 row = {"name": name, "measured": measured, "allowed": numbers[1], "ok": measured <= numbers[1]}
                 results["checks"].append(row)
                 print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<84} {measured:.3g} <= {numbers[1]:.3g}", flush=True)
-    except Exception:  # noqa: BLE001, a row that raises fails and the rest still runs
+    except Exception:
         traceback.print_exc()
         results["checks"].append({"name": f"{group.__name__} raised", "measured": math.inf, "allowed": 0, "ok": False})
     print(f"     {group.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
@@ -275,12 +275,12 @@ def time_operations():
     yield "cut_granules, statistics only", median_ms(lambda: cut.cut_granules(k, v, k_order, 16, gather=False))
     for rows in (128, 64):
         for pool in (8, 4, 2, 1):
-            op = lambda: scores.granule_scores(q, q_order, granules, rows=rows, pool=pool)  # noqa: B023
+            op = lambda: scores.granule_scores(q, q_order, granules, rows=rows, pool=pool)
             yield f"granule_scores rows={rows} pool={pool}", median_ms(op, 5, 1)
         found = scores.granule_scores(q, q_order, granules, rows=rows, pool=8)
         for per_head in (False, True):
             options = {"floor": FLOOR, "size": 16, "rows": rows, "per_head": per_head}
-            op = lambda: select.select_granules(found, granules.tokens, budget=BUDGET, **options)  # noqa: B023
+            op = lambda: select.select_granules(found, granules.tokens, budget=BUDGET, **options)
             yield f"select_granules rows={rows} per_head={per_head}", median_ms(op)
     yield "all three, rows=128 pool=4", median_ms(lambda: planned(*inputs))
 
@@ -332,7 +332,7 @@ def _launched(q, q_order, granules, launch) -> float:
 
     try:
         return median_ms(op, 5, 1)
-    except Exception:  # noqa: BLE001, a row that raises fails and the rest still runs
+    except Exception:
         traceback.print_exc()
         return math.inf
 

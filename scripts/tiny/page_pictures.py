@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
-from chromium import Chromium  # noqa: E402
+from chromium import Chromium
 
-from svg.eval.page import build_page  # noqa: E402
+from svg.eval.page import build_page
 
 WIDTHS = (1440, 390)
 LONGEST = 8000  # pixels of height

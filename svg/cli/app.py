@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except (ValueError, TypeError, NotImplementedError, ArithmeticError, OSError) as error:
         return _fail(error, str(error))
-    except Exception as error:  # noqa: BLE001 - the last resort of a command line
+    except Exception as error:
         if _is_out_of_memory(error):
             _fail(error, f"{error}. Use fewer frames, a smaller size, --offload model or --vae-tiling")
         else:

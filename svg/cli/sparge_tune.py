@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @click.command("sparge-tune")
 @click.argument("recordings", nargs=-1, required=True, type=click.Path(dir_okay=False))
 @click.option("--l1", type=float, default=0.07, show_default=True,
-              help="Relative L1 that the selection may cost (the paper: .05 for CogVideoX, .07 for Wan and HunyuanVideo).")  # fmt: skip
+              help="Relative L1 that the selection may cost "
+              "(the paper: 0.05 for CogVideoX, 0.07 for Wan and HunyuanVideo).")  # fmt: skip
 @click.option("--l2", type=float, default=0.08, show_default=True, help="The same with the filter of P V (.06; .08).")
 @click.option("--order", type=click.Choice(ORDERS), default="hilbert", show_default=True, help="How blocks are cut.")
 @click.option("--attention-sink", is_flag=True, help="Always keep the first key block.")

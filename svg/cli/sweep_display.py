@@ -93,7 +93,8 @@ class SweepDisplay(AbstractContextManager):
         left = self._left.seconds(list(self._open.values()))
         shown = "" if left is None else f"{clock(left)} left"
         self._progress.update(self._task, advance=1, step="", left=shown)
-        self._console.print(f"{cell_line(cell, record)}{f'  [{shown}]' if shown else ''}", highlight=False, markup=False, soft_wrap=True)
+        line = f"{cell_line(cell, record)}{f'  [{shown}]' if shown else ''}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         self._console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
@@ -101,7 +102,8 @@ class SweepDisplay(AbstractContextManager):
 
 def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     """Print a sweep's means over prompts and seeds, failures and where the results are."""
-    table = Table(title="means over prompts and seeds, against dense from the same seed", title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
+    title = "means over prompts and seeds, against dense from the same seed"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=18, overflow="fold")  # a long label folds before a number is cut
     for heading in ("cells", "density", "seconds", "speed-up", *(label for label, _, _ in _METRICS)):
         table.add_column(heading, justify="right", min_width=min(len(heading), 6))

@@ -15,7 +15,8 @@ _TARGETS = ("min_psnr", "max_lpips", "target_speedup")
 # Of the bundled model's world; other models need prompts of their own.
 _PROMPTS = (
     "a large red circle moving right over a gray and navy checkered background, the camera is still",
-    "a small green square moving up in front of a large white ring moving left over a brown and black plain background, the camera pans right",
+    "a small green square moving up in front of a large white ring moving left "
+    "over a brown and black plain background, the camera pans right",
 )
 _HELD_OUT = (
     "a small blue square moving up over a olive and beige striped background, the camera pans left",

@@ -26,7 +26,7 @@ def close(out, expected):
 
 
 def test_the_first_arguments_are_pytorchs():
-    names = [name for name in inspect.signature(svg.attention).parameters][:8]
+    names = list(inspect.signature(svg.attention).parameters)[:8]
     assert names == ["q", "k", "v", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"]
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels.common import target
 
 if target.INTERPRETED:

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from svg.kernels.common import target
 
-pytestmark = pytest.mark.skipif(target.INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = [pytest.mark.aot, pytest.mark.skipif(target.INTERPRETED, reason="the interpreter compiles nothing")]
 COMPILER = Path(__file__).parents[1] / "support" / "triton_aot.py"
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # bytes a block may use
 TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from svg.kernels import gate_residual, modulate, norm_rope
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

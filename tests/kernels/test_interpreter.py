@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from svg.kernels.common import target
 
 if target.INTERPRETED:
@@ -35,11 +36,12 @@ HERE = Path(__file__).parent
 SUITES = [".", *sorted(path.name for path in HERE.iterdir() if path.is_dir() and list(path.glob("test_*.py")))]
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(target.INTERPRETED, reason="starts the interpreter's process")
 @pytest.mark.parametrize("suite", SUITES)
 def test_kernels_pass_the_same_tests_as_their_references(suite):
     files = sorted(map(str, (HERE / suite).glob("test_*.py")))
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-n", "0", *files]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--all", *files]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

@@ -196,7 +196,7 @@ def test_rows_cover_the_whole_video_and_are_drawn_anew(video, count):
     draws = [svg1.sample_rows(video, count, generator) for _ in range(3)]
     for rows in draws:
         assert rows.unique().numel() == rows.numel() == min(count, video)
-        assert 0 <= rows.min() and rows.max() < video
+        assert rows.min() >= 0 and rows.max() < video
         gaps = torch.cat([torch.tensor([-1]), rows, torch.tensor([video])]).diff()
         assert gaps.max() <= 2 * -(-video // min(count, video))
     if video > 2 * count:

@@ -8,7 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a red blue green cat dog ball moves left right over the water and sky slowly".split()
+WORDS = ["a", "red", "blue", "green", "cat", "dog", "ball", "moves", "left", "right", "over", "the", "water", "and", "sky", "slowly"]
 PROMPT = "a red ball moves right"
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 

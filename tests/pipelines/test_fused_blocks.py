@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoSingleTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
-from svg.pipelines import fused_blocks
 
 import svg
 from svg.config import DenseConfig
+from svg.pipelines import fused_blocks
 
 B, S, TEXT, C = 2, 30, 7, 16
 

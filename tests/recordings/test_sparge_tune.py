@@ -58,7 +58,7 @@ def run(recordings, out, bounds=BOUNDS, sampling=WHOLE, config=None, **options):
 
 def test_bounds_hold_when_the_file_is_used(recording, tmp_path):
     found = run(recording, tmp_path / "t")
-    assert [key for key in found] == [("transformer", 0), ("transformer", 1)]
+    assert list(found) == [("transformer", 0), ("transformer", 1)]
     densities = [fit.density for fit in found.values()]
     assert all(1 - near >= MIN_SPARSITY for near, _ in densities) and any(
         limit < 50 for limit in limits(tmp_path / "t")

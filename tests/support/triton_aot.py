@@ -20,6 +20,10 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
 from svg.kernels import (
     block_sparse_attention,
     block_sparse_attention_quantised,
@@ -56,9 +60,6 @@ from svg.kernels.selection.computed_pairs import computed_pairs
 from svg.kernels.training import forward_hopper as training_hopper
 from svg.kernels.training.backward import LAUNCH as backward_table
 from svg.kernels.training.backward import PLAIN_HOPPER
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b")

@@ -25,7 +25,8 @@ class SpargeConfig(GuardedConfig):
         attention_sink: always keep the first key block.
         order: in which the video's tokens are cut into blocks: "hilbert" (along a curve in space and time), "rowmajor".
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe
+            mode). Dense attention stays native.
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.
     """

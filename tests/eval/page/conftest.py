@@ -43,7 +43,9 @@ def quality(level):
 def table(low, first=0):
     """A map whose values all differ, for the steps from `first` on."""
     steps = range(first, STEPS)
-    values = [[[round(low + 0.01 * (s + l + h), 4) for h in range(HEADS)] for l in range(LAYERS)] for s in steps]
+    values = [
+        [[round(low + 0.01 * (s + layer + h), 4) for h in range(HEADS)] for layer in range(LAYERS)] for s in steps
+    ]
     return {"steps": list(steps), "layers": list(range(LAYERS)), "heads": HEADS, "values": values}
 
 

@@ -16,6 +16,7 @@ import svg.eval.page
 from svg.eval.files import write_json
 from svg.eval.page import build_page
 
+pytestmark = pytest.mark.browser
 FRAMES, FPS = 9, 8
 BOTH_LOADED = "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3)"
 FRAME_NUMBERS = f"[...document.querySelectorAll('video')].map((v) => v.currentTime * {FPS})"

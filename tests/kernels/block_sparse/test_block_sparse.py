@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from svg.kernels import block_sparse_attention, block_sparse_attention_reference
 from svg.kernels.block_sparse import triton as block_sparse
 from svg.kernels.common import target
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # Uneven, with empty clusters and tails: the last number of a row is what is left of S.
 Q_SIZES = ([100, 0, 20, 9], [0, 1, 1, 61], [63, 48, 0, 0])

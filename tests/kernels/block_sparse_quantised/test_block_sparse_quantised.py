@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from svg.kernels import (
     block_sparse_attention_quantised,
     block_sparse_attention_quantised_reference,

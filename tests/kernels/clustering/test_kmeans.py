@@ -1,6 +1,7 @@
 import pytest
 import torch
 from sklearn.cluster import KMeans
+
 from svg.kernels import cluster_means, kmeans, kmeans_assign, kmeans_update
 from svg.kernels.clustering.kmeans import kmeans_and_tiles
 from svg.kernels.common import target

@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+
 from svg.kernels.clustering import assign, kmeans_hopper
 from svg.kernels.clustering.kmeans import kmeans_and_tiles
 from svg.kernels.clustering.permute import new_counters

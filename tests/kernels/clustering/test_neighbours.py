@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels import neighbour_order, neighbour_order_reference
 
 

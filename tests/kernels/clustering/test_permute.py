@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels import gather_tokens, inverse_permutation, scatter_tokens, sort_labels
 from svg.kernels.clustering.permute import CHUNK, new_counters, place_counted
 from svg.kernels.common import target

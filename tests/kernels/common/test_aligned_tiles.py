@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels.common import target
 from svg.kernels.common.aligned_tiles import ALIGN, aligned_key_tiles, aligned_key_tiles_reference, separate_key_tiles
 

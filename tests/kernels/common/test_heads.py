@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels.common.heads import move_heads
 
 

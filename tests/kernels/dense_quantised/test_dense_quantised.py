@@ -1,6 +1,7 @@
 import pytest
 import torch
 from quantised_inputs import cosine, exact, outliers
+
 from svg.kernels import quantised_attention, quantised_attention_reference
 from svg.kernels.common import target
 from svg.kernels.common.quantised_tile import Launch

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from quantised_inputs import cosine, exact, outliers
+
 from svg.kernels.common import target
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention, fp4_attention_reference
 from svg.kernels.quantize.nvfp4 import dequantize_nvfp4, quantize_nvfp4, round_nvfp4

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from quantised_inputs import cosine, exact, outliers
+
 from svg.kernels.common import target
 from svg.kernels.dense_quantised.varlen import segment_means, varlen_attention
 

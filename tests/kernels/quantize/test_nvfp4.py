@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels.common import target
 from svg.kernels.quantize.nvfp4 import CODES, dequantize_nvfp4, quantize_nvfp4, quantize_nvfp4_reference, round_nvfp4
 

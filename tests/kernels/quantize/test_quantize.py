@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels import (
     quantize_channels,
     quantize_channels_reference,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels.selection.computed_pairs import computed_pairs
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels import probe_attention
 from svg.kernels.selection import probe
 

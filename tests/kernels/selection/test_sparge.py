@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from svg.kernels import block_statistics, block_statistics_reference, sparge_block_map
 from svg.kernels.common import target
 from svg.kernels.selection.sparge import BlockStatistics

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from svg.kernels import top_p_block_map
 from svg.kernels.common import target
 from svg.kernels.selection import top_p

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from svg.kernels import (
     block_sparse_attention,
     block_sparse_attention_quantised,

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+
 from svg.kernels import training_attention, training_attention_backward
 from svg.kernels.common import target
 from svg.kernels.quantize.channels import statistics_reference
