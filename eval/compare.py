@@ -24,8 +24,8 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         dict with `frames`, `height`, `width` and, each with `mean` and `per_frame`: `psnr` (dB), `ssim`, `lpips`,
         `vmaf` (0 to 100) and `temporal_psnr` (dB, of frame-to-frame changes). A mean PSNR is over the frames that
         differ, `identical_frames` counts the others, and `pooled` is the PSNR of the whole video's mean squared error.
-        Identical videos give infinite PSNR. Without LPIPS weights `lpips.mean` is None and `lpips.note` says how to get them; so for VMAF
-        without ffmpeg or on frames too small for it.
+        Identical videos give infinite PSNR. Without LPIPS weights `lpips.mean` is None and `lpips.note` says how to
+        get them; so for VMAF without ffmpeg or on frames too small for it.
 
     Raises:
         VideoError: sizes or lengths differ, or frames of a wrong type.

@@ -14,10 +14,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes longest, by file or folder: left out by default, as all tests that are marked slow.
 SLOW = (
-    *("bench/", "cli/", "scripts/", "sweep/test_ray", "sweep/test_resume", "sweep/test_sweep", "tune/test_tune", "tune/test_measure"),
-    *("pipelines/test_beside_stock", "pipelines/test_coexistence", "pipelines/test_families", "pipelines/test_fused_blocks"),
+    *(
+        "bench/",
+        "cli/",
+        "scripts/",
+        "sweep/test_ray",
+        "sweep/test_resume",
+        "sweep/test_sweep",
+        "tune/test_tune",
+        "tune/test_measure",
+    ),
+    *(
+        "pipelines/test_beside_stock",
+        "pipelines/test_coexistence",
+        "pipelines/test_families",
+        "pipelines/test_fused_blocks",
+    ),
     *("pipelines/test_generate", "pipelines/test_parallel", "pipelines/test_training", "recordings/test_sparge_tune"),
-    *("eval/test_real_clips", "eval/test_lpips", "functional/test_training", "kernels/training/", "kernels/dense_quantised/"),
+    *(
+        "eval/test_real_clips",
+        "eval/test_lpips",
+        "functional/test_training",
+        "kernels/training/",
+        "kernels/dense_quantised/",
+    ),
     *("kernels/block_sparse_quantised/", "kernels/granules/", "kernels/clustering/"),
 )
 

@@ -75,7 +75,8 @@ def load_tune(tune, folder):
     }
     config, field = (tune["tuned"].get("config") or {}), _head_field(tune["method"])
     weighted = [
-        [[e * w for e in head] for head, w in zip(heads, weights)] for heads, weights in zip(tune["error"], tune["weight"])
+        [[e * w for e in head] for head, w in zip(heads, weights)]
+        for heads, weights in zip(tune["error"], tune["weight"])
     ]
     return {
         "title": f"Tuning of {tune['model']['name']}",
@@ -94,7 +95,9 @@ def load_tune(tune, folder):
 def _check(content, name, form):
     found = content.get("format"), content.get("version")
     if found != (form, 1):
-        raise ValueError(f"{name} must be {form!r} version 1, got {found[0]!r} version {found[1]!r}: use the svg that wrote it")
+        raise ValueError(
+            f"{name} must be {form!r} version 1, got {found[0]!r} version {found[1]!r}: use the svg that wrote it"
+        )
 
 
 def _head_field(method):
@@ -102,7 +105,17 @@ def _head_field(method):
 
 
 def _trial(trial):
-    keys = ("label", "family", "videos", "value", "density", "attention_seconds", "dense_attention_seconds", "psnr", "lpips")
+    keys = (
+        "label",
+        "family",
+        "videos",
+        "value",
+        "density",
+        "attention_seconds",
+        "dense_attention_seconds",
+        "psnr",
+        "lpips",
+    )
     return {**{key: trial[key] for key in keys}, "met": trial.get("met")}
 
 
@@ -126,7 +139,8 @@ def _maps(transformer, rows):
 
     def table(name):
         return [
-            [[_mean([row[name] for row in places.get((s, layer, h), [])]) for h in heads] for layer in layers] for s in steps
+            [[_mean([row[name] for row in places.get((s, layer, h), [])]) for h in heads] for layer in layers]
+            for s in steps
         ]
 
     return {

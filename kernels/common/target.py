@@ -149,8 +149,7 @@ def require_fp8(device: torch.device) -> None:
     """
     if not has_fp8(device):
         raise NotImplementedError(
-            f"FP8 needs compute capability {FP8_ARCH / 10} or newer, got {arch(device) / 10}: "
-            'use precision "int8-fp16"'
+            f'FP8 needs compute capability {FP8_ARCH / 10} or newer, got {arch(device) / 10}: use precision "int8-fp16"'
         )
 
 

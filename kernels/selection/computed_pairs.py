@@ -44,9 +44,7 @@ def computed_pairs_reference(
 
 
 @triton.jit(do_not_specialize=["Cq", "Ck", "tail_clusters"])
-def _pairs_kernel(
-    block_map, q_sizes, k_sizes, parts, Cq, Ck, tail_clusters, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _pairs_kernel(block_map, q_sizes, k_sizes, parts, Cq, Ck, tail_clusters, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     m = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     seen = tl.zeros([ROWS], dtype=tl.int32)

@@ -53,7 +53,9 @@ def structured(batch, heads, layout, dim, dtype, device, seed):
     basis = torch.randn(3, heads, 8, dim, generator=generator, device=device)
     t, y, x = torch.meshgrid(*(torch.linspace(0, 3, n, device=device) for n in (layout.frames, layout.height, layout.width)),
                              indexing="ij")  # fmt: skip
-    waves = torch.stack([f(a * p.flatten()) for p in (t, y, x) for a, f in ((1.0, torch.sin), (2.0, torch.cos))][:6], -1)
+    waves = torch.stack(
+        [f(a * p.flatten()) for p in (t, y, x) for a, f in ((1.0, torch.sin), (2.0, torch.cos))][:6], -1
+    )
     waves = torch.nn.functional.pad(waves, (0, 2), value=1.0)  # [V, 8]
     tensors = []
     for i in range(3):

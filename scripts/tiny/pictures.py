@@ -1,7 +1,7 @@
 """Make the pictures of docs/ from what `svg generate` wrote.
 
-    svg generate "..." --out run-svg2 && svg generate "..." --method svg1 --out run-svg1
-    python scripts/tiny/pictures.py --svg2 run-svg2 --svg1 run-svg1
+svg generate "..." --out run-svg2 && svg generate "..." --method svg1 --out run-svg1
+python scripts/tiny/pictures.py --svg2 run-svg2 --svg1 run-svg1
 """
 
 from __future__ import annotations

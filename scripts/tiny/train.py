@@ -65,7 +65,9 @@ def build_text(corpus: list[str]) -> tuple[PreTrainedTokenizerFast, UMT5EncoderM
 
     words = sorted({word for sentence in corpus for word in sentence.replace(",", "").split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -6.0), (",", -2.0)]
-    pieces += [(f"\u2581{word}", -2.0) for word in words] + [(c, -8.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.'-"]
+    pieces += [(f"\u2581{word}", -2.0) for word in words] + [
+        (c, -8.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.'-"
+    ]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -244,7 +246,9 @@ def random_clips(batch: int, generator: torch.Generator, frames: int, size: int,
     clips = []
     for (_, height, width), share in ((SHORT, batch // 2), (LONG, batch - batch // 2)):
         scenes = sample_scenes(share, generator)
-        offset = (torch.rand(share, 2, generator=generator) * torch.tensor([height - size + 1, width - size + 1])).long()
+        offset = (
+            torch.rand(share, 2, generator=generator) * torch.tensor([height - size + 1, width - size + 1])
+        ).long()
         clips.append(render(scenes.to(device), frames, height, width, (size, size), offset.to(device)))
     return torch.cat(clips).contiguous(memory_format=torch.channels_last_3d)
 
@@ -258,7 +262,9 @@ def train_vae(work: Path, steps: int, batch: int, seed: int, device: str, max_se
     run_whole_clips(vae)
     average = copy.deepcopy(vae)
     rate = torch.tensor(0.0, device=device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True, capturable=True)
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True, capturable=True
+    )
     optimizer.param_groups[0]["base_lr"] = 2e-3
     checkpoint = work / "vae.safetensors"
     first = restore_state(checkpoint, {"vae": vae, "average": average}, [optimizer])
@@ -338,7 +344,9 @@ def cached_latents(cache: dict, vae, work: Path, clips: int, shape: tuple, seed:
             mean, std = latents.float().mean((0, 2, 3, 4)), latents.float().std((0, 2, 3, 4))
             statistics.write_text(json.dumps({"latents_mean": mean.tolist(), "latents_std": std.tolist()}))
         saved = json.loads(statistics.read_text())
-        mean, std = (torch.tensor(saved[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(saved[k], device=device).view(1, -1, 1, 1, 1) for k in ("latents_mean", "latents_std")
+        )
         cache[clips, shape, seed] = latents.sub_(mean).div_(std), texts
         print(f"{clips} clips of {shape} encoded in {time.time() - started:.0f}s", flush=True)
     return cache[clips, shape, seed]
@@ -475,7 +483,9 @@ def train_transformer(work: Path, stage: str, steps: int, max_seconds: float, ca
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1
-        update_average(average, torch.nn.ModuleList([transformer, prompts]), min(0.998, progress.step / (progress.step + 9)))
+        update_average(
+            average, torch.nn.ModuleList([transformer, prompts]), min(0.998, progress.step / (progress.step + 9))
+        )
         losses.append(loss.detach())
         if progress.step % 200 == 0 or progress.share >= 1:
             log(stage, progress, loss=torch.stack(losses).mean().item())

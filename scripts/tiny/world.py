@@ -168,7 +168,9 @@ def render(
     ]  # fmt: skip
     mix = torch.tensor(_TEXTURE_MIX, device=device)[scenes.texture]
     terms = (waves[0] * waves[1], waves[0], waves[0] + waves[1] - 0.9, waves[0] + waves[1] * waves[2], 2 * by - 1)
-    share = torch.sigmoid(2 * sum(per_clip(mix[:, i]) * term for i, term in enumerate(terms)))[:, None]  # [B, 1, T, h, w]
+    share = torch.sigmoid(2 * sum(per_clip(mix[:, i]) * term for i, term in enumerate(terms)))[
+        :, None
+    ]  # [B, 1, T, h, w]
     ground = _palette(BACKGROUND_COLOURS, scenes.background).view(b, 2, 3, 1, 1, 1)
     video = ground[:, 0] + (ground[:, 1] - ground[:, 0]) * share
 
@@ -177,8 +179,12 @@ def render(
     paint = _palette(COLOURS, scenes.colour)
     for k in reversed(range(MAX_OBJECTS)):
         present = per_clip((scenes.count > k).float())
-        cx = (per_clip(scenes.centre[:, k, 0]) + per_clip(heading[:, k, 0] * scenes.speed[:, k]) * time) * (width / short)
-        cy = (per_clip(scenes.centre[:, k, 1]) + per_clip(heading[:, k, 1] * scenes.speed[:, k]) * time) * (height / short)
+        cx = (per_clip(scenes.centre[:, k, 0]) + per_clip(heading[:, k, 0] * scenes.speed[:, k]) * time) * (
+            width / short
+        )
+        cy = (per_clip(scenes.centre[:, k, 1]) + per_clip(heading[:, k, 1] * scenes.speed[:, k]) * time) * (
+            height / short
+        )
         dx, dy, r = x - cx, y - cy, per_clip(radii[:, k])
         shadow = torch.sigmoid((r * 0.95 - ((dx - 0.03) ** 2 + (dy - 0.05) ** 2).sqrt()) * 40) * 0.35 * present
         video = video + (-0.95 - video) * shadow[:, None]

@@ -117,7 +117,9 @@ def restricted_to_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:
     q_sizes = torch.cat([plan.q_sizes, plan.q_sizes[:1]])
     if skip:
         # One more map is marked, and left off: writing its mark would wait for the device.
-        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(0, map_index.flatten().long(), True)
+        used = torch.zeros(maps + 1, dtype=torch.bool, device=chosen.device).scatter_(
+            0, map_index.flatten().long(), True
+        )
         q_sizes = F.pad(torch.where(used[:maps, None], plan.q_sizes, 0), (0, 0, 0, 1))
     tail = plan.tail
     if tail is not None:

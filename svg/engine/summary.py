@@ -92,7 +92,9 @@ def _density(rows: Iterable[tuple[AttentionRecord, float]]) -> dict[str, float |
     }
 
 
-def _group(records: list[AttentionRecord], values: list, key: Callable[[AttentionRecord], Any]) -> dict[Any, list[tuple]]:
+def _group(
+    records: list[AttentionRecord], values: list, key: Callable[[AttentionRecord], Any]
+) -> dict[Any, list[tuple]]:
     groups = defaultdict(list)
     for record, value in zip(records, values):
         groups[key(record)].append((record, value))

@@ -68,7 +68,13 @@ def still_good(state: LayerState, config: SVG2Config | NearConfig) -> Kept | Non
 
 
 def remember(
-    state: LayerState, config: SVG2Config | NearConfig, kept: Kept | None, plan: Plan, chosen: Chosen, q: Tensor, k: Tensor
+    state: LayerState,
+    config: SVG2Config | NearConfig,
+    kept: Kept | None,
+    plan: Plan,
+    chosen: Chosen,
+    q: Tensor,
+    k: Tensor,
 ) -> None:
     """Keep what later calls may share, and note how far this one is from the last clustering.
 

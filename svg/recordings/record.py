@@ -227,7 +227,9 @@ def open_recording(path: str | Path) -> Recording:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): record it again") from error
     found = metadata.get("format"), metadata.get("version")
     if found != (FORMAT, VERSION):
-        raise ValueError(f"{path} must be a recording ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}")
+        raise ValueError(
+            f"{path} must be a recording ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
+        )
     try:
         calls = [
             RecordedCall(**{**call, "layout": TokenLayout(**call["layout"])}) for call in parse_json(metadata["calls"])
@@ -235,7 +237,9 @@ def open_recording(path: str | Path) -> Recording:
         source = parse_json(metadata["source"])
         _check_calls(calls, source, path)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be a recording as `svg record` writes it, got {error}: record it again") from error
+        raise ValueError(
+            f"{path} must be a recording as `svg record` writes it, got {error}: record it again"
+        ) from error
     return Recording(path, calls, source)
 
 

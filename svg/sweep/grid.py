@@ -120,7 +120,11 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
 def inputs_of(grid: Grid) -> list[str | Path]:
     """Files and folders that a grid's cells read: none of them may be written to."""
     models = [locate_model(model["model"]) for model in grid.models]
-    values = [*models, *(model.get("preset") for model in grid.models), *(prompt.get("image") for prompt in grid.prompts)]
+    values = [
+        *models,
+        *(model.get("preset") for model in grid.models),
+        *(prompt.get("image") for prompt in grid.prompts),
+    ]
     values += [settings.get(name) for settings, _ in grid.methods for name in ("thresholds", "layers")]
     return [value for value in values if isinstance(value, (str, Path))]
 
@@ -260,7 +264,9 @@ def _methods(content: Mapping, values: dict[str, Any]) -> list[tuple[dict[str, A
     for item in _list(content, values, "methods"):
         entry = Mapping({"method": item}) if isinstance(item, str) else item
         if not isinstance(entry, Mapping):
-            raise GridError(f"{content.where('methods')}an entry of methods must be text or keys and values, got {shown(item)}")
+            raise GridError(
+                f"{content.where('methods')}an entry of methods must be text or keys and values, got {shown(item)}"
+            )
         entry.line = entry.line or content.lines.get("methods", 0)
         found += [(settings, entry) for settings in _product(entry, budgets)]
     if not 1 <= len(found) <= MOST_METHODS:
@@ -282,9 +288,13 @@ def _product(entry: Mapping, budgets: list[Any] | None) -> Iterator[dict[str, An
     rival = any(name in settings for name in config.rivals)
     if budgets is not None and not rival and (axis := config.sweep_field()) is not None:
         settings.setdefault(axis[0], budgets)
-    choices = [[(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()]
+    choices = [
+        [(key, one) for one in (value if isinstance(value, list) else [value])] for key, value in settings.items()
+    ]
     if (count := math.prod(map(len, choices))) > MOST_METHODS:
-        raise GridError(f"{entry.where()}method {method} must have at most {MOST_METHODS} settings, got {count}: fewer values")
+        raise GridError(
+            f"{entry.where()}method {method} must have at most {MOST_METHODS} settings, got {count}: fewer values"
+        )
     for combination in itertools.product(*choices):
         chosen = dict(combination)
         try:

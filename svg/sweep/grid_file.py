@@ -34,7 +34,7 @@ class Mapping(dict):
         self.lines: dict[str, int] = {}
 
     def where(self, key: str | None = None) -> str:
-        """"line 7: ", or nothing where there is no file."""
+        """ "line 7: ", or nothing where there is no file."""
         line = self.lines.get(key, self.line)
         return f"line {line}: " if line else ""
 

@@ -144,4 +144,6 @@ def start_ray(ray: Any, address: str, workers: int) -> None:
         else:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"--ray must be `local` or the address of a running cluster, got {address}: {error}") from error
+        raise ValueError(
+            f"--ray must be `local` or the address of a running cluster, got {address}: {error}"
+        ) from error

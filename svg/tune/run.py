@@ -147,7 +147,9 @@ class Tuner:
                 problem = self._problem(found)
             except (LookupError, TypeError, AttributeError) as error:
                 place = self._out / "curves" / "journal"
-                raise ValueError(f"{place} must hold what svg tune measured, got {error!r}: remove it to measure again") from error
+                raise ValueError(
+                    f"{place} must hold what svg tune measured, got {error!r}: remove it to measure again"
+                ) from error
             tuned, uniform = self._families(problem)
             start = uniform_cost(problem, getattr(self._config, self._config.budget_field))
             best = {family.name: self._verified(family, start) for family in (tuned, uniform)}

@@ -201,7 +201,9 @@ def test_an_empty_prompt(config, make_qkv, make_state):
 def test_non_finite_input_names_tensor_layer_and_step(make_qkv, make_state, config, name, value):
     qkv = dict(zip("qkv", make_qkv(LAYOUT)))
     qkv[name][1, 7, 2, 3] = value
-    with pytest.raises(FloatingPointError, match=f"{name} must be finite.*transformer layer 3, step 5 of 10, branch cond"):
+    with pytest.raises(
+        FloatingPointError, match=f"{name} must be finite.*transformer layer 3, step 5 of 10, branch cond"
+    ):
         attend(**qkv, state=make_state(config, LAYOUT), layer=3)
 
 

@@ -99,7 +99,11 @@ def test_impossible_tunings_raise(value, error, message):
         ([[0.5] * 3], None, r"head_top_p must be \[layers\]\[heads\] = \[2\]\[3\] in transformer, got \[1\]\[3\]"),
         ([[0.5] * 4] * 2, None, r"got \[2\]\[4\]: it was made for another model"),
         ([[0.5] * 3] * 2, ((3, 3, 5), "cpu"), "tuned for, 3x3x5, got 3x3x4: run `svg tune` for this one, or"),
-        ([[0.5] * 3] * 2, ((3, 3, 4), "NVIDIA H100"), "tuned for, NVIDIA H100, got cpu: run `svg tune` .* tuned_for=null"),
+        (
+            [[0.5] * 3] * 2,
+            ((3, 3, 4), "NVIDIA H100"),
+            "tuned for, NVIDIA H100, got cpu: run `svg tune` .* tuned_for=null",
+        ),
     ],
 )
 def test_budgets_of_something_else_are_refused(table, tuned, message, make_qkv):

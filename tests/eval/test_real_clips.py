@@ -71,9 +71,7 @@ def test_psnr_equals_ffmpeg(carphone, tmp_path):
 
 def test_psnr_and_ssim_equal_scikit_image(carphone):
     (_, a), (_, b) = carphone["pristine"], carphone["distorted"]
-    options = dict(
-        channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
-    )
+    options = dict(channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
     similarities = [structural_similarity(x, y, **options) for x, y in zip(a, b)]
     np.testing.assert_allclose(metrics.ssim(a, b), similarities, rtol=0, atol=1e-9)
     errors = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a, b)]

@@ -94,7 +94,9 @@ def test_packed_sequences_compile_to_one_graph():
     q, k, v = (torch.randn(n, 2, 64).bfloat16() for n in (100, 90, 90))
     compiled = torch.compile(svg.attention_varlen, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, k, v, *LENGTHS), svg.attention_varlen(q, k, v, *LENGTHS))
-    torch.library.opcheck(svg.functional.quantised._attention_varlen, (q, k, v, *LENGTHS, "auto", True, 0.1, True, False, True))
+    torch.library.opcheck(
+        svg.functional.quantised._attention_varlen, (q, k, v, *LENGTHS, "auto", True, 0.1, True, False, True)
+    )
 
 
 @pytest.mark.parametrize(

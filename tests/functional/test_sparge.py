@@ -87,7 +87,9 @@ def test_lists_of_a_long_video_stay_small(monkeypatch):
     q, k, v = (torch.randn(2, 3, 300, 16) for _ in range(3))
     whole = svg.sparge_attention(q, k, v, topk=0.5, scale=0.3)
     made, run = [], execute._execute
-    monkeypatch.setattr(execute, "_execute", lambda plan, *rest: made.append(plan.map_index.numel()) or run(plan, *rest))
+    monkeypatch.setattr(
+        execute, "_execute", lambda plan, *rest: made.append(plan.map_index.numel()) or run(plan, *rest)
+    )
     monkeypatch.setattr(execute, "LISTED_BLOCKS", 1)
     torch.testing.assert_close(svg.sparge_attention(q, k, v, topk=0.5, scale=0.3), whole)
     assert made == [1] * 6

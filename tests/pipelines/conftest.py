@@ -8,7 +8,24 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ["a", "red", "blue", "green", "cat", "dog", "ball", "moves", "left", "right", "over", "the", "water", "and", "sky", "slowly"]
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "ball",
+    "moves",
+    "left",
+    "right",
+    "over",
+    "the",
+    "water",
+    "and",
+    "sky",
+    "slowly",
+]
 PROMPT = "a red ball moves right"
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 
@@ -69,7 +86,12 @@ def wan(scheduler, **parts):
 
 def wan_i2v():
     vision = transformers.CLIPVisionConfig(
-        hidden_size=8, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        hidden_size=8,
+        projection_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
         intermediate_size=16,
     )
     return diffusers.WanImageToVideoPipeline(
@@ -124,8 +146,14 @@ def hunyuan():
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
     )
     clip = transformers.CLIPTextConfig(
-        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        projection_dim=8, pad_token_id=0, eos_token_id=1,
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     return diffusers.HunyuanVideoPipeline(
         text_encoder=transformers.LlamaModel(llama),
@@ -233,7 +261,10 @@ def run(image):
 
     def call(pipe, prompt=PROMPT, seed=0, steps=5, **changes):
         arguments = dict(
-            prompt=prompt, num_inference_steps=steps, output_type="latent", **SIZE,
+            prompt=prompt,
+            num_inference_steps=steps,
+            output_type="latent",
+            **SIZE,
             generator=torch.Generator("cpu").manual_seed(seed),
         )
         name = type(pipe).__name__

@@ -66,7 +66,10 @@ def test_offloaded_generation(load, image, name, offload):
     for _ in range(2):
         result = generate(pipe, request)
         assert np.abs(result.frames - resident.frames).max() < 1e-5
-        assert result.report["transformers"]["transformer"]["calls"] == resident.report["transformers"]["transformer"]["calls"]
+        assert (
+            result.report["transformers"]["transformer"]["calls"]
+            == resident.report["transformers"]["transformer"]["calls"]
+        )
 
 
 def test_frames_are_those_of_the_pipeline(load):

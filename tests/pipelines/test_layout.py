@@ -16,7 +16,9 @@ HUNYUAN = dict(
     SMALL, num_single_layers=1, num_refiner_layers=1, attention_head_dim=8, text_embed_dim=8, pooled_projection_dim=8,
     rope_axes_dim=(4, 2, 2),
 )  # fmt: skip
-COGVIDEOX = dict(SMALL, attention_head_dim=16, text_embed_dim=8, time_embed_dim=8, use_rotary_positional_embeddings=True)
+COGVIDEOX = dict(
+    SMALL, attention_head_dim=16, text_embed_dim=8, time_embed_dim=8, use_rotary_positional_embeddings=True
+)
 COGVIDEOX_1_5 = dict(COGVIDEOX, patch_size_t=2)
 
 # family, VAE's time and space stride, frames x height x width of the video, grid
@@ -86,7 +88,9 @@ def test_grid(family, config, stride, video, grid):
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_families_are_refused(name):
     kind = getattr(diffusers, name)
-    with pytest.raises(ValueError, match=f"transformer must be one of WanTransformer3DModel, .* got {name}; register it"):
+    with pytest.raises(
+        ValueError, match=f"transformer must be one of WanTransformer3DModel, .* got {name}; register it"
+    ):
         svg.accelerate(Pipe(kind.__new__(kind)), DenseConfig())
 
 
@@ -131,7 +135,9 @@ def test_hunyuan_video_image_conditioning(kind):
         with transformer.cache_context("cond", **context):
             dense = transformer(*arguments)[0]
         pipe = Pipe(transformer)
-        svg.accelerate(pipe, {"method": "svg2", "top_p": 1.0, "num_q_clusters": 3, "num_k_clusters": 4, "warmup_steps": 0})
+        svg.accelerate(
+            pipe, {"method": "svg2", "top_p": 1.0, "num_q_clusters": 3, "num_k_clusters": 4, "warmup_steps": 0}
+        )
         with transformer.cache_context("cond", **context):
             full = transformer(*arguments)[0]
     torch.testing.assert_close(dense, stock, rtol=0, atol=1e-5)

@@ -158,7 +158,10 @@ def test_command_line(model, tmp_path, monkeypatch, capsys):
     arguments = ["--model", str(model), *size, "--record-steps", "2", "--record-layers", "1", "--out", "a.safetensors"]
     assert main(["record", "a red ball", *arguments]) == 0
     assert "2 attention calls" in capsys.readouterr().out
-    Path("grid.yaml").write_text("methods:\n  - method: svg2\n    top_p: [0.5, 0.9]\n    num_k_clusters: 5\n" + "height: 32\nwidth: 48\nframes: 9\n")
+    Path("grid.yaml").write_text(
+        "methods:\n  - method: svg2\n    top_p: [0.5, 0.9]\n    num_k_clusters: 5\n"
+        + "height: 32\nwidth: 48\nframes: 9\n"
+    )
     assert main(["sweep", "grid.yaml", "--recorded", "a.safetensors", "--out", "out"]) == 0
     assert "svg2 top_p=0.5" in capsys.readouterr().out
     rows = json.loads(Path("out/recorded.json").read_text())["rows"]

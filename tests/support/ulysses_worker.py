@@ -1,6 +1,6 @@
 """One rank of a context-parallel run of tiny transformers over gloo; rank 0 writes what all of them give.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500 python ulysses_worker.py OUT.pt
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500 python ulysses_worker.py OUT.pt
 """
 
 import sys
@@ -37,7 +37,9 @@ def outputs(name, config, degree=1):
     family = FAMILIES[name]
     transformer = family.make().eval()
     inputs = family.inputs(1, *SIZE)
-    if name.startswith("ltx"):  # Diffusers repeats the text's mask for all heads, and a rank of its own code has not all
+    if name.startswith(
+        "ltx"
+    ):  # Diffusers repeats the text's mask for all heads, and a rank of its own code has not all
         inputs |= {key: None for key in inputs if key.endswith("encoder_attention_mask")}
     if degree > 1:
         plan = svg.context_parallel_plan(transformer)

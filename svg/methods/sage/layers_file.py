@@ -67,7 +67,9 @@ def _read(path: str, changed: int) -> Choices:
             for name, layers in content["transformers"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} must hold a precision for every layer, as `svg adapt` writes it: make it again") from error
+        raise ValueError(
+            f"{path} must hold a precision for every layer, as `svg adapt` writes it: make it again"
+        ) from error
     unknown = [one for layers in choices.values() for one in layers.values() if one not in LAYER_PRECISIONS]
     if unknown:
         raise ValueError(f"{path}: precision must be one of {', '.join(LAYER_PRECISIONS)}, got {shown(unknown[0])}")

@@ -52,7 +52,9 @@ class SpargeConfig(GuardedConfig):
         super().__post_init__()
         given = [name for name in self.rivals if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"one of {', '.join(self.rivals)} must be given, got {' and '.join(given)}: drop the others")
+            raise ValueError(
+                f"one of {', '.join(self.rivals)} must be given, got {' and '.join(given)}: drop the others"
+            )
         if not given:
             object.__setattr__(self, "topk", 0.5)  # the resolved setting, so that reports show it
         for name in ("topk", "cdf"):
@@ -86,4 +88,6 @@ class SpargeConfig(GuardedConfig):
             raise TypeError(f"thresholds must be a file's path as text, got {self.thresholds!r}")
         for name in ("simthresh", "pv_threshold"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}"
+                )

@@ -138,7 +138,9 @@ def _limits(config: SpargeConfig, state: LayerState, heads: int, device: torch.d
         else:
             never = torch.inf if config.pv_threshold is None else config.pv_threshold
             values = (config.simthresh, config.cdf or 1.0, never)
-            found = Thresholds(**{name: torch.full((heads,), float(x), device=device) for name, x in zip(names, values)})
+            found = Thresholds(
+                **{name: torch.full((heads,), float(x), device=device) for name, x in zip(names, values)}
+            )
         state.cache |= vars(found)
     return Thresholds(**{name: state.cache[name] for name in names})
 

@@ -82,8 +82,14 @@ def read_about(path: str | Path) -> dict[str, Any]:
             f"{path} must hold thresholds ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
         )
     about = parse_json(metadata.get("about", "null"))
-    if not isinstance(about, dict) or not isinstance(about.get("layers"), dict) or not {"order", "attention_sink"} <= set(about):
-        raise ValueError(f"{path} does not say what its thresholds were found with: make it again with `svg sparge-tune`")
+    if (
+        not isinstance(about, dict)
+        or not isinstance(about.get("layers"), dict)
+        or not {"order", "attention_sink"} <= set(about)
+    ):
+        raise ValueError(
+            f"{path} does not say what its thresholds were found with: make it again with `svg sparge-tune`"
+        )
     return about
 
 

@@ -244,9 +244,7 @@ def band_maps(
 
 
 @lru_cache(maxsize=4)
-def _shared_maps(
-    layout: TokenLayout, densities: tuple[float, ...], block_size: int, device: torch.device
-) -> BandMaps:
+def _shared_maps(layout: TokenLayout, densities: tuple[float, ...], block_size: int, device: torch.device) -> BandMaps:
     with torch.inference_mode(False):
         return _maps_of_all(layout, densities, block_size, device)
 
@@ -271,9 +269,7 @@ def _densities(table: tuple[tuple[float, ...], ...] | None) -> tuple[float, ...]
     return tuple(sorted({density for row in table or () for density in row}))
 
 
-def _density_index(
-    densities: tuple[float, ...], config: SVG1Config, state: LayerState, device: torch.device
-) -> Tensor:
+def _density_index(densities: tuple[float, ...], config: SVG1Config, state: LayerState, device: torch.device) -> Tensor:
     """Which of the densities each head of a layer has, int64 [H]."""
     if "density_index" not in state.cache:
         index = [densities.index(density) for density in config.head_budgets(state.layer)]

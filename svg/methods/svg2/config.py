@@ -51,9 +51,7 @@ class SVG2Config(GuardedConfig):
     min_k_ratio: float = 0.1
     first_iterations: int = 50
     iterations: int = 2
-    budget: float | None = setting(
-        None, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds"
-    )
+    budget: float | None = setting(None, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
     selection: str = "clusters"
     refresh: int = 1
     max_drift: float | None = None

@@ -14,7 +14,13 @@ LEVELS = [0.3, 0.6, 1.0]
 
 def trial(family, label, density, psnr, met):
     about = {"family": family, "label": label, "videos": "held-out", "spent": density, "value": psnr, "met": met}
-    numbers = {"density": density, "attention_seconds": 1.5, "dense_attention_seconds": 2.0, "psnr": psnr, "lpips": None}
+    numbers = {
+        "density": density,
+        "attention_seconds": 1.5,
+        "dense_attention_seconds": 2.0,
+        "psnr": psnr,
+        "lpips": None,
+    }
     return {**about, **numbers, "config": {"method": "svg2", "head_top_p": [[0.3, 1.0], [0.6, 0.6]]}}
 
 
@@ -59,7 +65,11 @@ def recorded_json():
             "recall": recall,
             "error": round(0.01 * (1 + step + layer + head), 4),
         }
-        for label, density, recall in (("svg2 top_p=0.5", 0.3, 0.8), ("svg2 top_p=0.9", 0.6, 0.95), ("sparge", 0.5, None))
+        for label, density, recall in (
+            ("svg2 top_p=0.5", 0.3, 0.8),
+            ("svg2 top_p=0.9", 0.6, 0.95),
+            ("sparge", 0.5, None),
+        )
         for step in (2, 5)
         for layer in (0, 3)
         for branch in ("cond", "uncond")
