@@ -1,10 +1,10 @@
 """Attention over lists of granules for Hopper: triton.py's loops with two producers and two consumers (Gluon).
 
-A program computes a group of 128 query rows. One warp fetches keys and one values through the tensor memory
-accelerator into stages of 128 keys, as fast as stages come free, also for the next group. A stage is filled granule by
-granule: the 128-byte swizzle repeats every 8 rows, so a box of 8 rows or more lands where it would in a box of the whole
-stage, and no tile is padded whatever the list holds. Two warpgroups of 64 rows each compute: while the softmax of one
-stage runs, the tensor cores do the next Q K^T and the previous P V.
+A program computes one group of 128 query rows; `schedule` says which, long lists first. One warp fetches keys and one
+values through the tensor memory accelerator into stages of 128 keys, as fast as stages come free. A stage is filled
+granule by granule: the 128-byte swizzle repeats every 8 rows, so a box of 8 rows or more lands where it would in a box of
+the whole stage, and no tile is padded whatever the list holds. Two warpgroups of 64 rows each compute: while the softmax
+of one stage runs, the tensor cores do the next Q K^T and the previous P V.
 
 A tail is further stages of the same loop over the granules' means. Their logits share one bias, the logarithm of the
 granule's size, which goes into the maximum; a bit a granule tells which are listed.

@@ -144,6 +144,7 @@ def _check_lists(q: Tensor, granules: Granules, lists: GranuleLists, V: int) -> 
     named = {"starts": (shape, torch.int64), "whole": (shape, torch.int32), "counts": (shape, torch.int32)}
     named["chosen"] = ((*shape, -(-T // 32)), torch.int32)
     named["entries"] = ((lists.entries.numel(),), torch.int32)
+    named["schedule"] = ((lists.counts.numel(),), torch.int32)
     for name, (wanted, dtype) in named.items():
         x = getattr(lists, name)
         if x.shape != wanted or not x.is_contiguous():

@@ -179,6 +179,7 @@ def granules(name, D, rows, tail=True):
     cut = cut_granules_reference(q, q, order, 16)
     lists = lists_of(torch.ones(1, 2, 256 // rows, 16, dtype=torch.bool), cut.tokens, 16, rows)
     granule_attention(q, cut, lists, q_order=order, tail=tail, return_lse=True)
+    granule_attention(q, cut, lists, q_order=order, tail=tail, only=torch.ones(1, 2, dtype=torch.int32))
 
 
 def granules_in_8_bits(arch, fp8):

@@ -191,6 +191,18 @@ def test_rows_without_an_order_are_left_alone():
     assert torch.equal(fresh[:, :, :100], out[:, :, :100]) and not fresh[:, :, 100:].any()
 
 
+def test_heads_that_are_left_out():
+    p = problem(150, dtype=torch.bfloat16)
+    only = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
+    expected, expected_lse = granule_attention(p.q, p.granules, p.lists, q_order=p.q_order, return_lse=True)
+    out = torch.full_like(p.q, 7.0)
+    _, lse = granule_attention(p.q, p.granules, p.lists, q_order=p.q_order, out=out, only=only, return_lse=True)
+    seen = only.bool()
+    assert torch.equal(out[seen], expected[seen]) and (out[~seen] == 7).all()
+    assert torch.equal(lse[seen], expected_lse[seen]) and (lse[~seen] == -torch.inf).all()
+    assert not granule_attention(p.q, p.granules, p.lists, q_order=p.q_order, only=only)[~seen].any()
+
+
 def test_two_runs_are_equal_and_large_logits_stay_finite():
     p = problem(300, dtype=torch.float16)
     first = granule_attention(p.q * 50, p.granules, p.lists, q_order=p.q_order)
@@ -233,6 +245,8 @@ def with_lists(p, **changes):
         (ValueError, "lists.counts must be contiguous", lambda p: granule_attention(*with_lists(p, counts=p.lists.counts[..., :1]))),
         (TypeError, "lists.starts must be", lambda p: granule_attention(*with_lists(p, starts=p.lists.starts.int()))),
         (ValueError, "for 100 query rows", lambda p: granule_attention(p.q[:, :, :100], p.granules, p.lists)),
+        (ValueError, "lists.schedule must be", lambda p: granule_attention(*with_lists(p, schedule=p.lists.schedule[:-1]))),
+        (ValueError, "only must be", lambda p: granule_attention(p.q, p.granules, p.lists, only=torch.ones(2, 2))),
         (ValueError, "out must be", lambda p: granule_attention(p.q, p.granules, p.lists, out=p.q.half())),
     ],
 )  # fmt: skip
