@@ -1,9 +1,9 @@
 """Cut keys and values into granules: gather them in sorted order and take every granule's statistics, in one pass.
 
-A program holds some granules with one slot of each granule after the other in a thread's own registers, so that sums
-over a granule's keys need no other thread. Variances are sums of squared deviations, never differences of squares: keys
-share a large mean. Granules are put together from parts in order (Chan's formula), so two runs
-are bit-equal. fp16, bf16 and fp32, head dims up to 128, sm80 and newer.
+A program takes the keys or the values of some granules, one token of each after the other, in a loop of few registers:
+rows that follow a permutation come from anywhere, and only many loads under way hide that. Variances are of differences
+from a granule's first token, never differences of large squares: keys share a large mean. Sums run in one order, so two
+runs are bit-equal. fp16, bf16 and fp32, head dims up to 128, sm80 and newer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .values import SIZES, Granules
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PART = 16  # bytes of a channel's keys that a thread holds at a time
 
 
 def cut_granules(
@@ -112,36 +111,52 @@ def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
     tokens = torch.empty(B, C, dtype=torch.int32, **like)
     block, num_warps = target.launch_row(LAUNCH, k.device)
     with target.on_device(k):
-        _cut_kernel[(triton.cdiv(C, block), B * H)](
+        _cut_kernel[(triton.cdiv(C, block), B * H, 2)](  # keys, then values
             k, v, k_order, text, prompt_tokens, None if only is None else only.contiguous(), keys, values, k_mean, v_mean, spread, weight, tokens,
             H, V, T, L, C, *k.stride()[:3], *v.stride()[:3], *k_order.stride(),
             *((0, 0) if text is None else text.stride()), 0 if prompt_tokens is None else prompt_tokens.stride(0),
-            SIZE=size, PART=min(size, PART // k.element_size()),
-            D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_G=block, num_warps=num_warps,
+            SIZE=size, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_G=block, num_warps=num_warps,
         )  # fmt: skip
     return Granules(keys, values, tokens, k_mean, v_mean, spread, weight, size)
 
 
 @triton.jit
-def _take(x, out, token, slot, seen, in_out, offs_d, stride_s, D: tl.constexpr):
-    """Rows of x, and their copy in sorted order where it is wanted: [PART, BG, BD] in x's dtype."""
-    inside = (offs_d < D)[None, None, :]
-    tile = tl.load(x + token[:, :, None] * stride_s + offs_d[None, None, :], mask=seen[:, :, None] & inside, other=0.0)
-    if out is not None:
-        tl.store(out + slot[:, :, None] * D + offs_d[None, None, :], tile, mask=in_out[:, :, None] & inside)
-    return tile.to(tl.float32)
+def _cut_side(
+    x, out, mean, moment, order, word, number, granule, is_video, at, T, C, stride_s, stride_os, stride_ts,
+    HAS_TEXT: tl.constexpr, VALUES: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of some granules, a token of each at a time: few registers, so that many loads are under way.
 
-
-@triton.jit
-def _moments(tile, seen, number, before, mean, squares):
-    """Mean [BG, BD] and summed squared deviations with `number` more tokens [BG], after `before` of them."""
-    part_mean = tl.sum(tile, 0) / tl.maximum(number, 1.0)[:, None]
-    deviation = tl.where(seen[:, :, None], tile - part_mean[None], 0.0)
-    part_squares = tl.sum(deviation * deviation, 0)
-    share = number / tl.maximum(before + number, 1.0)
-    step = part_mean - mean
-    squares += part_squares + step * step * (before * share)[:, None]
-    return mean + step * share[:, None], squares
+    Moments are of differences from a granule's first token, which is as near its mean as any: no digits are lost.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    inside = (offs_d < D)[None, :]
+    first, total, squares = (tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),) * 3
+    for place in tl.range(0, SIZE, loop_unroll_factor=4):
+        seen = place < number
+        slot = (granule * SIZE + place).to(tl.int64)
+        token = tl.load(order + slot * stride_os, mask=seen & is_video, other=0).to(tl.int64)
+        if HAS_TEXT:
+            token += tl.load(word + (slot - T * SIZE) * stride_ts, mask=seen & (granule >= T), other=0)
+        row = tl.load(x + token[:, None] * stride_s + offs_d[None, :], mask=seen[:, None] & inside, other=0.0)
+        if out is not None:
+            tl.store(out + slot[:, None] * D + offs_d[None, :], row, mask=(granule < C)[:, None] & inside)
+        row = row.to(tl.float32)
+        first = tl.where(place == 0, row, first)
+        difference = tl.where(seen[:, None], row - first, 0.0)
+        total += difference
+        squares += difference * difference
+    share = (1.0 / tl.maximum(number, 1).to(tl.float32))[:, None]
+    centre = first + total * share
+    variance = tl.maximum(squares * share - (total * share) * (total * share), 0.0)
+    tl.store(
+        mean + at[:, None] * D + offs_d[None, :], centre.to(mean.dtype.element_ty), mask=is_video[:, None] & inside
+    )
+    if VALUES:
+        tl.store(moment + at, tl.sum(centre * centre, 1) + tl.sum(variance, 1), mask=is_video)
+    else:
+        tl.store(moment + at, tl.sum(variance, 1) / D, mask=is_video)
 
 
 @triton.jit(do_not_specialize=["V", "T", "L", "C"])
@@ -149,16 +164,10 @@ def _cut_kernel(
     k, v, order, text, prompt_tokens, only, k_out, v_out, k_mean, v_mean, spread, weight, tokens,
     H, V, T, L, C, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os, stride_tb, stride_ts, stride_pb,
-    SIZE: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    k += b * stride_kb + h * stride_kh
-    v += b * stride_vb + h * stride_vh
-    order += b * stride_ob + h * stride_oh
-    if k_out is not None:
-        k_out += bh * C * SIZE * D
-        v_out += bh * C * SIZE * D
     granule = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     is_video = granule < T
     prompt = L
@@ -166,35 +175,29 @@ def _cut_kernel(
         prompt = tl.minimum(tl.load(prompt_tokens + b * stride_pb), L).to(tl.int32)
     number = tl.where(is_video, V - granule * SIZE, prompt - (granule - T) * SIZE)
     number = tl.minimum(tl.maximum(number, 0), SIZE)
-    tl.store(tokens + b * C + granule, number, mask=(granule < C) & (h == 0))
+    values = tl.program_id(2) == 1
+    tl.store(tokens + b * C + granule, number, mask=(granule < C) & (h == 0) & (not values))
     if only is not None:
         if tl.load(only + bh) == 0:
             return
-    offs_d = tl.arange(0, BLOCK_D)
-    k_centre, k_squares, v_centre, v_squares = (tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32),) * 4
-    for first in tl.static_range(0, SIZE, PART):
-        place = first + tl.arange(0, PART)
-        slot = granule[None, :] * SIZE + place[:, None]  # [PART, BG]
-        seen = place[:, None] < number[None, :]
-        token = tl.load(order + slot.to(tl.int64) * stride_os, mask=seen & is_video[None, :], other=0).to(tl.int64)
-        if text is not None:
-            word = text + b * stride_tb + (slot - T * SIZE).to(tl.int64) * stride_ts
-            token += tl.load(word, mask=seen & (granule >= T)[None, :], other=0)
-        if k_out is None:
-            seen = seen & is_video[None, :]
-        in_out = (granule < C)[None, :] & (place >= 0)[:, None]
-        slot = slot.to(tl.int64)
-        before = tl.minimum(number, first).to(tl.float32)
-        more = tl.minimum(tl.maximum(number - first, 0), PART).to(tl.float32)
-        tile = _take(k, k_out, token, slot, seen, in_out, offs_d, stride_ks, D)
-        k_centre, k_squares = _moments(tile, seen, more, before, k_centre, k_squares)
-        tile = _take(v, v_out, token, slot, seen, in_out, offs_d, stride_vs, D)
-        v_centre, v_squares = _moments(tile, seen, more, before, v_centre, v_squares)
+    HAS_TEXT: tl.constexpr = text is not None and k_out is not None
+    if k_out is None:
+        number = tl.where(is_video, number, 0)
+    else:
+        k_out += bh * C * SIZE * D
+        v_out += bh * C * SIZE * D
+    word = text
+    if HAS_TEXT:
+        word += b * stride_tb
+    order += b * stride_ob + h * stride_oh
     at = bh * T + granule
-    cell = at[:, None] * D + offs_d[None, :]
-    inside = is_video[:, None] & (offs_d < D)[None, :]
-    tl.store(k_mean + cell, k_centre.to(k_mean.dtype.element_ty), mask=inside)
-    tl.store(v_mean + cell, v_centre.to(v_mean.dtype.element_ty), mask=inside)
-    total = tl.maximum(number, 1).to(tl.float32)
-    tl.store(spread + at, tl.sum(k_squares, 1) / (total * D), mask=is_video)
-    tl.store(weight + at, tl.sum(v_centre * v_centre, 1) + tl.sum(v_squares, 1) / total, mask=is_video)
+    if values:
+        _cut_side(
+            v + b * stride_vb + h * stride_vh, v_out, v_mean, weight, order, word, number, granule, is_video, at, T, C,
+            stride_vs, stride_os, stride_ts, HAS_TEXT, True, SIZE, D, BLOCK_D, BLOCK_G,
+        )  # fmt: skip
+    else:
+        _cut_side(
+            k + b * stride_kb + h * stride_kh, k_out, k_mean, spread, order, word, number, granule, is_video, at, T, C,
+            stride_ks, stride_os, stride_ts, HAS_TEXT, False, SIZE, D, BLOCK_D, BLOCK_G,
+        )  # fmt: skip
