@@ -88,6 +88,15 @@ class MethodConfig:
         """
         return step < count(self.warmup_steps, num_steps) or layer < count(self.warmup_layers, num_layers)
 
+    def at_step(self, step: int, num_steps: int) -> MethodConfig:
+        """The settings in one step of a run; a method whose budget depends on the step gives others.
+
+        Args:
+            step: index of the step, from 0.
+            num_steps: steps of the run.
+        """
+        return self
+
     def head_budgets(self, layer: int) -> tuple[float, ...] | None:
         """Each head's own value of `budget_field`.
 

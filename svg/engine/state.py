@@ -65,9 +65,10 @@ class LayerState:
         own = config.head_budgets(self.layer)
         if own is None:
             return getattr(config, config.budget_field)
-        if "head_budgets" not in self.cache:
-            self.cache["head_budgets"] = torch.tensor(own, dtype=torch.float32, device=device)
-        return self.cache["head_budgets"]
+        key = ("head_budgets", own)
+        if key not in self.cache:
+            self.cache[key] = torch.tensor(own, dtype=torch.float32, device=device)
+        return self.cache[key]
 
     def generator(self, device: torch.device | str) -> torch.Generator:
         """This layer's and branch's private generator on a device."""

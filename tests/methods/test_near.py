@@ -121,6 +121,20 @@ def test_a_sample_does_not_depend_on_the_others():
     assert torch.allclose(alone(slice(0, 2))[:1], alone(slice(0, 1)), atol=1e-6)
 
 
+def test_early_steps_may_compute_more_and_the_mean_is_kept():
+    config = NearConfig(budget=0.4, early=0.5, **(COLD | {"warmup_steps": 0.2}))
+    budgets = [config.at_step(step, 10).budget for step in range(2, 10)]
+    assert budgets == sorted(budgets, reverse=True) and budgets[0] > 0.55 and budgets[-1] < 0.25
+    assert sum(budgets) / len(budgets) == pytest.approx(0.4)
+    assert config.at_step(1, 10) is config  # a warm-up step computes all
+    state = RunState(config, 1)
+    q, k, v, _ = inputs(LAYOUTS[0])
+    for step in (2, 9):
+        state.begin_forward(step, 10, "cond", LAYOUTS[0])
+        attend(q, k, v, state, 0, None)
+    assert state.records[0].density.mean() > 0.5 > 0.3 > state.records[1].density.mean()
+
+
 def test_heads_with_budgets_of_their_own():
     layout = LAYOUTS[0]
     config = NearConfig(rows=64, head_budget=[[0.3, 0.6, 1.0]], **COLD)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar
 
-from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, integer, setting, share
+from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, count, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
 
 QUERY_ORDERS = ("clusters", "hilbert")
@@ -23,6 +24,8 @@ class NearConfig(GuardedConfig):
 
     Args:
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
+        early: how much more than `budget` the first sparse step may compute, as a share of it, falling evenly to as much
+            less in the last, in [0, 1); the mean over the sparse steps is `budget`.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 64 or 128.
         floor: share of the mean number of exact granules that every group of rows gets at least, in [0, 1].
@@ -51,6 +54,7 @@ class NearConfig(GuardedConfig):
     probed_level: ClassVar[float] = 0.3
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
+    early: float = 0.0
     granule: int = 16
     rows: int = 128
     floor: float = 0.25
@@ -70,6 +74,7 @@ class NearConfig(GuardedConfig):
         super().__post_init__()
         share(self, "budget", zero=False)
         share(self, "floor")
+        share(self, "early")
         choice(self, "granule", GRANULES)
         choice(self, "rows", GRANULE_ROWS)
         choice(self, "pool", POOLS)
@@ -77,10 +82,29 @@ class NearConfig(GuardedConfig):
         choice(self, "precision", PRECISIONS)
         for name in ("cluster_tokens", "query_cluster_tokens", "first_iterations", "iterations", "refresh"):
             integer(self, name, least=1)
-        if self.budget <= 1 / self.granule:
+        least = self.budget * (1 - self.early)
+        if least <= 1 / self.granule:
+            what = "budget" if self.early == 0 else "budget * (1 - early), what the last step may compute,"
             raise ValueError(
-                f"budget must be above 1 / granule = {1 / self.granule:g}, the share of the means, which are always "
-                f"computed, got {self.budget}: raise it, or take a larger granule"
+                f"{what} must be above 1 / granule = {1 / self.granule:g}, the share of the means, which are always "
+                f"computed, got {least:g}: raise the budget, or take a larger granule"
             )
         check_max_drift(self)
         check_head_table(self)
+
+    def at_step(self, step: int, num_steps: int) -> NearConfig:
+        """The settings with the budgets of one step: more at first, where errors grow longest."""
+        dense = count(self.warmup_steps, num_steps)
+        if self.early == 0 or step < dense:
+            return self
+        place = (step - dense + 0.5) / (num_steps - dense)  # in (0, 1)
+        return _scaled(self, 1 + self.early * (1 - 2 * place))
+
+
+@lru_cache(maxsize=256)
+def _scaled(config: NearConfig, share_of_budget: float) -> NearConfig:
+    """A config whose budgets are multiplied, at most to 1, and do not depend on the step any more."""
+    table = config.head_budget
+    if table is not None:
+        table = tuple(tuple(min(1.0, value * share_of_budget) for value in row) for row in table)
+    return replace(config, budget=min(1.0, config.budget * share_of_budget), head_budget=table, early=0.0)
