@@ -32,7 +32,7 @@ from ..quantize.channels import (
     statistics_reference,
 )
 from ..quantize.precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
-from ..quantize.tokens import check, padded_head_dim, round_to_int8
+from ..quantize.tokens import check, padded_head_dim
 from .quantized_hopper import takes
 from .reference import cut_granules_reference
 from .values import SIZES
@@ -203,8 +203,9 @@ def granule_tokens(V: int, size: int, L: int, prompt_tokens: Tensor | None, B: i
     return torch.cat([video, words], 1).to(torch.int32)
 
 
-# Slots of a program, a multiple of the largest granule, and its warps. Not measured: chosen by ahead-of-time compile (no spills).
-BLOCK, WARPS = 64, 8
+# Slots of a program, a multiple of the largest granule, and its warps. Not measured:
+# chosen by ahead-of-time compile (no spills, warps a multiprocessor).
+BLOCK, WARPS = 64, {2: 16, 4: 8}  # by bytes an element
 
 
 def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave):
@@ -236,7 +237,7 @@ def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave
             keys, values, tail_k, tail_v, k_scale, v_scale, v_mean, H, V, T, C, slots, means,
             *k.stride()[:3], *v.stride()[:3], *k_order.stride(), *((0, 0) if text is None else text.stride()),
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, SIZE=size, FP8=kind.fp8, LIMIT=kind.v_range, INTERLEAVE=interleave,
-            num_warps=WARPS,
+            num_warps=WARPS[k.element_size()],
         )  # fmt: skip
     return QuantizedGranules(
         k=keys, k_scale=k_scale, k_mean=stats.k_mean, v=values, v_scale=v_scale if kind.fp8 else None,
@@ -266,10 +267,17 @@ def _interleaved(place):
 
 
 @triton.jit
-def _means_of(rows, count, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, SIZE: tl.constexpr):
-    """Means [N, D] of every SIZE rows, `count` [N] of which are not zero."""
-    sums = tl.sum(tl.reshape(rows, [BLOCK // SIZE, SIZE, BLOCK_D]), 1)
-    return sums / tl.maximum(count, 1).to(tl.float32)[:, None]
+def _sums_of(rows, SIZE: tl.constexpr):
+    """Sums [16, D] of every SIZE rows, by tensor cores, so that no registers change threads; of 16-bit rows exact products."""
+    granule = tl.arange(0, rows.shape[0]) // SIZE
+    pool = (granule[None, :] == tl.arange(0, 16)[:, None]).to(rows.dtype)
+    return tl.dot(pool, rows, input_precision="tf32x3")
+
+
+@triton.jit
+def _nearest_bytes(x):
+    """x to INT8: what is added leaves the integer in the low bits. NaN gives anything; its scale is NaN."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["V", "T", "C", "slots", "means"])
@@ -312,19 +320,20 @@ def _quantize_granules_kernel(
         tl.store(k_scale + bh, k_step)
         tl.store(v_scale + bh * BLOCK_D + offs_d, v_step)
         tl.store(v_mean + bh * BLOCK_D + offs_d, v_middle)
-    granule = tl.program_id(0) * NUMBER + tl.arange(0, NUMBER)
-    averaged = granule < T
-    count = tl.load(tokens + granule, mask=averaged, other=0)
+    offs_n = tl.arange(0, 16)
+    granule = tl.program_id(0) * NUMBER + offs_n
+    averaged = (offs_n < NUMBER) & (granule < T)
+    share = 1.0 / tl.load(tokens + granule, mask=averaged, other=1).to(tl.float32)[:, None]
 
     inverse = tl.div_rn(1.0 + tl.zeros_like(k_step), k_step)
     away = tl.where(inside[:, None], k_rows.to(tl.float32) - k_middle[None, :], 0.0)
     keys += (bh * slots + first) * BLOCK_D
     goal = tl.arange(0, BLOCK)[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(keys + goal, round_to_int8(away, inverse), mask=(slot < slots)[:, None])
-    mean = _means_of(away, count, BLOCK, BLOCK_D, SIZE)
+    tl.store(keys + goal, _nearest_bytes(away * inverse), mask=(slot < slots)[:, None])
+    mean = _sums_of(k_rows, SIZE) * share - k_middle[None, :]
     tail_k += (bh * means + tl.program_id(0) * NUMBER) * BLOCK_D
-    goal = tl.arange(0, NUMBER)[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(tail_k + goal, round_to_int8(mean, inverse), mask=averaged[:, None])
+    goal = offs_n[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(tail_k + goal, _nearest_bytes(mean * inverse), mask=averaged[:, None])
 
     if FP8:
         # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
@@ -339,8 +348,8 @@ def _quantize_granules_kernel(
         blocks = (slots + 15) // 16
         values += (bh * blocks + first // 16) * (16 * BLOCK_D)
         tl.store(values + goal, small, mask=first // 16 + block < blocks)
-        mean = _means_of(away, count, BLOCK, BLOCK_D, SIZE) * inverse
-        small = tl.clamp(mean, -LIMIT, LIMIT).to(tl.float8e4nv)
+        mean = _sums_of(v_rows, SIZE) * share - v_middle[None, :]
+        small = tl.clamp(mean * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
         place = granule
         if INTERLEAVE:
             place = (
@@ -355,6 +364,6 @@ def _quantize_granules_kernel(
         goal = tl.arange(0, BLOCK)[:, None] * D + offs_d[None, :]
         tl.store(values + goal, rows.to(values.dtype.element_ty), mask=(slot < slots)[:, None] & real[None, :])
         tail_v += bh * means * D
-        mean = _means_of(rows, count, BLOCK, BLOCK_D, SIZE)
+        mean = _sums_of(v_rows, SIZE) * share
         goal = granule[:, None] * D + offs_d[None, :]
         tl.store(tail_v + goal, mean.to(tail_v.dtype.element_ty), mask=averaged[:, None] & real[None, :])

@@ -31,7 +31,7 @@ KERNELS = {
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
-    "_hopper_granules_int8_kernel": 112,
+    "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
     "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
