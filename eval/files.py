@@ -181,7 +181,59 @@ def result_folder(out, names, force=False, inputs=()):
         ValueError: `out` is not a folder, holds results and force is off, holds an input of a result's name, is being
             written to by another run, or cannot be written to.
     """
-    out = Path(os.path.abspath(out))
+    with _claimed(Path(os.path.abspath(out)), names, force, inputs) as (partial, out):
+        yield partial
+        _publish(partial, out, names)
+
+
+@contextmanager
+def growing_folder(out, names, force=False, inputs=()):
+    """Give a GrowingFolder for `out`, whose `publish` makes finished files appear; what was not published is dropped.
+
+    Checks, lock and temporary folder are those of `result_folder`. An error before the first `publish` changes nothing.
+
+    Args:
+        out, names, force, inputs: as `result_folder`; the last name is that of the file that says what is there.
+
+    Yields:
+        The GrowingFolder.
+
+    Raises:
+        ValueError: as `result_folder`.
+    """
+    with _claimed(Path(os.path.abspath(out)), names, force, inputs) as (partial, out):
+        yield GrowingFolder(partial, out, names)
+
+
+class GrowingFolder:
+    """A folder of results that is filled piece by piece; every file in it is whole.
+
+    Attributes:
+        path: a hidden temporary folder to write to.
+    """
+
+    def __init__(self, path, out, names):
+        self.path = path
+        self._out, self._names, self._replaced = out, names, False
+
+    def publish(self):
+        """Move what was written since the last time to its place, in the order of the names.
+
+        Before the first file, results of an earlier run go, the last name first: it must not vouch for other files.
+        """
+        self._out.mkdir(parents=True, exist_ok=True)
+        if not self._replaced:
+            for name in reversed(self._names):
+                (self._out / name).unlink(missing_ok=True)
+            self._replaced = True
+        for name in self._names:
+            if (self.path / name).exists():
+                (self.path / name).replace(self._out / name)
+
+
+@contextmanager
+def _claimed(out, names, force, inputs):
+    """The checked and locked temporary folder of `out`, and `out`; it is gone after the block unless it became `out`."""
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}: choose another name")
     anchor = next(folder for folder in (out, *out.parents) if folder.exists())
@@ -194,12 +246,9 @@ def result_folder(out, names, force=False, inputs=()):
         _check_free(out, names, force)
         for name in names:
             check_not_input("out", out / name, inputs)
-        yield partial
-        _publish(partial, out, names)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield partial, out
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         os.close(descriptor)
 
 

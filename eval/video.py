@@ -6,6 +6,7 @@ show the colours that were written. A 4:2:0 picture has even sides: an odd side 
 
 import importlib.util
 import re
+import math
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -138,6 +139,23 @@ def write_video(path, frames, fps):
         run = _run(_ffmpeg(*source, *target, "-y", partial), frames.tobytes())
         if run.returncode:
             raise VideoError(f"{path} could not be written: {run.stderr.decode(errors='replace').strip()}")
+
+
+def to_watch(frames, fps, height=480, seconds=4.0):
+    """Make a small or short video one that a person can watch: whole-number enlargement, and the clip again and again.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        fps: frames per second it will be shown with.
+        height: least height of the result, in pixels; each pixel becomes a square of so many that this is reached.
+        seconds: least length of the result.
+
+    Returns:
+        uint8 [F', H', W', 3]; a video that is large and long enough comes back as it is.
+    """
+    scale = -(-height // frames.shape[1])
+    times = max(1, math.ceil(seconds * fps / len(frames) - 1e-9))
+    return np.tile(frames.repeat(scale, 1).repeat(scale, 2), (times, 1, 1, 1)) if scale * times > 1 else frames
 
 
 def side_by_side(left, right, labels=None):

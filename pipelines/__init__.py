@@ -1,9 +1,31 @@
-"""Which model: attach to a Diffusers pipeline, restore it, load it, run it."""
+"""Which model: attach to a Diffusers pipeline, restore it, load it, run it. Names load on first use.
 
-from .attach import accelerate, report, reset, restore
-from .generate import GenerationRequest, GenerationResult, StepProgress, generate, validate_request
-from .loading import load_pipeline
+What reads a model's small JSON files (`model_files`, `request`) needs neither torch nor Diffusers.
+"""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .attach import accelerate, report, reset, restore
+    from .generation import GenerationResult, StepProgress, generate, validate_request
+    from .loading import load_pipeline
+    from .request import GenerationRequest
+
+_HOME = {
+    "GenerationRequest": "request",
+    "GenerationResult": "generation",
+    "StepProgress": "generation",
+    "accelerate": "attach",
+    "generate": "generation",
+    "load_pipeline": "loading",
+    "report": "attach",
+    "reset": "attach",
+    "restore": "attach",
+    "validate_request": "generation",
+}
 __all__ = [
     "GenerationRequest",
     "GenerationResult",
@@ -16,3 +38,11 @@ __all__ = [
     "restore",
     "validate_request",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from .loading import locate_model
+from .model_files import locate_model
 
 _SAMPLE = 2**20
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svg.documents import MEBIBYTE, read_json
+from .model_files import BUNDLED, locate_model, read_index
+from .registry import PIPELINES
 
-from .attach import TRANSFORMERS
-from .registry import MODELS, PIPELINES
-
-BUNDLED = "tiny-wan"
 OFFLOADS = ("none", "model", "group", "sequential")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_pipeline(
@@ -29,6 +24,8 @@ def load_pipeline(
     offload: str = "none",
     flow_shift: float | None = None,
     vae_tiling: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Any:
     """Load a pipeline of a supported class: safetensors only, no code from the model's files.
 
@@ -40,6 +37,8 @@ def load_pipeline(
         offload: what waits in CPU memory: "none", "model" (whole components), "group" (blocks), "sequential" (layers).
         flow_shift: shift of a flow-matching scheduler, > 0 (Wan: 3 at 480p, 5 at 720p); None: the model's own.
         vae_tiling: decode in tiles, for videos whose decoding doesn't fit.
+        revision: branch, tag or commit of a hub id; None: its main branch.
+        variant: which weights files, such as "fp16"; None: those without a variant.
 
     Returns:
         The Diffusers pipeline.
@@ -53,7 +52,10 @@ def load_pipeline(
     if flow_shift is not None and not flow_shift > 0:
         raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
     source = locate_model(model)
-    pipe = _from_pretrained(source, _pipeline_class(source), dtype)
+    if revision is not None and isinstance(source, Path):
+        raise ValueError(f"revision must be left out for a directory, got {revision!r}; it is for hub ids")
+    name = read_index(source, revision)["_class_name"]
+    pipe = _from_pretrained(source, name, dtype, revision=revision, variant=variant)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if vae_tiling:
@@ -102,64 +104,12 @@ def _check_offload(offload: str, device: torch.device) -> None:
         raise ValueError(f"offload must be none on device cpu, got {offload!r}; leave it out or use device cuda")
 
 
-def locate_model(model: str | Path | None) -> str | Path:
-    """Where a model is: the Path of a directory that is there, or a hub id as text.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if model is None or str(model) == BUNDLED:
-        folder = Path(str(importlib.resources.files("svg.pipelines"))) / BUNDLED
-        if not folder.is_dir():
-            raise ValueError(
-                f"model {BUNDLED} must be bundled, got an installation without {folder}; reinstall svg-video"
-            )
-        return folder
-    if Path(model).is_dir():
-        return Path(model)
-    if _HUB_ID.fullmatch(str(model)):
-        return str(model)
-    raise ValueError(f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {str(model)!r}")
-
-
-def _pipeline_class(source: str | Path) -> str:
-    index = _read_index(source)
-    name = index.get("_class_name")
-    if not isinstance(name, str) or name not in PIPELINES:
-        raise ValueError(f"model must be one of {', '.join(PIPELINES)}, got {name} in {source}")
-    for component in TRANSFORMERS:
-        _, found = index.get(component) or (None, None)  # (library, class)
-        if found not in (None, PIPELINES[name].transformer):
-            raise ValueError(f"{component} must be one of {', '.join(MODELS)}, got {found} in {source}")
-    return name
-
-
-def _read_index(source: str | Path) -> dict[str, Any]:
-    if isinstance(source, Path):
-        path = source / "model_index.json"
-        if not path.is_file():
-            raise ValueError(f"model must be a pipeline's directory, got {source} without model_index.json")
-        try:
-            return dict(read_json(path, MEBIBYTE))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"model must have a model_index.json with one JSON object, got {path}: {error}") from error
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.load_config(source)
-    except OSError as error:
-        raise ValueError(
-            f"model must be an existing directory or a reachable hub id with a model_index.json, got {source!r}: "
-            f"{_one_line(error)}"
-        ) from error
-
-
-def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype) -> Any:
+def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype, **which: str | None) -> Any:
     import diffusers
 
     dtypes = {"default": dtype, **dict.fromkeys(PIPELINES[name].fp32_components, torch.float32)}
     try:
-        return getattr(diffusers, name).from_pretrained(str(source), dtype=dtypes, use_safetensors=True)
+        return getattr(diffusers, name).from_pretrained(str(source), dtype=dtypes, use_safetensors=True, **which)
     except OSError as error:
         raise ValueError(f"model must be complete and in safetensors, got {source}: {_one_line(error)}") from error
 

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..config import METHODS
-from ..methods.registry import method_flags
 from .adapt import adapt
+from .generate import generate
 from .models import models
-from .options import method_options
 from .signals import end_as_interrupted
 from .sparge_tune import sparge_tune
 from .sweep import record, sweep
@@ -26,11 +23,6 @@ from .tune import tune
 
 LPIPS_NETS = ("alex", "vgg", "none")
 BENCHES = ("attention", "kmeans", "permute", "near", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
-OFFLOADS = ("none", "model", "group", "sequential")
-_GENERATION_FLAGS = (
-    *("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed"),
-    *("negative_prompt", "image", "fps"),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,57 +32,6 @@ def cli() -> None:
 
     Set SVG_TRACEBACK=1 to see where an error came from.
     """
-
-
-@cli.command()
-@click.argument("prompt")
-@click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
-@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
-@click.option("--method", type=click.Choice(tuple(METHODS)), default="svg2", show_default=True)
-@method_options
-@click.option(
-    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
-)
-@click.option("--height", type=int)
-@click.option("--width", type=int)
-@click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1.")
-@click.option("--steps", type=int, help="Denoising steps.")
-@click.option("--guidance", type=float, help="Classifier-free guidance scale.")
-@click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1.")
-@click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler (Wan: 3 at 480p, 5 at 720p).")
-@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
-@click.option("--negative-prompt")
-@click.option("--image", type=click.Path(exists=True, dir_okay=False), help="First frame, for image-to-video models.")
-@click.option("--fps", type=int, help="Frames per second of the written videos.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
-@click.option("--offload", type=click.Choice(OFFLOADS), default="none", show_default=True)
-@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, for videos whose decoding doesn't fit.")
-@click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
-@click.option("--force", is_flag=True, help="Replace the results of an earlier run.")
-@click.option("--no-dense", is_flag=True, help="Skip the dense baseline, and with it all comparison.")
-@click.option("--no-control", is_flag=True, help="Skip the dense-against-dense control.")
-@click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True)
-def generate(prompt: str, no_dense: bool, no_control: bool, **options: Any) -> None:
-    """Generate PROMPT dense and sparse from one seed; write both videos and a report."""
-    from rich.console import Console
-
-    from ..generate.job import parse_assignments, resolve
-    from ..generate.run_job import run
-    from .console import TerminalDisplay, print_job, print_report
-
-    quiet_loading()
-    console = Console()
-    flags = {name: options.pop(name) for name in method_flags()}
-    settings = {name: value for name, value in flags.items() if value is not None}
-    settings |= parse_assignments(options.pop("assignments"))
-    generation = {"prompt": prompt, **{name: options.pop(name) for name in _GENERATION_FLAGS}}
-    job = resolve(settings=settings, generation=generation, dense=not no_dense, control=not no_control, **options)
-    print_job(console, job)
-    start = time.perf_counter()
-    report = run(job, TerminalDisplay(console))
-    print_report(console, report, str(job.out))
-    console.print(f"done in {time.perf_counter() - start:.0f} s, warm-up and measuring included", highlight=False)
 
 
 @cli.command()
@@ -136,6 +77,7 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
     return code
 
 
+cli.add_command(generate)
 cli.add_command(sweep)
 cli.add_command(tune)
 cli.add_command(record)
@@ -285,15 +227,6 @@ def _fail(error: Exception, message: str) -> int:
 def _is_out_of_memory(error: Exception) -> bool:
     # torch's classes and words, without importing torch
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
-
-
-def quiet_loading() -> None:
-    """The libraries' own bars for local files say nothing; those of downloads stay."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _plain(value: Any) -> str:

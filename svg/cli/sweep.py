@@ -121,7 +121,7 @@ def record(prompt: str, **options: Any) -> None:
 
     from ..generate.job import resolve
     from ..recordings.record import record_job
-    from .app import quiet_loading
+    from .generate import quiet_loading
 
     quiet_loading()
     console = Console()
@@ -160,7 +160,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from ..sweep.grid import cells_of, inputs_of, read_grid
     from ..sweep.pool import LocalPool, RayPool
     from ..sweep.run import Results, run_sweep
-    from .app import quiet_loading
+    from .generate import quiet_loading
     from .sweep_display import SweepDisplay, print_summary
 
     quiet_loading()

@@ -61,7 +61,7 @@ def tune(**options: Any) -> int:
 
     from ..generate.job import inputs_of
     from ..tune.run import PRESET, Tuner
-    from .app import quiet_loading
+    from .generate import quiet_loading
     from .tune_display import ConsoleDisplay, print_tuning
 
     quiet_loading()
@@ -81,7 +81,7 @@ def tune(**options: Any) -> int:
 
 
 def _plan(options: dict[str, Any]) -> Any:
-    from svg.pipelines.loading import BUNDLED
+    from svg.pipelines.model_files import BUNDLED
 
     from ..generate.job import parse_assignments, resolve
     from ..tune.run import Plan

@@ -33,12 +33,16 @@ def command_line(job: Job) -> str:
         **{name: settings.get(name) for name in method_flags()},
         **{name: getattr(job.request, name) for name in _REQUEST},
         "image": job.image_path,
+        "last_image": job.last_image_path,
         **{name: getattr(job, name) for name in ("flow_shift", "device", "dtype", "offload", "lpips")},
-        "vae_tiling": job.vae_tiling,
+        **{name: getattr(job, name) for name in ("revision", "variant", "cache", "vae_tiling", "yes")},
+        "compile": job.compiled,
         "no_dense": not job.dense,
         "no_control": not job.control,
     }
     words = [word for name, value in flags.items() for word in _words(name, value)]
+    for source, scale in job.loras:
+        words += _words("lora", f"{source}={scale:g}")
     for name, value in _unflagged(job).items():
         words += ["--set", f"{name}={json.dumps(value)}"]
     return shlex.join(["svg", "generate", *words, "--", job.request.prompt])

@@ -11,12 +11,15 @@ from typing import Any
 from PIL import Image
 
 from svg.configs import Preset, load_preset, preset_names
-from svg.pipelines import GenerationRequest
+from svg.eval.page import PAGE
+from svg.pipelines.caches import parse_cache
 from svg.pipelines.fingerprint import fingerprint
-from svg.pipelines.loading import BUNDLED, locate_model
+from svg.pipelines.model_files import BUNDLED, locate_model
+from svg.pipelines.request import GenerationRequest
 
 from ..config import METHODS, MethodConfig, config_from_dict
 
+RESULTS = ("dense.mp4", "accelerated.mp4", "side_by_side.mp4", PAGE, "report.json")
 _SIZE = ("height", "width", "frames")
 _GENERATION = (*_SIZE, "steps", "guidance", "fps", "flow_shift")
 
@@ -37,6 +40,12 @@ class Job:
         dense: run the dense baseline, which quality and speed-up are measured against.
         control: run dense once more on another backend, for the noise floor.
         lpips: "alex", "vgg" or "none".
+        loras: file, folder or hub id of each LoRA, and its scale.
+        revision, variant: of the model's files, as `svg.pipelines.load_pipeline` takes them.
+        compiled: compile the transformers' repeated blocks.
+        cache: a cache of Diffusers for the accelerated run, or None.
+        last_image_path: where the request's last image came from, or None.
+        yes: run billions of weights on a CPU all the same.
     """
 
     model: str
@@ -54,6 +63,13 @@ class Job:
     dense: bool
     control: bool
     lpips: str
+    loras: tuple[tuple[str, float], ...] = ()
+    revision: str | None = None
+    variant: str | None = None
+    compiled: bool = False
+    cache: str | None = None
+    last_image_path: str | None = None
+    yes: bool = False
 
 
 def resolve(
@@ -96,25 +112,28 @@ def resolve(
             f"{flags} must be given for a model without a preset, or --preset one of {', '.join(preset_names())}"
         )
     flow_shift = values.pop("flow_shift", None)
-    image_path = values.pop("image", None)
+    image_path, last_image_path = values.pop("image", None), values.pop("last_image", None)
     model = model or (chosen.model if chosen else BUNDLED)
+    if rest.get("cache") is not None:
+        parse_cache(rest["cache"])
     config = _config(chosen, method, settings)
     _check_model(config, model)
     return Job(
         model=model,
         preset=(preset or chosen.name) if chosen else None,
         config=config,
-        request=_request(values, image_path),
+        request=_request(values, image_path, last_image_path),
         image_path=image_path,
+        last_image_path=last_image_path,
         flow_shift=flow_shift,
-        **rest,
+        **{**rest, "out": Path(rest["out"])},
     )
 
 
 def inputs_of(job: Job) -> list[str | Path]:
     """Files and folders that a job reads: none of them may be written to."""
     settings = (getattr(job.config, name, None) for name in ("thresholds", "layers"))
-    files = [job.image_path, job.preset, *settings]
+    files = [job.image_path, job.last_image_path, job.preset, *settings, *(source for source, _ in job.loras)]
     model = locate_model(job.model)
     return [path for path in (*files, model if isinstance(model, Path) else None) if path is not None]
 
@@ -141,6 +160,25 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             settings[name] = value  # text needs no quotes
     return settings
+
+
+def parse_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Read LoRA options.
+
+    Args:
+        texts: such as "style.safetensors" or "style.safetensors=0.7".
+
+    Returns:
+        Source and scale of each; the scale is 1 where none is given.
+    """
+    found = []
+    for text in texts:
+        source, sign, scale = text.rpartition("=")
+        try:
+            found.append((source, float(scale)) if sign else (text, 1.0))
+        except ValueError:
+            found.append((text, 1.0))  # a path with "=" in it
+    return tuple(found)
 
 
 def _preset(name: str | None, model: str | None) -> Preset | None:
@@ -179,7 +217,7 @@ def _check_model(config: MethodConfig, model: str) -> None:
         )
 
 
-def _request(values: dict[str, Any], image_path: str | None) -> GenerationRequest:
-    image = Image.open(image_path).convert("RGB") if image_path is not None else None
+def _request(values: dict[str, Any], image_path: str | None, last_image_path: str | None) -> GenerationRequest:
+    first, last = (None if path is None else Image.open(path).convert("RGB") for path in (image_path, last_image_path))
     values = dict(values)
-    return GenerationRequest(num_frames=values.pop("frames"), image=image, **values)
+    return GenerationRequest(num_frames=values.pop("frames"), image=first, last_image=last, **values)

@@ -15,7 +15,9 @@ from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, res
 from ..config import MethodConfig
 from ..environment import versions
 from ..generate.job import Job
-from ..generate.run_job import describe_device, overall_density, run_summary, to_uint8, warm_up, warm_up_control
+from ..generate.report import describe_device, overall_density, run_summary
+from ..generate.run_job import to_uint8
+from ..generate.warm_up import warm_up, warm_up_control
 from .cell import Cell
 
 

@@ -103,7 +103,8 @@ def test_quality_is_measured_on_raw_frames(generate):
     assert quality["psnr"]["mean"] == "inf" or quality["psnr"]["mean"] > 60
     dense, accelerated = (read_video(f"out/{name}.mp4")[0] for name in ("dense", "accelerated"))
     assert dense.shape == accelerated.shape == (9, 32, 48, 3)
-    assert read_video("out/side_by_side.mp4")[0].shape == (9, 52, 100, 3)
+    pair, _ = read_video("out/side_by_side.mp4")  # 52 x 100 enlarged to 480 rows or more, 9 frames of 16 a second for 4 s
+    assert pair.shape == (72, 520, 1000, 3)
 
 
 def test_svg1_reports_head_kinds(generate, capsys):
@@ -210,6 +211,10 @@ BAD = [
     (["--device", "tpu"], ["device", "tpu"]),
     (["--offload", "model"], ["offload", "cpu"]),
     (["--model", "no-such-folder"], ["model", "no-such-folder"]),
+    (["--model", "./no/such/folder"], ["model", "existing directory", "does not exist"]),
+    (["--lora", "missing.safetensors"], ["--lora", "missing.safetensors", "does not exist"]),
+    (["--cache", "magic"], ["cache", "first-block", "magic"]),
+    (["--revision", "main"], ["--revision", "directory"]),
     (["--image", "missing.png"], ["--image", "missing.png"]),
     (["--image", "{text}"], ["text.png"]),
     (["--image", "{picture}"], ["image", "text-to-video"]),
@@ -278,7 +283,7 @@ def test_nan_from_the_vae(models, generate, tmp_path, capsys):
     pipe.save_pretrained(tmp_path / "nan")
     capsys.readouterr()
     assert generate("--out", "out", "--model", tmp_path / "nan") == 2
-    assert "frames of the dense run must be finite" in one_error_line(capsys) and os.listdir() == ["nan"]
+    assert "frames of the accelerated run must be finite" in one_error_line(capsys) and os.listdir() == ["nan"]
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

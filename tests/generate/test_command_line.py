@@ -13,6 +13,8 @@ PRESETS = [
     ["--preset", "wan2.1-t2v-480p", "--budget", "0.3", "--vae-tiling", "--offload", "model", "--dtype", "bf16"],
     ["--method", "dense", "--dense-backend", "math", "--negative-prompt=-blur; rm 'x' $HOME"],
     ["--no-dense", "--device", "cpu", "--num-q-clusters", "5", "--flow-shift", "3"],
+    ["--fast", "--lora", "a.safetensors=0.5", "--lora", "owner/name", "--compile", "--cache", "first-block=0.1", "--yes"],
+    ["--preset", "wan2.1-t2v-720p", "--revision", "main", "--variant", "bf16"],
 ]
 
 
@@ -24,10 +26,10 @@ class Caught(Exception):
 def job_of(monkeypatch):
     """The job that `svg generate` would run for these arguments."""
 
-    def catch(job, display):
+    def catch(job):
         raise Caught(job)
 
-    monkeypatch.setattr("svg.generate.run_job.run", catch)
+    monkeypatch.setattr("svg.generate.preflight.preflight", catch)
 
     def parse(arguments):
         with pytest.raises(Caught) as caught:

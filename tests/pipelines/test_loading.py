@@ -97,9 +97,9 @@ def test_bad_settings(directory, settings, message):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("./nowhere", "model must be a pipeline's directory, a hub id .* got './nowhere'"),
+        ("./nowhere", "model must be an existing directory, got the path './nowhere', which does not exist"),
         ("nowhere", "model must be a pipeline's directory, a hub id .* got 'nowhere'"),
-        ("owner/name/more", "model must be a pipeline's directory, a hub id"),
+        ("owner/name/more", "model must be an existing directory, got the path"),
         ("svg-video-tests/not-there", "reachable hub id with a model_index.json, got 'svg-video-tests/not-there'"),
     ],
 )

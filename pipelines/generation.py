@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,47 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from svg.engine.state import Timer
 
 from .attach import attached, is_accelerated, report, reset, transformers_of
 from .registry import PIPELINES
-
-_SIDE = 16  # every supported Diffusers pipeline refuses sides that 16 doesn't divide
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """What to generate.
-
-    Args:
-        prompt: what the video shows.
-        negative_prompt: what it must not show, or None.
-        height, width: pixels.
-        num_frames: video frames, 4k + 1.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale (HunyuanVideo: embedded guidance).
-        true_cfg: HunyuanVideo only: classifier-free guidance with the negative prompt, > 1, or None.
-        seed: seed of the CPU generator that draws the noise.
-        image: first frame for image-to-video, resized to height x width; None for text-to-video.
-        max_sequence_length: text tokens, or None for the model's own.
-        fps: frames per second of the written video.
-    """
-
-    prompt: str
-    negative_prompt: str | None = None
-    height: int
-    width: int
-    num_frames: int
-    steps: int = 50
-    guidance: float = 5.0
-    true_cfg: float | None = None
-    seed: int = 0
-    image: Image.Image | None = None
-    max_sequence_length: int | None = None
-    fps: int = 16
+from .request import GenerationRequest, PipelineRules, check_request
 
 
 @dataclass(frozen=True)
@@ -82,6 +47,7 @@ class GenerationResult:
         transformer_seconds: in the transformers' forwards.
         attention_seconds: in the accelerated attention calls; None on a plain pipeline.
         vae_seconds: in the VAE's decoder.
+        peak_memory: bytes that torch held at most on the GPU during the run; None on a CPU.
         report: `svg.report(pipe)` after the run; None on a plain pipeline.
     """
 
@@ -90,6 +56,7 @@ class GenerationResult:
     transformer_seconds: float
     attention_seconds: float | None
     vae_seconds: float
+    peak_memory: int | None
     report: dict[str, Any] | None
 
 
@@ -104,22 +71,34 @@ def validate_request(pipe: Any, request: GenerationRequest) -> None:
         ValueError: a value breaks the pipeline's rule.
         TypeError: a value has the wrong type.
     """
+    check_request(request, rules_of(pipe))
+
+
+def rules_of(pipe: Any) -> PipelineRules:
+    """What a loaded pipeline says about requests.
+
+    Args:
+        pipe: a Diffusers pipeline.
+
+    Returns:
+        Its rules, the same as `svg.pipelines.model_files.read_rules` reads from its files.
+
+    Raises:
+        ValueError: its class is not one that `generate` knows.
+    """
     name = type(pipe).__name__
     if name not in PIPELINES:
         raise ValueError(f"pipe must be one of {', '.join(PIPELINES)}, got {name}")
-    _check_types(request)
-    if not request.prompt.strip():
-        raise ValueError("prompt must not be empty")
-    for field in ("height", "width", "num_frames", "steps", "fps"):
-        if getattr(request, field) < 1:
-            raise ValueError(f"{field} must be >= 1, got {getattr(request, field)}")
-    if not 0 <= request.seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {request.seed}")
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
-        raise ValueError(f"guidance must be finite and >= 0, got {request.guidance}")
-    _check_size(pipe, request)
-    _check_image(pipe, request)
-    _check_text(pipe, request)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return PipelineRules(
+        name=name,
+        transformer=_config(pipe),
+        spatial=pipe.vae_scale_factor_spatial,
+        temporal=pipe.vae_scale_factor_temporal,
+        image="image" in parameters,
+        last_image="last_image" in parameters,
+        true_cfg="true_cfg_scale" in parameters,
+    )
 
 
 def generate(
@@ -144,6 +123,8 @@ def generate(
     if accelerated:
         reset(pipe)
     device = pipe._execution_device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with (
         _timed(list(transformers_of(pipe).values()), device) as transformer_timers,
         _timed([pipe.vae.decoder], device) as vae_timers,
@@ -160,82 +141,9 @@ def generate(
         transformer_seconds=_total(transformer_timers),
         attention_seconds=_attention_seconds(pipe) if accelerated else None,
         vae_seconds=_total(vae_timers),
+        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         report=report(pipe) if accelerated else None,
     )
-
-
-def _check_types(request: GenerationRequest) -> None:
-    for field in ("height", "width", "num_frames", "steps", "seed", "fps", "max_sequence_length"):
-        value = getattr(request, field)
-        if value is None and field == "max_sequence_length":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{field} must be an integer, got {value!r}")
-    for field in ("prompt", "negative_prompt"):
-        value = getattr(request, field)
-        if not (isinstance(value, str) or (value is None and field == "negative_prompt")):
-            raise TypeError(f"{field} must be text, got {value!r}")
-    for field in ("guidance", "true_cfg"):
-        value = getattr(request, field)
-        if value is None and field == "true_cfg":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{field} must be a number, got {value!r}")
-    if request.image is not None and not isinstance(request.image, Image.Image):
-        raise TypeError(f"image must be a PIL image, got {type(request.image).__name__}")
-
-
-def _check_size(pipe: Any, request: GenerationRequest) -> None:
-    config = _config(pipe)
-    _, patch_h, patch_w = PIPELINES[type(pipe).__name__].patch(config)
-    for field, patch in (("height", patch_h), ("width", patch_w)):
-        multiple, value = math.lcm(_SIDE, pipe.vae_scale_factor_spatial * patch), getattr(request, field)
-        if value % multiple:
-            below = max(value // multiple, 1) * multiple
-            raise ValueError(
-                f"{field} must be a multiple of {multiple} for this model, got {value}; "
-                f"try {below} or {(value // multiple + 1) * multiple}"
-            )
-        fixed = getattr(config, f"sample_{field}", None)
-        if config.get("use_learned_positional_embeddings") and value != fixed * pipe.vae_scale_factor_spatial:
-            raise ValueError(f"{field} must be {fixed * pipe.vae_scale_factor_spatial} for this model, got {value}")
-    stride = pipe.vae_scale_factor_temporal
-    if request.num_frames % stride != 1 % stride:
-        below = (request.num_frames - 1) // stride * stride + 1
-        raise ValueError(
-            f"num_frames must be {stride}k + 1 for this model, got {request.num_frames}; "
-            f"try {below} or {below + stride}"
-        )
-
-
-def _check_image(pipe: Any, request: GenerationRequest) -> None:
-    wanted = "image" in _parameters(pipe)
-    if wanted and request.image is None:
-        raise ValueError(f"image must be given for {type(pipe).__name__}, got none; pass the first frame")
-    if not wanted and request.image is not None:
-        raise ValueError(
-            f"image must be left out for {type(pipe).__name__}, which is text-to-video; use an image-to-video model"
-        )
-
-
-def _check_text(pipe: Any, request: GenerationRequest) -> None:
-    length, config, true_cfg = request.max_sequence_length, _config(pipe), request.true_cfg
-    if length is not None and length < 1:
-        raise ValueError(f"max_sequence_length must be >= 1, got {length}")
-    # Wan I2V splits its cross-attention context at the last 512 tokens, CogVideoX adds a table of this length.
-    fixed = 512 if config.get("added_kv_proj_dim") else config.get("max_text_seq_length")
-    if length is not None and fixed is not None and length != fixed:
-        raise ValueError(f"max_sequence_length must be {fixed} for this model, got {length}; leave it out")
-    if "true_cfg_scale" in _parameters(pipe):
-        if request.negative_prompt and true_cfg is None:
-            raise ValueError(
-                f"negative_prompt must be left out without true_cfg on {type(pipe).__name__}, which would ignore it; "
-                f"give true_cfg > 1 (twice the time)"
-            )
-        if true_cfg is not None and not (true_cfg > 1 and request.negative_prompt is not None):
-            raise ValueError(f"true_cfg must be > 1 and come with a negative_prompt, got {true_cfg}")
-    elif true_cfg is not None:
-        raise ValueError(f"true_cfg must be left out on {type(pipe).__name__}, got {true_cfg}; use guidance")
 
 
 def _arguments(pipe: Any, request: GenerationRequest, on_step: Callable | None, start: float) -> dict[str, Any]:
@@ -251,7 +159,7 @@ def _arguments(pipe: Any, request: GenerationRequest, on_step: Callable | None, 
         "output_type": "np",
     }
     length = request.max_sequence_length or _config(pipe).get("max_text_seq_length")
-    optional = {"image": request.image, "true_cfg_scale": request.true_cfg, "max_sequence_length": length}
+    optional = {"image": request.image, "last_image": request.last_image, "true_cfg_scale": request.true_cfg, "max_sequence_length": length}
     arguments.update({key: value for key, value in optional.items() if value is not None})
     if on_step is not None:
         arguments["callback_on_step_end"] = _callback(request.steps, on_step, start)
@@ -317,10 +225,6 @@ def _own_progress(pipe: Any, on_step: Callable | None) -> Iterator[None]:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _parameters(pipe: Any) -> Any:
-    return inspect.signature(type(pipe).__call__).parameters
 
 
 def _config(pipe: Any) -> Any:

@@ -1,0 +1,217 @@
+"""What a model's small JSON files say, before any weights are loaded or fetched; needs neither torch nor Diffusers."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svg import documents
+
+from .request import PipelineRules
+
+BUNDLED = "tiny-wan"
+TRANSFORMERS = ("transformer", "transformer_2")
+INDEX = "model_index.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A pipeline class that `svg generate` knows: its transformer and what its call takes."""
+
+    transformer: str
+    image: bool = False
+    last_image: bool = False
+    true_cfg: bool = False
+
+
+GENERATORS = {
+    "WanPipeline": Generator("WanTransformer3DModel"),
+    "WanImageToVideoPipeline": Generator("WanTransformer3DModel", image=True, last_image=True),
+    "HunyuanVideoPipeline": Generator("HunyuanVideoTransformer3DModel", true_cfg=True),
+    "HunyuanVideoImageToVideoPipeline": Generator("HunyuanVideoTransformer3DModel", image=True, true_cfg=True),
+    "CogVideoXPipeline": Generator("CogVideoXTransformer3DModel"),
+    "CogVideoXImageToVideoPipeline": Generator("CogVideoXTransformer3DModel", image=True),
+}
+
+
+def locate_model(model: str | Path | None) -> str | Path:
+    """Where a model is: the Path of a directory that is there, or a hub id as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model is None or str(model) == BUNDLED:
+        folder = Path(str(importlib.resources.files("svg.pipelines"))) / BUNDLED
+        if not folder.is_dir():
+            raise ValueError(
+                f"model {BUNDLED} must be bundled, got an installation without {folder}; reinstall svg-video"
+            )
+        return folder
+    path, text = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"model must be a pipeline's directory, got the file {text}; single-file weights have no configs")
+    if _is_path(text):
+        raise ValueError(f"model must be an existing directory, got the path {text!r}, which does not exist")
+    if _HUB_ID.fullmatch(text):
+        return text
+    raise ValueError(
+        f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {text!r}, which does not exist here"
+    )
+
+
+def read_index(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """A pipeline's model_index.json, checked to be one that `svg generate` knows.
+
+    Args:
+        source: as `locate_model` gives it.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: no such file, or another pipeline or transformer.
+    """
+    index = read_json(source, INDEX, revision)
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in GENERATORS:
+        raise ValueError(f"model must be one of {', '.join(GENERATORS)}, got {name} in {source}")
+    for component in TRANSFORMERS:
+        _, found = index.get(component) or (None, None)  # (library, class)
+        if found not in (None, GENERATORS[name].transformer):
+            raise ValueError(f"{component} must be one of {GENERATORS[name].transformer}, got {found} in {source}")
+    return index
+
+
+def read_rules(source: str | Path, revision: str | None = None) -> PipelineRules:
+    """What a pipeline's files say about requests: the same as a loaded pipeline does.
+
+    Args:
+        source, revision: as `read_index`.
+
+    Returns:
+        Its rules.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the pipeline is another one.
+    """
+    index = read_index(source, revision)
+    name = index["_class_name"]
+    known = GENERATORS[name]
+    vae = read_json(source, "vae/config.json", revision)
+    transformer = next(component for component in TRANSFORMERS if (index.get(component) or [None])[0] is not None)
+    return PipelineRules(
+        name=name,
+        transformer=read_json(source, f"{transformer}/config.json", revision),
+        spatial=_spatial(vae),
+        temporal=vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4,
+        image=known.image,
+        last_image=known.last_image,
+        true_cfg=known.true_cfg,
+    )
+
+
+def check_complete(folder: Path, variant: str | None = None) -> None:
+    """Refuse a directory that lacks a component, or its weights in safetensors.
+
+    Args:
+        folder: of the pipeline.
+        variant: such as "fp16", as file names have it; components without that variant may have the plain one.
+
+    Raises:
+        ValueError: naming the first file that is missing.
+    """
+    for component, entry in read_index(folder).items():
+        if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if not (folder / component).is_dir():
+            raise ValueError(f"model must be complete and in safetensors, got {folder} without {component}/")
+        if (folder / component / "config.json").is_file():
+            _check_weights(folder / component, variant)
+
+
+def read_json(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A small JSON file of a model.
+
+    Args:
+        source: directory or hub id.
+        name: the file's path inside it.
+        revision: branch, tag or commit of a hub id.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        ValueError: there is none, it is no JSON object, or the hub does not give it: which of these, and the way out.
+    """
+    path = source / name if isinstance(source, Path) else _fetch(source, name, revision)
+    if not path.is_file():
+        raise ValueError(f"model must be a pipeline's directory, got {source} without {name}")
+    try:
+        return dict(documents.read_json(path, documents.MEBIBYTE))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model must have a {name} with one JSON object, got {path}: {error}") from error
+
+
+def _fetch(repository: str, name: str, revision: str | None) -> Path:
+    """A file of the hub, from its cache where it is there."""
+    from huggingface_hub import errors, hf_hub_download
+
+    about = f"model must be an existing directory or a reachable hub id with a {name}, got {repository!r}"
+    login = "run `hf auth login`, or set HF_TOKEN"
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except errors.GatedRepoError as error:
+        page = f"https://huggingface.co/{repository}"
+        raise ValueError(f"{about}, which is gated: accept its terms at {page}, then {login}") from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{about}, which has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"{about}, which the hub does not know: check the spelling; if it is private, {login}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ValueError(f"{about}: {_why_offline()}; it is not in the local cache either") from error
+    except errors.EntryNotFoundError as error:
+        raise ValueError(f"{about}, which has none: choose its Diffusers version, often named ...-Diffusers") from error
+    except (OSError, ValueError) as error:  # what else the network or the cache's disk may give
+        raise ValueError(f"{about}: {' '.join(str(error).split())}") from error
+
+
+def _why_offline() -> str:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so nothing is fetched: unset it"
+    return "the hub cannot be reached: check the network or its proxy"
+
+
+def _check_weights(folder: Path, variant: str | None) -> None:
+    for index in folder.glob("*.safetensors.index*.json"):
+        shards = set(documents.read_json(index).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise ValueError(f"model must be complete and in safetensors, got {folder} without {missing[0]}")
+    found = [path.name for path in folder.glob("*.safetensors")]
+    if not found:
+        raise ValueError(f"model must be complete and in safetensors, got {folder} without weights (*.safetensors)")
+    if variant is not None and not any(f".{variant}." in name for name in found) and all(name.count(".") > 1 for name in found):
+        raise ValueError(f"variant must be one that is there, got {variant!r} with {', '.join(sorted(found))} in {folder}")
+
+
+def _spatial(vae: dict[str, Any]) -> int:
+    given = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    if given:
+        return given
+    blocks = vae.get("block_out_channels")  # CogVideoX: every block but the last halves the picture
+    return 2 ** (len(blocks) - 1) if blocks else 8
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith((".", "~", os.sep)) or text.endswith(os.sep) or text.count("/") > 1 or "\\" in text

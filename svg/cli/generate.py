@@ -1,0 +1,182 @@
+"""`svg generate`. Nothing heavy is imported before its arguments are checked."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import METHODS
+from ..methods.registry import method_flags
+from .options import method_options
+
+if TYPE_CHECKING:
+    from ..generate.job import Job
+
+LPIPS_NETS = ("alex", "vgg", "none")
+OFFLOADS = ("none", "model", "group", "sequential")
+_GENERATION_FLAGS = (
+    *("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed"),
+    *("negative_prompt", "image", "last_image", "fps"),
+)
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--prompts", "prompts", type=click.Path(exists=True, dir_okay=False), help="Text file, a prompt a line: one load, a folder each.")
+@click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--variant", help="Which weights files, such as fp16.")
+@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@click.option("--method", type=click.Choice(tuple(METHODS)), default="svg2", show_default=True)
+@method_options
+@click.option(
+    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
+)
+@click.option("--height", type=int, help="Pixels.")
+@click.option("--width", type=int, help="Pixels.")
+@click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1.")
+@click.option("--steps", type=int, help="Denoising steps.")
+@click.option("--guidance", type=float, help="Classifier-free guidance scale.")
+@click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1.")
+@click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler (Wan: 3 at 480p, 5 at 720p).")
+@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
+@click.option("--negative-prompt", help="What the video must not show.")
+@click.option("--image", type=click.Path(exists=True, dir_okay=False), help="First frame, for image-to-video models.")
+@click.option("--last-image", type=click.Path(exists=True, dir_okay=False), help="Last frame, for Wan's models that take one.")
+@click.option("--fps", type=int, help="Frames per second of the written videos.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
+@click.option("--offload", type=click.Choice(OFFLOADS), default="none", show_default=True, help="What waits in CPU memory.")
+@click.option("--vae-tiling", is_flag=True, help="Decode in tiles, for videos whose decoding doesn't fit.")
+@click.option("--lora", "loras", multiple=True, help="LoRA file, folder or hub id, with =SCALE if not 1; several times for several.")
+@click.option("--compile", "compiled", is_flag=True, help="torch.compile the transformer's blocks: minutes once, faster steps.")
+@click.option("--cache", help="A cache of Diffusers for the accelerated run: first-block[=threshold] or taylorseer[=interval].")
+@click.option("--yes", is_flag=True, help="Run billions of weights on a CPU all the same.")
+@click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
+@click.option("--force", is_flag=True, help="Replace the results of an earlier run.")
+@click.option("--fast", is_flag=True, help="The accelerated video alone: no dense video, nothing to compare with.")
+@click.option("--no-dense", is_flag=True, help="Skip the dense baseline, and with it all comparison.")
+@click.option("--no-control", is_flag=True, help="Skip the dense-against-dense control.")
+@click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True, help="Network of LPIPS.")
+def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
+    """Generate PROMPT sparse and dense from one seed; write both videos and a report.
+
+    The accelerated video is written first, then the dense one, then the comparison. Ctrl-C keeps what is finished.
+
+    \b
+    Example:
+      svg generate "a cat walks on the grass" --preset wan2.1-t2v-720p --offload model --out cat
+    """
+    from rich.console import Console
+
+    from ..generate.preflight import preflight
+
+    jobs = _jobs(prompt, prompts, options)
+    for job in jobs:
+        preflight(job)
+    return _run(jobs, Console())
+
+
+def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> list[Job]:
+    """One job a prompt, each with a folder of its own where they come from a file."""
+    from ..generate.job import parse_assignments, parse_loras, resolve
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("PROMPT or --prompts FILE must be given, one of them" + ("" if prompt is None else ", got both"))
+    flags = {name: options.pop(name) for name in method_flags()}
+    settings = {name: value for name, value in flags.items() if value is not None}
+    settings = _with_own_budget(settings | parse_assignments(options.pop("assignments")), options["method"])
+    generation = {name: options.pop(name) for name in _GENERATION_FLAGS}
+    fast, no_dense, no_control = (options.pop(name) for name in ("fast", "no_dense", "no_control"))
+    job = resolve(
+        settings=settings,
+        generation={"prompt": prompt or "-", **generation},
+        dense=not (fast or no_dense),
+        control=not (fast or no_control),
+        loras=parse_loras(options.pop("loras")),
+        **options,
+    )
+    if prompts is None:
+        return [job]
+    texts = _read_prompts(Path(prompts))
+    return [
+        replace(job, request=replace(job.request, prompt=text), out=Path(job.out) / _folder_name(index, text))
+        for index, text in enumerate(texts, 1)
+    ]
+
+
+def _with_own_budget(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """`--budget` means the same everywhere: to svg1 it is its density, to sparge its share of the key blocks."""
+    own = METHODS[method].sweep_field()
+    if "budget" not in settings or own is None or own[0] in settings:
+        return settings
+    return {own[0] if name == "budget" else name: value for name, value in settings.items()}
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts must be text in UTF-8, a prompt a line, got {path}: {error}") from error
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise ValueError(f"--prompts must hold at least one prompt, got {path} without any")
+    return texts
+
+
+def _folder_name(index: int, prompt: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
+    return f"{index:03d}-{words}" if words else f"{index:03d}"
+
+
+def _run(jobs: list[Job], console: Any) -> int:
+    from .console import TerminalDisplay, print_job, print_report
+
+    print_job(console, jobs[0])
+    todo = [job for job in jobs if not (len(jobs) > 1 and _is_done(job))]
+    if len(todo) < len(jobs):
+        console.print(f"{len(jobs) - len(todo)} of {len(jobs)} prompts are done already", highlight=False)
+    if not todo:
+        return 0
+    quiet_loading()
+    from ..generate.run_job import run_all
+
+    start = time.perf_counter()
+    for job, report in zip(todo, run_all(todo, TerminalDisplay(console))):
+        print_report(console, report, str(job.out))
+        if report["stopped"] is not None:
+            click.echo(f"svg: {report['stopped']}; kept in {job.out}: {', '.join(_videos(report))}", err=True)
+            return 130 if report["state"] == "interrupted" else 1
+    console.print(f"done in {time.perf_counter() - start:.0f} s, warm-up and measuring included", highlight=False)
+    return 0
+
+
+def _videos(report: dict[str, Any]) -> list[str]:
+    return [f"{name}.mp4" for name in ("accelerated", "dense") if name in report["runs"]]
+
+
+def _is_done(job: Job) -> bool:
+    """Whether this very job's results are there, so that a list of prompts goes on where it was stopped."""
+    import json
+
+    from ..generate.command_line import command_line
+
+    try:
+        report = json.loads((job.out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not job.force and report.get("state") == "finished" and report.get("command") == command_line(job)
+
+
+def quiet_loading() -> None:
+    """The libraries' own bars for local files say nothing; those of downloads stay."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,57 @@
+"""Untimed runs that compile and allocate, and the second dense backend that a control runs on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from svg.pipelines import GenerationResult, accelerate, generate
+from svg.pipelines.attach import attached
+
+from ..config import DenseConfig, MethodConfig
+from .job import Job
+from .report import transformer_of
+
+WARMUP_STEPS = 2
+_MATH_LIMIT = 4 * 2**30  # bytes of scores that the "math" backend may hold
+
+
+def warm_up(pipe: Any, job: Job, config: MethodConfig) -> GenerationResult:
+    """Compile and allocate, untimed: both steps run the method itself, in every layer."""
+    accelerate(pipe, replace(config, warmup_steps=0.0, warmup_layers=0.0))
+    return generate(pipe, replace(job.request, steps=WARMUP_STEPS), lambda progress: None)
+
+
+def warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:
+    """The first dense backend that differs from the baseline's and can run this model."""
+    refused = None
+    for backend in _control_backends(pipe, job):
+        config = DenseConfig(dense_backend=backend, check_finite=job.config.check_finite)
+        try:
+            warm_up(pipe, job, config)
+        except ValueError as error:
+            refused = error
+        else:
+            return config
+    notes.append(f"no control: {refused or 'a second dense backend would hold the whole attention map in memory'}")
+    return None
+
+
+def _control_backends(pipe: Any, job: Job) -> list[str]:
+    device, dtype = pipe._execution_device, transformer_of(pipe).dtype
+    if device.type == "cuda" and dtype != torch.float32:
+        # The baseline takes cuDNN first on Hopper and newer, flash before.
+        hopper = torch.cuda.get_device_capability(device)[0] >= 9
+        choices = ["flash", "efficient"] if hopper else ["efficient"]
+    else:
+        choices = ["math"] if _math_bytes(pipe) <= _MATH_LIMIT else []
+    return [backend for backend in choices if backend != job.config.dense_backend]
+
+
+def _math_bytes(pipe: Any) -> int:
+    """Bytes of one call's attention scores, which the math backend holds whole."""
+    state = next(iter(attached(pipe).values())).state
+    heads = state.records[-1].density.numel()  # batch x heads
+    return 4 * heads * state.layout.total_tokens**2
