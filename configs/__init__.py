@@ -108,6 +108,9 @@ def load_preset(name: str | Path) -> Preset:
     Raises:
         ValueError: no such preset, or the file has an unknown key, a missing key or an impossible value.
         TypeError: a value has the wrong type.
+
+    Example:
+        svg.load_preset("wan2.1-t2v-720p").config("svg2").top_p
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
-from svg.config import METHODS, MethodConfig, config_from_dict
+from svg.config import MethodConfig
 from svg.engine.state import RunState
 from svg.engine.summary import summarise
 
+from .choose import resolve
 from .hook import HOOK_NAME, RunHook
 from .processor import check_original, check_parallel, dense_backend
 from .registry import MODELS, find_spec
@@ -20,17 +22,21 @@ from .spec import ModelSpec
 from .watch import unwatch, watch
 
 TRANSFORMERS = ("transformer", "transformer_2")
-_METHOD_SUFFIXES = tuple(f":{method}" for method in METHODS)
+_log = logging.getLogger("svg")
 
 
-def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
+Pipe = TypeVar("Pipe")
+
+
+def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> Pipe:
     """Run a pipeline's video self-attention with a method; all else stays as it is.
 
     Args:
         pipe: a Diffusers pipeline, modular ones included, with a supported `transformer` (and `transformer_2`, if it has
             one); or such a transformer by itself.
-        config: a MethodConfig, its dict, a method's name such as "sage2", which means its default settings, or a
-            preset's name, which means the preset's svg2 settings; "name:svg1" means its svg1 settings.
+        config: how. None: "balanced". A word: "quality", "balanced" or "fast", which keep sequences dense that a GPU is
+            faster with dense. A method's name such as "sage2", with its default settings. A preset's name, with its
+            settings of the default method; "name:svg1" has those of svg1. A MethodConfig, or its dict.
 
     Returns:
         The same pipe. Accelerating it again replaces the method.
@@ -38,10 +44,14 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
     Raises:
         ValueError: no transformer or an unsupported one, a bad config, processors that are not Diffusers' own, or a
             Diffusers attention backend that cannot be kept.
-        TypeError: config is none of the four.
+        TypeError: config is none of these.
         NotImplementedError: context parallelism is on.
+
+    Example:
+        svg.accelerate(pipe)                                # or "quality", "fast", svg.SVG2Config(top_p=0.9), "sage2"
+        video = pipe("a cat walks on the grass").frames[0]
     """
-    config = _resolve(config)
+    config = resolve(config)
     transformers = transformers_of(pipe)
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
@@ -51,7 +61,39 @@ def accelerate(pipe: Any, config: MethodConfig | dict | str) -> Any:
         state = RunState(config, len(specs[name].attention_modules(transformer)), name)
         RunHook(None if pipe is transformer else pipe, transformer, specs[name], state).attach(transformer)
     watch(pipe, tuple(transformers))
+    _tell(pipe, transformers, config)
     return pipe
+
+
+def _tell(pipe: Any, transformers: dict[str, nn.Module], config: MethodConfig) -> None:
+    layers = sum(len(find_spec(transformer).attention_modules(transformer)) for transformer in transformers.values())
+    changed = {key: value for key, value in config.to_dict().items() if value != type(config)().to_dict()[key]}
+    settings = ", ".join(f"{key}={value}" for key, value in changed.items())
+    _log.info("%s: %s on %d layers%s", type(pipe).__name__, config.method, layers, f", {settings}" if settings else "")
+
+
+@contextmanager
+def accelerated(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> Iterator[Pipe]:
+    """Within the block, a pipeline runs with a method; after it, and after an error in it, the pipeline is as before.
+
+    Args:
+        pipe, config: as `accelerate`.
+
+    Yields:
+        The same pipe.
+
+    Raises:
+        As `accelerate`.
+
+    Example:
+        with svg.accelerated(pipe, "fast"):
+            draft = pipe(prompt).frames[0]
+    """
+    accelerate(pipe, config)
+    try:
+        yield pipe
+    finally:
+        restore(pipe)
 
 
 def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> None:
@@ -64,7 +106,7 @@ def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> Non
         check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
 
 
-def restore(pipe: Any) -> Any:
+def restore(pipe: Pipe) -> Pipe:
     """Undo `accelerate`: the original processor objects come back and no hook stays.
 
     Args:
@@ -72,6 +114,9 @@ def restore(pipe: Any) -> Any:
 
     Returns:
         The same pipe.
+
+    Example:
+        svg.restore(pipe)
     """
     unwatch(pipe)
     for transformer in transformers_of(pipe).values():
@@ -110,6 +155,9 @@ def report(pipe: Any) -> dict[str, Any]:
     Raises:
         ValueError: the pipeline isn't accelerated.
         FloatingPointError: q, k or v of the last forward held NaN or infinity.
+
+    Example:
+        svg.report(pipe)["transformers"]["transformer"]["density"]["all_calls"]
     """
     hooks = attached(pipe)
     latest = max(hooks.values(), key=lambda hook: hook.started)
@@ -198,20 +246,3 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
 def _hook(transformer: nn.Module) -> RunHook | None:
     registry = getattr(transformer, "_diffusers_hook", None)
     return None if registry is None else registry.get_hook(HOOK_NAME)
-
-
-def _resolve(config: MethodConfig | dict | str) -> MethodConfig:
-    if isinstance(config, MethodConfig):
-        return config
-    if isinstance(config, dict):
-        return config_from_dict(config)
-    if isinstance(config, str) and config in METHODS:
-        return METHODS[config]()
-    if isinstance(config, str):
-        from svg.configs import load_preset
-
-        name, _, method = config.rpartition(":") if config.endswith(_METHOD_SUFFIXES) else (config, ":", "svg2")
-        return load_preset(name).config(method)
-    raise TypeError(
-        f"config must be a MethodConfig, a dict, a method's or a preset's name, got {type(config).__name__}"
-    )

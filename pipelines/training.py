@@ -33,6 +33,10 @@ def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[n
     Raises:
         ValueError: the transformer is not supported, is accelerated, or has a Diffusers attention backend of its own.
         NotImplementedError: context parallelism is on; or, in a forward, prompts with padding in the self-attention.
+
+    Example:
+        with svg.int8_training(pipe.transformer) as transformer:
+            loss_of(transformer(latents, timestep, text)).backward()
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
     spec = find_spec(transformer)

@@ -58,7 +58,6 @@ MODULES = {
     "svg.sparge_command": "svg.cli.sparge_tune",
     "svg.sparge_tune": "svg.recordings.sparge_tune",
     "svg.state": "svg.engine.state",
-    "svg.summary": "svg.engine.summary",
     "svg.sweep.commands": "svg.cli.sweep",
     "svg.sweep.display": "svg.cli.sweep_display",
     "svg.sweep.recorded": "svg.recordings.sweep",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from .methods.dense import dense_attention, key_mask
 from .methods.registry import planner
 
 __all__ = ["attend", "dense_attention"]
+
+_log = logging.getLogger("svg")
 
 
 @torch.compiler.disable
@@ -61,7 +65,8 @@ def attend(
     if not state.records:
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
-    dense, precision = config.is_dense(layer) or state.is_warmup(layer), None
+    dense = config.is_dense(layer) or state.is_warmup(layer) or layout.total_tokens < config.min_tokens
+    precision = None
     if not dense:
         precision, dense = _precision(config, state, layer, q.device)
     kind, density, plan, outcome = None, torch.ones(q.shape[:2]), None, None
@@ -75,6 +80,9 @@ def attend(
         timer.stop()
     emulated = precision is not None and is_emulated(precision, q.device)
     reused = plan is not None and plan.reused
+    if not (dense or state.told):
+        state.told = True
+        _tell_of_slow_paths(config.method, q, precision if emulated else None)
     state.records.append(
         AttentionRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, outcome, reused)
     )
@@ -116,6 +124,13 @@ def _planned(
     if getattr(config, "min_cosine", None) is not None and outcome.cosine is not None:
         state.note_cosine(layer, outcome.cosine)
     return out, plan, outcome
+
+
+def _tell_of_slow_paths(method: str, q: Tensor, emulated: str | None) -> None:
+    if not target.use_triton(q):
+        _log.warning("%s runs in plain PyTorch on %s: right, but slower than dense attention", method, q.device)
+    elif emulated is not None:
+        _log.warning("%s is an exact emulation on %s: right, but its times mean nothing", emulated, q.device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tensor | None) -> None:

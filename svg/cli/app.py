@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -193,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 1 when something failed on this machine, 2 on bad input, 130 when interrupted.
     """
+    logging.getLogger("svg").addHandler(logging.NullHandler())  # notes and tables say what the library would log
     try:
         with end_as_interrupted():
             code = cli.main(arguments, prog_name="svg", standalone_mode=False)

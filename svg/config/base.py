@@ -33,6 +33,7 @@ class MethodConfig:
     Args:
         warmup_steps: share of the steps, from the first on, that stays dense, in [0, 1].
         warmup_layers: share of the layers, from the first on, that stays dense in every step, in [0, 1].
+        min_tokens: sequences of fewer tokens run dense, >= 0: below some length planning costs more than it saves.
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
         dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
         check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
@@ -57,6 +58,7 @@ class MethodConfig:
 
     warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
     warmup_layers: float = setting(0.03, flag=float, help="Share of the layers kept dense, in [0, 1].")
+    min_tokens: int = 0
     seed: int = 0
     dense_backend: str = setting(
         "auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}."
@@ -67,6 +69,7 @@ class MethodConfig:
     def __post_init__(self):
         share(self, "warmup_steps")
         share(self, "warmup_layers")
+        integer(self, "min_tokens", least=0)
         integer(self, "seed", least=0)
         if self.dense_backend not in DENSE_BACKENDS:
             raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")

@@ -92,7 +92,10 @@ class RunState:
         observer: called with an ObservedAttention after every attention call, or None; it outlives runs.
         records: one AttentionRecord per attention call of the run.
         safer: how many times a layer took the next safer precision, by layer.
+        told: whether a slow path was warned of; it outlives runs.
     """
+
+    told = False
 
     def __init__(self, config: MethodConfig, num_layers: int, name: str = "transformer"):
         if num_layers < 1:

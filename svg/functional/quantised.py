@@ -66,6 +66,9 @@ def attention(
             or FP8 on a GPU without it.
 
     Source: arXiv 2411.10958, 2505.21136, 2505.11594.
+
+    Example:
+        out = svg.attention(q, k, v)                        # where scaled_dot_product_attention(q, k, v) was
     """
     q, k, v, scale = sdpa_arguments(
         q, k, v, tensor_layout=tensor_layout, dropout_p=dropout_p, enable_gqa=enable_gqa, scale=scale,
@@ -127,6 +130,10 @@ def attention_varlen(
         NotImplementedError: a head dim above 128 or a gradient is asked for, or FP8 on a GPU without it.
 
     Source: arXiv 2411.10958.
+
+    Example:
+        ends = torch.tensor([0, 700, 1200], device="cuda", dtype=torch.int32)  # two sequences, of 700 and 500 tokens
+        out = svg.attention_varlen(q, k, v, ends, ends)     # q, k, v [1200, H, D]
     """
     target.refuse_gradients("svg.attention_varlen", q, k, v)
     if q.dim() != 3 or k.dim() != 3:

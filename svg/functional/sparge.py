@@ -60,6 +60,9 @@ def sparge_attention(
         NotImplementedError: a mask, causality, dropout or a gradient is asked for, or FP8 on a GPU without it.
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.
+
+    Example:
+        out = svg.sparge_attention(q, k, v, topk=0.5, grid=(21, 45, 80))  # q, k, v [B, H, 21 * 45 * 80, D]
     """
     if attn_mask is not None or is_causal:
         raise NotImplementedError(

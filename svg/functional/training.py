@@ -63,6 +63,9 @@ def training_attention(
         NotImplementedError: a mask, dropout, nested tensors or a head dim above 128 is asked for.
 
     Source: arXiv 2505.11594, section 4; arXiv 2603.02170.
+
+    Example:
+        svg.training_attention(q, k, v, is_causal=True).sum().backward()
     """
     if attn_mask is not None:
         raise NotImplementedError(

@@ -34,6 +34,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
 
     Raises:
         ValueError: backend is unknown, or named and unable to run these inputs here.
+
+    Example:
+        out = svg.dense_attention(q, k, v, backend="cudnn")
     """
     if backend not in DENSE_BACKENDS:
         raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {backend!r}")

@@ -62,6 +62,9 @@ def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
     Raises:
         ValueError: the method or a key is unknown, or a value is outside its range.
         TypeError: a value has the wrong type.
+
+    Example:
+        svg.config_from_dict({"method": "svg2", "top_p": 0.8})
     """
     values = dict(settings)
     method = values.pop("method", None)

@@ -1,0 +1,69 @@
+"""Which settings `accelerate` runs with when it is given none, a word, or a name."""
+
+from __future__ import annotations
+
+import torch
+
+from svg.config import METHODS, MethodConfig, config_from_dict
+
+LEVELS = ("quality", "balanced", "fast")
+# Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
+# density .25 against cuDNN on an H100 take 3.2 times as long at 7 200 tokens and .88 times at 18 000 (`svg bench scale`).
+DENSE_BELOW = 16_384
+# Share of the attention map at most, by word; svg2 also needs top_p, because a budget alone would be spent in full.
+_BUDGETS = {"quality": 0.4, "balanced": 0.25, "fast": 0.15}
+_SUFFIXES = tuple(f":{method}" for method in METHODS)
+
+
+def resolve(config: MethodConfig | dict | str | None) -> MethodConfig:
+    """Turn what `accelerate` takes into settings.
+
+    Args:
+        config: settings, their dict, a word of LEVELS, a method's name, a preset's ("name" or "name:method"), or None,
+            which is "balanced". A word keeps sequences dense that a GPU is faster with dense.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: a name that is none of these; the message lists all of them.
+        TypeError: something else.
+    """
+    if isinstance(config, MethodConfig):
+        return config
+    if isinstance(config, dict):
+        return config_from_dict(config)
+    if config is None or (isinstance(config, str) and config in LEVELS):
+        return _level(config or "balanced")
+    if not isinstance(config, str):
+        raise TypeError(
+            f"config must be a MethodConfig, a dict, a word ({', '.join(LEVELS)}), a method's or a preset's name, got "
+            f"{type(config).__name__}"
+        )
+    if config in METHODS:
+        return METHODS[config]()
+    return _preset(config)
+
+
+def default_method() -> str:
+    """The method that is taken where none is named."""
+    return "near" if "near" in METHODS else "svg2"
+
+
+def _level(level: str) -> MethodConfig:
+    method, budget = default_method(), _BUDGETS[level]
+    own = {"budget": budget} if method == "near" else {"budget": budget, "top_p": 0.9, "compensate": True}
+    return METHODS[method](**own, min_tokens=DENSE_BELOW if torch.cuda.is_available() else 0)
+
+
+def _preset(text: str) -> MethodConfig:
+    from svg.configs import load_preset, preset_names
+
+    name, _, method = text.rpartition(":") if text.endswith(_SUFFIXES) else (text, ":", None)
+    if not name.endswith((".yaml", ".yml")) and name not in preset_names():
+        raise ValueError(
+            f"config must be a word ({', '.join(LEVELS)}), a method ({', '.join(METHODS)}), or a preset "
+            f"({', '.join(preset_names())}, or a YAML file), got {text!r}"
+        )
+    preset = load_preset(name)
+    return preset.config(method or (default_method() if default_method() in preset.methods else "svg2"))

@@ -1,0 +1,135 @@
+"""What the last run of a pipeline was worth, for people: a short table, in a terminal or a notebook."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .attach import attached, report
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The last run of an accelerated pipeline in a few numbers; printing it gives a table, a notebook shows one too.
+
+    Args:
+        method: name of the method.
+        density: computed share of the attention map, mean over all calls, those of the warm-up included.
+        sparse_density: the same over the sparse calls; None where there were none.
+        attention_share: share of the transformer's time that attention took.
+        attention_speedup: a dense call's time over a sparse one's, both means of this very run; None where one kind is
+            missing, as without a warm-up.
+        speedup: estimated speed-up of the transformer over a run in which every call takes what this run's dense ones
+            took; None as before.
+        recomputed: heads that the guard computed again, as a share of those it watched; None without a guard.
+        peak_memory: bytes torch held at most on the GPU since its statistics were last reset; None on a CPU.
+        transformer_seconds: in the transformers' forwards.
+    """
+
+    method: str
+    density: float
+    sparse_density: float | None
+    attention_share: float | None
+    attention_speedup: float | None
+    speedup: float | None
+    recomputed: float | None
+    peak_memory: int | None
+    transformer_seconds: float
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+    def _repr_html_(self) -> str:
+        cells = (f"<tr><th style='text-align:left'>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
+                 for label, value in self._rows())  # fmt: skip
+        return f"<table>{''.join(cells)}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        guard = "off" if self.recomputed is None else f"{_percent(self.recomputed)} of the heads computed again"
+        memory = "-" if self.peak_memory is None else f"{self.peak_memory / 2**30:.1f} GiB"
+        return [
+            ("method", self.method),
+            ("computed, all calls", _percent(self.density)),
+            ("computed, sparse calls", _percent(self.sparse_density)),
+            ("attention's share of the time", _percent(self.attention_share)),
+            ("attention, against this run's dense calls", _times(self.attention_speedup)),
+            ("transformer, estimated", _times(self.speedup)),
+            ("guard", guard),
+            ("peak GPU memory", memory),
+        ]
+
+
+def summary(pipe: Any) -> RunSummary:
+    """Say what the last run of an accelerated pipeline was worth.
+
+    Args:
+        pipe: an accelerated pipeline, after a run.
+
+    Returns:
+        A RunSummary: print it, show it in a notebook, or read its fields.
+
+    Raises:
+        ValueError: the pipeline isn't accelerated, or has not run yet.
+
+    Example:
+        svg.accelerate(pipe)
+        video = pipe(prompt).frames[0]
+        print(svg.summary(pipe))
+    """
+    hooks = attached(pipe)
+    if not any(hook.state.records for hook in hooks.values()):
+        raise ValueError("pipe must have run since svg.accelerate, got none: call pipe(...) first")
+    found = report(pipe)
+    parts = [part for part in found["transformers"].values() if part["calls"]["total"]]
+    seconds = sum(part["transformer_seconds"] for part in parts)
+    attention, as_dense, speedup = _attention(parts)
+    guards = [part["quantised"]["guard"] for part in parts if part["quantised"] and part["quantised"]["guard"]]
+    watched = sum(guard["head_calls"] for guard in guards)
+    return RunSummary(
+        method=found["config"]["method"],
+        density=_weighted(parts, "all_calls", "total"),
+        sparse_density=_weighted(parts, "sparse_calls", "sparse"),
+        attention_share=attention / seconds if attention is not None and seconds else None,
+        attention_speedup=speedup,
+        speedup=(seconds - attention + as_dense) / seconds if as_dense is not None and seconds else None,
+        recomputed=sum(guard["recomputed"] for guard in guards) / watched if watched else None,
+        peak_memory=_peak_memory(hooks),
+        transformer_seconds=seconds,
+    )
+
+
+def _attention(parts: list[dict[str, Any]]) -> tuple[float | None, float | None, float | None]:
+    """Seconds in attention, seconds it would have taken dense, and one dense call's time over a sparse one's."""
+    timed = [part for part in parts if part["attention_seconds"] is not None]
+    if not timed:
+        return None, None, None
+    seconds = {kind: sum(part["attention_seconds"][kind] for part in timed) for kind in ("total", "dense", "sparse")}
+    calls = {kind: sum(part["calls"][kind] for part in timed) for kind in ("total", "dense", "sparse")}
+    if not (calls["dense"] and calls["sparse"]):
+        return seconds["total"], None, None
+    dense, sparse = (seconds[kind] / calls[kind] for kind in ("dense", "sparse"))
+    return seconds["total"], dense * calls["total"], dense / sparse
+
+
+def _weighted(parts: list[dict[str, Any]], density: str, calls: str) -> float | None:
+    rows = [(part["density"][density], part["calls"][calls]) for part in parts if part["calls"][calls]]
+    return sum(value * count for value, count in rows) / sum(count for _, count in rows) if rows else None
+
+
+def _peak_memory(hooks: dict[str, Any]) -> int | None:
+    # A dense call's density is a CPU tensor wherever it ran, so one record alone does not tell.
+    devices = {record.density.device for hook in hooks.values() for record in hook.state.records}
+    return next((torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"), None)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x as fast"
