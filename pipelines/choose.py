@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from svg.config import METHODS, MethodConfig, config_from_dict
+from svg.config import METHODS, MethodConfig, NearConfig, config_from_dict
 
 LEVELS = ("quality", "balanced", "fast")
 # Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
 # density .25 against cuDNN on an H100 take 3.2 times as long at 7 200 tokens and .88 times at 18 000 (`svg bench scale`).
 DENSE_BELOW = 16_384
-# Share of the attention map at most, by word; svg2 also needs top_p, because a budget alone would be spent in full.
+# Share of the attention map that is computed, by word.
 _BUDGETS = {"quality": 0.4, "balanced": 0.25, "fast": 0.15}
 _SUFFIXES = tuple(f":{method}" for method in METHODS)
 
@@ -45,15 +45,8 @@ def resolve(config: MethodConfig | dict | str | None) -> MethodConfig:
     return _preset(config)
 
 
-def default_method() -> str:
-    """The method that is taken where none is named."""
-    return "near" if "near" in METHODS else "svg2"
-
-
 def _level(level: str) -> MethodConfig:
-    method, budget = default_method(), _BUDGETS[level]
-    own = {"budget": budget} if method == "near" else {"budget": budget, "top_p": 0.9, "compensate": True}
-    return METHODS[method](**own, min_tokens=DENSE_BELOW if torch.cuda.is_available() else 0)
+    return NearConfig(budget=_BUDGETS[level], min_tokens=DENSE_BELOW if torch.cuda.is_available() else 0)
 
 
 def _preset(text: str) -> MethodConfig:
@@ -66,4 +59,4 @@ def _preset(text: str) -> MethodConfig:
             f"({', '.join(preset_names())}, or a YAML file), got {text!r}"
         )
     preset = load_preset(name)
-    return preset.config(method or (default_method() if default_method() in preset.methods else "svg2"))
+    return preset.config(method or ("near" if "near" in preset.methods else "svg2"))

@@ -32,7 +32,7 @@ _GENERATION_FLAGS = (
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Which weights files, such as fp16.")
 @click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
-@click.option("--method", type=click.Choice(tuple(METHODS)), default="svg2", show_default=True)
+@click.option("--method", type=click.Choice(tuple(METHODS)), help="[default: near, or svg2 where a preset has no near]")
 @method_options
 @click.option(
     "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
@@ -110,9 +110,9 @@ def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> l
     ]
 
 
-def _with_own_budget(settings: dict[str, Any], method: str) -> dict[str, Any]:
+def _with_own_budget(settings: dict[str, Any], method: str | None) -> dict[str, Any]:
     """`--budget` means the same everywhere: to svg1 it is its density, to sparge its share of the key blocks."""
-    own = METHODS[method].sweep_field()
+    own = METHODS[method].sweep_field() if method is not None else None
     if "budget" not in settings or own is None or own[0] in settings:
         return settings
     return {own[0] if name == "budget" else name: value for name, value in settings.items()}

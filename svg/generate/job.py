@@ -76,7 +76,7 @@ def resolve(
     *,
     preset: str | None,
     model: str | None,
-    method: str,
+    method: str | None,
     settings: dict[str, Any],
     generation: dict[str, Any],
     **rest: Any,
@@ -86,7 +86,7 @@ def resolve(
     Args:
         preset: a preset's name or YAML file; None: the only preset of the model, if there is just one.
         model: hub id or directory; None: the preset's, or the bundled model.
-        method: one of METHODS.
+        method: one of METHODS; None: near, or svg2 where the preset has no near.
         settings: fields of the method's config, those that are given.
         generation: prompt, negative_prompt, true_cfg, seed, image (a path) and the preset's generation keys; None means
             not given.
@@ -103,6 +103,8 @@ def resolve(
     if method == "dense" and not rest["dense"]:
         raise ValueError("--no-dense must come with a sparse method, got --method dense: leave one of them out")
     chosen = _preset(preset, model)
+    if method is None:
+        method = "near" if chosen is None or "near" in chosen.methods else "svg2"
     given = {key: value for key, value in generation.items() if value is not None}
     values = {**_defaults(chosen), **given}
     missing = [key for key in _SIZE if key not in values]

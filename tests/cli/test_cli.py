@@ -48,7 +48,8 @@ def generate(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, model="wan", size=SIZE):
-        return main(["generate", "a red ball", "--model", str(models / model), *size, *map(str, arguments)])
+        method = [] if "--method" in arguments else ["--method", "svg2"]
+        return main(["generate", "a red ball", "--model", str(models / model), *size, *method, *map(str, arguments)])
 
     return run
 
