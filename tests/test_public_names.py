@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,24 +21,28 @@ def test_type_checkers_are_shown_the_public_names():
     assert shown == set(svg.__all__)
 
 
-def test_jedi_completes_every_public_name():
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The sources laid out as a wheel has them: the folders beside svg/ hide from tools that look at a checkout."""
+    root = tmp_path_factory.mktemp("installed")
+    ignore = shutil.ignore_patterns("__pycache__", "tiny-wan")
+    shutil.copytree(INIT.parent, root / "svg", ignore=ignore)
+    for folder in ("kernels", "pipelines", "eval", "configs"):
+        shutil.copytree(INIT.parents[1] / folder, root / "svg" / folder, ignore=ignore)
+    return root
+
+
+def test_jedi_completes_every_public_name(installed):
     jedi = pytest.importorskip("jedi")
-    found = {completion.name for completion in jedi.Script("import svg\nsvg.").complete(2, 4)}
+    project = jedi.Project(installed)
+    found = {completion.name for completion in jedi.Script("import svg\nsvg.", project=project).complete(2, 4)}
     assert set(svg.__all__) <= found
-    signature = jedi.Script("import svg\nsvg.accelerate(").get_signatures(2, 15)[0]
+    signature = jedi.Script("import svg\nsvg.accelerate(", project=project).get_signatures(2, 15)[0]
     assert [parameter.name for parameter in signature.params] == ["pipe", "config"]
 
 
-def test_mypy_knows_types_and_refuses_a_misspelt_name(tmp_path):
+def test_mypy_knows_types_and_refuses_a_misspelt_name(installed, tmp_path):
     pytest.importorskip("mypy")
-    # The folders beside svg/ hide from a checker that looks at a checkout; laid out as installed, it finds all of them.
-    for package in ("svg", "kernels", "pipelines", "eval", "configs"):
-        target = tmp_path / "installed" / ("svg" if package == "svg" else f"svg/{package}")
-        target.parent.mkdir(exist_ok=True)
-        if package == "svg":
-            subprocess.run(["cp", "-r", INIT.parent, target], check=True)
-        else:
-            subprocess.run(["cp", "-r", INIT.parents[1] / package, target], check=True)
     program = tmp_path / "program.py"
     program.write_text(
         "import svg\n"
@@ -49,7 +54,7 @@ def test_mypy_knows_types_and_refuses_a_misspelt_name(tmp_path):
     unseen = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "diffusers", "transformers", "numpy", "PIL", "triton"))
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n{unseen}")
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", str(program)]
-    env = {"MYPYPATH": str(tmp_path / "installed"), "PATH": "/usr/bin:/bin"}
+    env = {"MYPYPATH": str(installed), "PATH": "/usr/bin:/bin"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert 'Module has no attribute "accelerat"' in run.stdout, run.stdout + run.stderr
     for kind in ("svg.pipelines.run_summary.RunSummary", "builtins.int", "builtins.float"):

@@ -152,7 +152,7 @@ class Launch:
     specialised: bool = False
 
 
-# arch -> element bytes -> tile sizes. sm90's 16-bit row is measured (docs/kernels.md), the others are chosen by ahead-of-time
+# arch -> element bytes -> tile sizes. sm90's 16-bit row is measured (docs/lab/kernels.md), the others are chosen by ahead-of-time
 # compile (no spills, shared memory).
 LAUNCH = {
     80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},

@@ -2,7 +2,7 @@
 
 Every variant computes the same share of the map (--density) of the same tensors, so that recall can be compared. Tile use is
 useful / computed pairs: along keys, runs of selected clusters padded to BLOCK_N keys; along queries, clusters padded to BLOCK_M
-rows. Tiles are cut from the sorted tokens and pad nothing. Writes the table of docs/kernels.md and, with --out, JSON.
+rows. Tiles are cut from the sorted tokens and pad nothing. Writes the table of docs/lab/kernels.md and, with --out, JSON.
 
     svg record "a red ball ..." --frames 33 --height 256 --width 256 --record-branches cond --out qkv.safetensors
     python scripts/bench/tile_use.py qkv.safetensors --q-clusters 36 --k-clusters 123
