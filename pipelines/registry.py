@@ -68,6 +68,9 @@ def supported_models() -> list[dict[str, str | tuple[str, ...]]]:
     Returns:
         One dict a transformer class: transformer, pipelines, hub, layout, tested; then those that are refused, whose
         layout is empty and whose `tested` is the reason.
+
+    Example:
+        [row["transformer"] for row in svg.supported_models()]
     """
     rows = [
         {

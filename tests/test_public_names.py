@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def test_mypy_knows_types_and_refuses_a_misspelt_name(installed, tmp_path):
     env = {"MYPYPATH": str(installed), "PATH": "/usr/bin:/bin"}
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert 'Module has no attribute "accelerat"' in run.stdout, run.stdout + run.stderr
-    for kind in ("svg.pipelines.run_summary.RunSummary", "builtins.int", "builtins.float"):
-        assert f'Revealed type is "{kind}"' in run.stdout, run.stdout
+    for kind in ("svg.pipelines.run_summary.RunSummary", "int", "float"):
+        assert re.search(rf'Revealed type is "(builtins\.)?{kind}"', run.stdout), run.stdout
     assert run.stdout.count("error:") == 1, run.stdout
 
 

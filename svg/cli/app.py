@@ -160,7 +160,14 @@ def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> int:
-    """Tell what is installed, what is missing and what to do; exit code 1 if something must be done."""
+    """Tell what is installed, what is missing and what to do, and try attention on every device.
+
+    Exit code 1 if something must be done, else 0.
+
+    \b
+    Example:
+      svg doctor
+    """
     import json
 
     from .doctor import examine
@@ -174,9 +181,16 @@ def doctor(as_json: bool) -> int:
     for device in found["devices"]:
         details = ", ".join(f"{key.replace('_', ' ')} {_plain(device[key])}" for key in device if key != "name")
         click.echo(f"{'device':<16} {device['name']}: {details}")
+    for name, result in found["self_test"].items():
+        said = result.get("failed") or f"passed in {result['seconds']} s, {result['error']:.4f} away from dense"
+        click.echo(f"{'self-test':<16} {name}: {said}")
     for net, path in found["lpips"].items():
         click.echo(f"{'LPIPS ' + net:<16} {path or 'missing'}")
     click.echo(f"{'ffmpeg':<16} {found['ffmpeg'] or 'missing'}")
+    hub = found["hub"]
+    state = f"{'token' if hub['token'] else 'no token'}{', offline' if hub['offline'] else ''}"
+    click.echo(f"{'hub':<16} {state}, cache {hub['cache']}")
+    click.echo(f"{'free disk':<16} {found['disk_free_gib']} GiB")
     click.echo(f"{'tiny-wan':<16} {'bundled' if found['bundled_model'] else 'missing'}")
     click.echo(f"{'presets':<16} {', '.join(found['presets'])}")
     for kind in ("problems", "hints"):

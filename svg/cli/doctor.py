@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from importlib import metadata, resources
 from typing import Any
 
@@ -9,12 +11,17 @@ from .. import _FOREIGN
 from ..environment import version_problems, versions
 
 
+TOLERANCE = 0.1  # relative L2 error at nine tenths of a flat random map
+
+
 def examine() -> dict[str, Any]:
     """Look at everything a run needs.
 
     Returns:
-        versions, devices (name, compute capability, memory in GiB, dense backends, kernels), lpips (file of each net or
-        None), ffmpeg, bundled_model, presets, problems (must be solved) and hints (worth doing), each with its way out.
+        versions, devices (name, compute capability, memory in GiB, driver, dense backends, kernels and how each precision
+        runs), lpips (file of each net or None), ffmpeg, bundled_model, presets, hub (cache, whether there is a token,
+        whether it is offline), disk_free_gib, self_test, problems (must be solved) and hints (worth doing), each with its
+        way out.
     """
     found = {
         "versions": versions(),
@@ -23,6 +30,9 @@ def examine() -> dict[str, Any]:
         "ffmpeg": _ffmpeg(),
         "bundled_model": _bundled_model(),
         "presets": _presets(),
+        "hub": _hub(),
+        "disk_free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+        "self_test": self_test(),
     }
     return {**found, "problems": _problems(found), "hints": _hints(found)}
 
@@ -39,10 +49,73 @@ def _devices() -> list[dict[str, Any]]:
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "dense_backends": _dense_backends(index),
-                "kernels": "Triton",
+                "driver": _driver(),
+                "kernels": _kernels(properties.major, properties.minor),
             }
         )
     return devices
+
+
+def _driver() -> str:
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def _kernels(major: int, minor: int) -> str:
+    """Which kernels a GPU of this compute capability gets."""
+    if major < 8:
+        return "none: compute capability 8.0 is needed"
+    eight = "8 bits native (INT8 and FP8)" if (major, minor) >= (8, 9) else "8 bits with P V in 16 (no FP8)"
+    four = "4 bits emulated" if major < 10 else "4 bits native"
+    return f"{'Gluon for Hopper' if major == 9 else 'Triton'}, {eight}, {four}"
+
+
+def _hub() -> dict[str, Any]:
+    from huggingface_hub import constants, get_token
+
+    return {"cache": str(constants.HF_HUB_CACHE), "token": get_token() is not None, "offline": constants.HF_HUB_OFFLINE}
+
+
+def self_test() -> dict[str, Any]:
+    """Sparse attention of a small random video with its whole budget, against dense attention, on every device there is.
+
+    Returns:
+        Device -> {"error": relative, "seconds"}, or {"failed": the reason}.
+    """
+    import torch
+
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {name: _try(name) for name in names}
+
+
+def _try(device: str) -> dict[str, Any]:
+    import torch
+
+    from ..attend import attend
+    from ..config import NearConfig
+    from ..engine.layout import TokenLayout
+    from ..engine.state import RunState
+    from ..methods.dense import dense_attention
+
+    try:
+        start = time.perf_counter()
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, 256, 2, 64, generator=draw).to(device, dtype) for _ in range(3))
+        q = q * 0.2  # flat attention, in which means stand well for what is left out
+        state = RunState(NearConfig(budget=0.9, warmup_steps=0.0, warmup_layers=0.0), num_layers=1)
+        state.begin_forward(0, 1, "cond", TokenLayout(4, 8, 8))
+        out = attend(q, k, v, state, 0).float()
+        exact = dense_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).float()
+        error = ((out - exact).norm() / exact.norm()).item()
+    except Exception as failure:
+        return {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())}"}
+    return {"error": error, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def _dense_backends(index: int) -> list[str]:
@@ -96,8 +169,16 @@ def _problems(found: dict[str, Any]) -> list[str]:
             continue
         problems.append(
             f"{name} installs a module called `svg` too and one hides the other: "
-            f"pip uninstall {name} && pip install --force-reinstall svg-video"
+            f"pip uninstall {name} && pip install --force-reinstall ."
         )
+    for device, result in found["self_test"].items():
+        if "failed" in result:
+            problems.append(f"the self-test on {device} failed: {result['failed']}; update torch and triton, or report it")
+        elif not result["error"] < TOLERANCE:
+            problems.append(
+                f"the self-test on {device} is {result['error']:.2f} away from dense attention, more than {TOLERANCE}: "
+                f"do not trust videos of this installation, and report it"
+            )
     if found["ffmpeg"] is None:
         problems.append("no ffmpeg was found: pip install --force-reinstall imageio-ffmpeg")
     return problems
@@ -111,6 +192,10 @@ def _hints(found: dict[str, Any]) -> list[str]:
         hints.append(f"LPIPS cannot be measured without its published weights: {INSTALL_HINT}")
     if len(found["devices"]) == 1:
         hints.append("no GPU is visible to torch: everything runs, but sparse attention is not faster on a CPU")
+    if found["disk_free_gib"] < 5:
+        hints.append(f"only {found['disk_free_gib']} GiB are free here: models of the hub take 5 to 80 GiB in {found['hub']['cache']}")
+    if not found["hub"]["token"]:
+        hints.append("no token of the Hugging Face hub is set: gated models need one, run `hf auth login`")
     if not found["bundled_model"]:
         hints.append("the bundled model tiny-wan is not in this installation: pass --model, or reinstall svg-video")
     return hints

@@ -347,6 +347,18 @@ def test_doctor(capsys, monkeypatch):
     assert "no-such-thing must be 1.0 or newer, got none" in problems[1]
 
 
+def test_doctor_fails_when_attention_is_wrong(capsys, monkeypatch):
+    from svg import attend
+
+    original = attend.attend
+    monkeypatch.setattr(attend, "attend", lambda *args: original(*args) * 2)
+    assert main(["doctor"]) == 1
+    assert "do not trust videos of this installation" in capsys.readouterr().out
+    monkeypatch.setattr(attend, "attend", lambda *args: 1 / 0)
+    assert main(["doctor"]) == 1
+    assert "self-test on cpu failed: ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_doctor_finds_a_foreign_svg(monkeypatch, capsys):
     real = metadata.distribution
     monkeypatch.setattr(metadata, "distribution", lambda name: real("click" if name == "svg.path" else name))

@@ -195,7 +195,7 @@ def test_import_needs_no_torch():
 def test_unknown_attribute_lists_the_choices():
     import svg
 
-    with pytest.raises(AttributeError, match="choose from accelerate, restore, report"):
+    with pytest.raises(AttributeError, match="choose from accelerate, accelerated, restore, report"):
         svg.__getattr__("nothing")
 
 
