@@ -155,6 +155,7 @@ def record(prompt: str, **options: Any) -> None:
 def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE, build_page
+    from svg.eval.sweep_table import write_tables
     from svg.pipelines.loading import resolve_device
 
     from ..sweep.grid import cells_of, inputs_of, read_grid
@@ -167,7 +168,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     plan = read_grid(grid, _flags(options))
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, resolve_device)
-    check_folder("--out", options["out"], ("sweep.json", PAGE), [grid, *inputs_of(plan)])
+    check_folder("--out", options["out"], ("sweep.json", "sweep.csv", "paired.csv", PAGE), [grid, *inputs_of(plan)])
     header = {"command": command_text(), "lpips": plan.run["lpips"]}
     results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
     with SweepDisplay(console) as display:
@@ -183,6 +184,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
             click.echo(f"interrupted: finished cells stay in {options['out']}, the same command goes on", err=True)
             return 130
     build_page(options["out"])
+    write_tables(summary, options["out"])
     print_summary(console, summary, options["out"])
     return 1 if summary["counts"]["failed"] else 0
 

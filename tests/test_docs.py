@@ -1,0 +1,29 @@
+"""The documentation's site is built strictly: a dead link, a name that is gone or a broken page fails."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
+def test_site_is_built_and_complete(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "scripts" / "build_docs.py", "--out", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "svg generate" in (tmp_path / "cli" / "index.html").read_text()
+    api = (tmp_path / "api" / "index.html").read_text()
+    for name in ("accelerate", "summary", "NearConfig", "attention_varlen", "training_attention"):
+        assert name in api
+    outside = [path for path in tmp_path.rglob("index.html") if "fonts.googleapis" in path.read_text()]
+    assert not outside, "no request leaves the pages"
+
+
+def test_every_page_is_in_the_navigation():
+    listed = (ROOT / "mkdocs.yml").read_text()
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if page not in listed} == set()
