@@ -1,8 +1,8 @@
 """A diffusion transformer of your own: say where its attention is and what grid its tokens form, then accelerate it."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional
 
 import svg
 
@@ -10,7 +10,7 @@ import svg
 class Processor:
     def __call__(self, attn, hidden_states):
         q, k, v = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, S, D]
-        return attn.to_out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return attn.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Attention(nn.Module):
