@@ -10,7 +10,17 @@ from .files import atomic_path
 
 METRICS = ("psnr", "ssim", "lpips", "temporal_psnr", "vmaf")
 TIMES = ("attention", "transformer", "end_to_end")
-CELL_FIELDS = ("label", "role", "status", "model", "prompt", "seed", "density", *METRICS, *(f"{time}_s" for time in TIMES))
+CELL_FIELDS = (
+    "label",
+    "role",
+    "status",
+    "model",
+    "prompt",
+    "seed",
+    "density",
+    *METRICS,
+    *(f"{time}_s" for time in TIMES),
+)
 PAIR_FIELDS = ("metric", "first", "second", "pairs", "mean_difference", "low", "high")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond 30 the normal one is within 4 %.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,

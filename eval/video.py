@@ -5,8 +5,8 @@ show the colours that were written. A 4:2:0 picture has even sides: an odd side 
 """
 
 import importlib.util
-import re
 import math
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass

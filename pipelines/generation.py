@@ -159,7 +159,12 @@ def _arguments(pipe: Any, request: GenerationRequest, on_step: Callable | None, 
         "output_type": "np",
     }
     length = request.max_sequence_length or _config(pipe).get("max_text_seq_length")
-    optional = {"image": request.image, "last_image": request.last_image, "true_cfg_scale": request.true_cfg, "max_sequence_length": length}
+    optional = {
+        "image": request.image,
+        "last_image": request.last_image,
+        "true_cfg_scale": request.true_cfg,
+        "max_sequence_length": length,
+    }
     arguments.update({key: value for key, value in optional.items() if value is not None})
     if on_step is not None:
         arguments["callback_on_step_end"] = _callback(request.steps, on_step, start)

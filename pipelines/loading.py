@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from .model_files import BUNDLED, locate_model, read_index
+from .model_files import locate_model, read_index
 from .registry import PIPELINES
 
 OFFLOADS = ("none", "model", "group", "sequential")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 
 def load_pipeline(

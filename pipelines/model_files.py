@@ -57,7 +57,9 @@ def locate_model(model: str | Path | None) -> str | Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise ValueError(f"model must be a pipeline's directory, got the file {text}; single-file weights have no configs")
+        raise ValueError(
+            f"model must be a pipeline's directory, got the file {text}; single-file weights have no configs"
+        )
     if _is_path(text):
         raise ValueError(f"model must be an existing directory, got the path {text!r}, which does not exist")
     if _HUB_ID.fullmatch(text):
@@ -175,7 +177,9 @@ def _fetch(repository: str, name: str, revision: str | None) -> Path:
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{about}, which has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"{about}, which the hub does not know: check the spelling; if it is private, {login}") from error
+        raise ValueError(
+            f"{about}, which the hub does not know: check the spelling; if it is private, {login}"
+        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(f"{about}: {_why_offline()}; it is not in the local cache either") from error
     except errors.EntryNotFoundError as error:
@@ -201,8 +205,14 @@ def _check_weights(folder: Path, variant: str | None) -> None:
     found = [path.name for path in folder.glob("*.safetensors")]
     if not found:
         raise ValueError(f"model must be complete and in safetensors, got {folder} without weights (*.safetensors)")
-    if variant is not None and not any(f".{variant}." in name for name in found) and all(name.count(".") > 1 for name in found):
-        raise ValueError(f"variant must be one that is there, got {variant!r} with {', '.join(sorted(found))} in {folder}")
+    if (
+        variant is not None
+        and not any(f".{variant}." in name for name in found)
+        and all(name.count(".") > 1 for name in found)
+    ):
+        raise ValueError(
+            f"variant must be one that is there, got {variant!r} with {', '.join(sorted(found))} in {folder}"
+        )
 
 
 def _spatial(vae: dict[str, Any]) -> int:

@@ -148,9 +148,13 @@ def _check_image(request: GenerationRequest, rules: PipelineRules) -> None:
     if rules.image and request.image is None:
         raise ValueError(f"image must be given for {rules.name}, got none; pass the first frame")
     if not rules.image and request.image is not None:
-        raise ValueError(f"image must be left out for {rules.name}, which is text-to-video; use an image-to-video model")
+        raise ValueError(
+            f"image must be left out for {rules.name}, which is text-to-video; use an image-to-video model"
+        )
     if not rules.last_image and request.last_image is not None:
-        raise ValueError(f"last_image must be left out for {rules.name}, which takes none; use a Wan image-to-video model")
+        raise ValueError(
+            f"last_image must be left out for {rules.name}, which takes none; use a Wan image-to-video model"
+        )
 
 
 def _check_text(request: GenerationRequest, rules: PipelineRules) -> None:

@@ -1,7 +1,7 @@
 """Build the documentation's site into site/, strictly: a dead link or a name that is gone is an error.
 
-    pip install -e '.[docs]'
-    python scripts/build_docs.py
+pip install -e '.[docs]'
+python scripts/build_docs.py
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def attend(
         state.told = True
         _tell_of_slow_paths(config.method, q, precision if emulated else None)
     state.records.append(
-        AttentionRecord(state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, outcome, reused)
+        AttentionRecord(
+            state.step, layer, state.branch, density, kind, dense, timer, precision, emulated, outcome, reused
+        )
     )
     if state.observer is not None:
         state.observer(ObservedAttention(layer, q, k, v, text_mask, out, plan))
@@ -140,9 +142,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, text_mask: Tens
         )
     if q.shape[1] != layout.total_tokens:
         raise ValueError(f"q must have the layout's {layout.total_tokens} tokens in dimension 1, got {q.shape[1]}")
-    if text_mask is not None and (
-        text_mask.shape != (q.shape[0], layout.text_tokens) or text_mask.dtype != torch.bool
-    ):
+    if text_mask is not None and (text_mask.shape != (q.shape[0], layout.text_tokens) or text_mask.dtype != torch.bool):
         raise ValueError(
             f"text_mask must be bool [{q.shape[0]}, {layout.text_tokens}] (batch, text tokens), "
             f"got {text_mask.dtype} {tuple(text_mask.shape)}"

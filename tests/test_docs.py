@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
 def test_site_is_built_and_complete(tmp_path):
-    run = subprocess.run([sys.executable, ROOT / "scripts" / "build_docs.py", "--out", tmp_path], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "build_docs.py", "--out", tmp_path], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "svg generate" in (tmp_path / "cli" / "index.html").read_text()
     api = (tmp_path / "api" / "index.html").read_text()

@@ -17,7 +17,11 @@ FUNCTIONS = [name for name in svg.__all__ if inspect.isfunction(getattr(svg, nam
 
 
 def test_type_checkers_are_shown_the_public_names():
-    (block,) = (node for node in ast.parse(INIT.read_text()).body if isinstance(node, ast.If) and "not" not in ast.unparse(node.test))
+    (block,) = (
+        node
+        for node in ast.parse(INIT.read_text()).body
+        if isinstance(node, ast.If) and "not" not in ast.unparse(node.test)
+    )
     shown = {alias.asname for node in block.body for alias in node.names}
     assert shown == set(svg.__all__)
 
@@ -52,7 +56,10 @@ def test_mypy_knows_types_and_refuses_a_misspelt_name(installed, tmp_path):
         "reveal_type(svg.accelerate(1))\n"
         "reveal_type(svg.SVG2Config(top_p=0.9).top_p)\n"
     )
-    unseen = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\n" for name in ("torch", "diffusers", "transformers", "numpy", "PIL", "triton"))
+    unseen = "".join(
+        f"[mypy-{name}.*]\nfollow_imports = skip\n"
+        for name in ("torch", "diffusers", "transformers", "numpy", "PIL", "triton")
+    )
     (tmp_path / "mypy.ini").write_text(f"[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n{unseen}")
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", str(program)]
     env = {"MYPYPATH": str(installed), "PATH": "/usr/bin:/bin"}

@@ -47,7 +47,9 @@ def test_commands_are_one_line_each():
     for name in ("main-job", "tests"):
         lines = block(f"bash {name}").splitlines()
         assert len(lines) == 1 and lines[0].startswith("python3 -m venv .venv && ")
-    assert "svg generate" in block("bash main-job") and block("bash tests").rstrip().endswith(".venv/bin/pytest --all -n 2")
+    assert "svg generate" in block("bash main-job") and block("bash tests").rstrip().endswith(
+        ".venv/bin/pytest --all -n 2"
+    )
     subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
 
 
@@ -56,7 +58,7 @@ def test_links_and_presets_exist():
     assert "docs/architecture.md" in text_links
     for link in text_links:
         assert (ROOT / link).exists(), link
-    assert set(re.findall(r"--preset (\S+)", README)) <= {name for name in preset_names()}
+    assert set(re.findall(r"--preset (\S+)", README)) <= set(preset_names())
 
 
 def test_the_first_screen_fits():

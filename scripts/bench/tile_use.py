@@ -125,7 +125,8 @@ def variants(q, k, args):
     dim = q.shape[-1]
     for name, order in ORDERS.items():
         sides = [
-            sorted_clusters(x, count, args.iterations, order) for x, count in ((q, args.q_clusters), (k, args.k_clusters))
+            sorted_clusters(x, count, args.iterations, order)
+            for x, count in ((q, args.q_clusters), (k, args.k_clusters))
         ]
         yield f"clusters, {name}", plan_of(*((s.permutation, s.sizes, s.centroids) for s in sides), args.density, dim)
     for name, (q_tile, k_tile), order in TILES:
@@ -160,14 +161,18 @@ def short(value):
 
 def print_table(rows):
     layers = sorted({row["layer"] for row in rows})
-    print(f"| selection, order of clusters | recall, layers {' / '.join(map(str, layers))} | density | tile use, keys {' / '.join(map(str, BLOCKS_N))} | queries {BLOCK_M} |")
+    print(
+        f"| selection, order of clusters | recall, layers {' / '.join(map(str, layers))} | density | tile use, keys {' / '.join(map(str, BLOCKS_N))} | queries {BLOCK_M} |"
+    )
     print("|---|---|---|---|---|")
     for name in dict.fromkeys(row["name"] for row in rows):
         own = [row for row in rows if row["name"] == name]
         recalls = [mean(mean(row["recall"]) for row in own if row["layer"] == layer) for layer in layers]
         keys = [mean(row["key_tile_use"][i] for row in own) for i in range(len(BLOCKS_N))]
         cells = (" / ".join(map(short, recalls)), short(mean(row["density"] for row in own)))
-        print(f"| {name} | {cells[0]} | {cells[1]} | {' / '.join(f'{x:.2f}' for x in keys)} | {mean(row['query_tile_use'] for row in own):.2f} |")
+        print(
+            f"| {name} | {cells[0]} | {cells[1]} | {' / '.join(f'{x:.2f}' for x in keys)} | {mean(row['query_tile_use'] for row in own):.2f} |"
+        )
 
 
 def main():
@@ -185,7 +190,9 @@ def main():
     calls = [call for call in recording.calls if args.layers is None or call.layer in args.layers]
     rows = [row for call in calls for row in measure(recording, call, args)]
     tokens, source = calls[0].layout.total_tokens, recording.source
-    print(f"{source.get('model')}, {tokens} tokens, {len(calls)} calls, {args.q_clusters} / {args.k_clusters} clusters\n")
+    print(
+        f"{source.get('model')}, {tokens} tokens, {len(calls)} calls, {args.q_clusters} / {args.k_clusters} clusters\n"
+    )
     print_table(rows)
     if args.out:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

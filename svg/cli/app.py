@@ -23,7 +23,20 @@ from .sweep import record, sweep
 from .tune import tune
 
 LPIPS_NETS = ("alex", "vgg", "none")
-BENCHES = ("attention", "kmeans", "permute", "near", "svg1", "svg2", "quantised", "sparge", "training", "scale", "step", "all")
+BENCHES = (
+    "attention",
+    "kmeans",
+    "permute",
+    "near",
+    "svg1",
+    "svg2",
+    "quantised",
+    "sparge",
+    "training",
+    "scale",
+    "step",
+    "all",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -242,9 +255,10 @@ def _fail(error: Exception, message: str) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # torch's classes and words, without importing torch
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    )
 
 
 def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
-

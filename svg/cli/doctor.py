@@ -10,7 +10,6 @@ from typing import Any
 from .. import _FOREIGN
 from ..environment import version_problems, versions
 
-
 TOLERANCE = 0.1  # relative L2 error at nine tenths of a flat random map
 
 
@@ -173,7 +172,9 @@ def _problems(found: dict[str, Any]) -> list[str]:
         )
     for device, result in found["self_test"].items():
         if "failed" in result:
-            problems.append(f"the self-test on {device} failed: {result['failed']}; update torch and triton, or report it")
+            problems.append(
+                f"the self-test on {device} failed: {result['failed']}; update torch and triton, or report it"
+            )
         elif not result["error"] < TOLERANCE:
             problems.append(
                 f"the self-test on {device} is {result['error']:.2f} away from dense attention, more than {TOLERANCE}: "
@@ -193,7 +194,9 @@ def _hints(found: dict[str, Any]) -> list[str]:
     if len(found["devices"]) == 1:
         hints.append("no GPU is visible to torch: everything runs, but sparse attention is not faster on a CPU")
     if found["disk_free_gib"] < 5:
-        hints.append(f"only {found['disk_free_gib']} GiB are free here: models of the hub take 5 to 80 GiB in {found['hub']['cache']}")
+        hints.append(
+            f"only {found['disk_free_gib']} GiB are free here: models of the hub take 5 to 80 GiB in {found['hub']['cache']}"
+        )
     if not found["hub"]["token"]:
         hints.append("no token of the Hugging Face hub is set: gated models need one, run `hf auth login`")
     if not found["bundled_model"]:

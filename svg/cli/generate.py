@@ -27,7 +27,12 @@ _GENERATION_FLAGS = (
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--prompts", "prompts", type=click.Path(exists=True, dir_okay=False), help="Text file, a prompt a line: one load, a folder each.")
+@click.option(
+    "--prompts",
+    "prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Text file, a prompt a line: one load, a folder each.",
+)
 @click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Which weights files, such as fp16.")
@@ -47,15 +52,28 @@ _GENERATION_FLAGS = (
 @click.option("--seed", type=int, help="Seed of the noise [default: 0].")
 @click.option("--negative-prompt", help="What the video must not show.")
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="First frame, for image-to-video models.")
-@click.option("--last-image", type=click.Path(exists=True, dir_okay=False), help="Last frame, for Wan's models that take one.")
+@click.option(
+    "--last-image", type=click.Path(exists=True, dir_okay=False), help="Last frame, for Wan's models that take one."
+)
 @click.option("--fps", type=int, help="Frames per second of the written videos.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
-@click.option("--offload", type=click.Choice(OFFLOADS), default="none", show_default=True, help="What waits in CPU memory.")
+@click.option(
+    "--offload", type=click.Choice(OFFLOADS), default="none", show_default=True, help="What waits in CPU memory."
+)
 @click.option("--vae-tiling", is_flag=True, help="Decode in tiles, for videos whose decoding doesn't fit.")
-@click.option("--lora", "loras", multiple=True, help="LoRA file, folder or hub id, with =SCALE if not 1; several times for several.")
-@click.option("--compile", "compiled", is_flag=True, help="torch.compile the transformer's blocks: minutes once, faster steps.")
-@click.option("--cache", help="A cache of Diffusers for the accelerated run: first-block[=threshold] or taylorseer[=interval].")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    help="LoRA file, folder or hub id, with =SCALE if not 1; several times for several.",
+)
+@click.option(
+    "--compile", "compiled", is_flag=True, help="torch.compile the transformer's blocks: minutes once, faster steps."
+)
+@click.option(
+    "--cache", help="A cache of Diffusers for the accelerated run: first-block[=threshold] or taylorseer[=interval]."
+)
 @click.option("--yes", is_flag=True, help="Run billions of weights on a CPU all the same.")
 @click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
 @click.option("--force", is_flag=True, help="Replace the results of an earlier run.")
@@ -87,7 +105,9 @@ def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> l
     from ..generate.job import parse_assignments, parse_loras, resolve
 
     if (prompt is None) == (prompts is None):
-        raise ValueError("PROMPT or --prompts FILE must be given, one of them" + ("" if prompt is None else ", got both"))
+        raise ValueError(
+            "PROMPT or --prompts FILE must be given, one of them" + ("" if prompt is None else ", got both")
+        )
     flags = {name: options.pop(name) for name in method_flags()}
     settings = {name: value for name, value in flags.items() if value is not None}
     settings = _with_own_budget(settings | parse_assignments(options.pop("assignments")), options["method"])

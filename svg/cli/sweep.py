@@ -82,8 +82,12 @@ def run_options(command: Callable) -> Callable:
 @click.option("--keep-frames", is_flag=True, help="Keep raw frames of every cell, not of dense and control alone.")
 @click.option("--ray", "ray_address", help="Spread cells over a Ray cluster: its address, or `local` to start one.")
 @click.option("--workers", type=click.IntRange(1), help="With --ray: how many actors [default: one a GPU].")
-@click.option("--recorded", type=click.Path(dir_okay=False), help="Sweep recorded q, k, v (`svg record`), no generation.")
-@click.option("--no-run", is_flag=True, help="Generate nothing: videos, LPIPS and VMAF that another machine had to leave out.")
+@click.option(
+    "--recorded", type=click.Path(dir_okay=False), help="Sweep recorded q, k, v (`svg record`), no generation."
+)
+@click.option(
+    "--no-run", is_flag=True, help="Generate nothing: videos, LPIPS and VMAF that another machine had to leave out."
+)
 @click.option("--out", type=click.Path(), default="svg-sweep", show_default=True, help="Folder of the results.")
 def sweep(grid: str | None, **options: Any) -> int:
     """Generate every cell of models x methods x budgets x prompts x seeds, measured against dense.

@@ -47,7 +47,9 @@ class MethodConfig:
 
     method: ClassVar[str] = ""
     rivals: ClassVar[tuple[str, ...]] = ()  # settings of which one is given: a flag drops a preset's others
-    for_any_model: ClassVar[bool] = False  # whether the settings are good for every model, so that every preset has them
+    for_any_model: ClassVar[bool] = (
+        False  # whether the settings are good for every model, so that every preset has them
+    )
     # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
     # A method that has both can be tuned: at which levels of the budget heads are measured, ascending, the last one 1
     # (all of the map), and at which of them single heads are tried, far enough from dense to be seen above rounding.
@@ -60,9 +62,7 @@ class MethodConfig:
     warmup_layers: float = setting(0.03, flag=float, help="Share of the layers kept dense, in [0, 1].")
     min_tokens: int = 0
     seed: int = 0
-    dense_backend: str = setting(
-        "auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}."
-    )
+    dense_backend: str = setting("auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}.")
     check_finite: bool = True
     fused: bool = False
 

@@ -158,7 +158,9 @@ def _broadcastable(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     full = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full)):
-        raise ValueError(f"attn_mask must be broadcastable to [B, H, S, Sk] = {full}, got {tuple(mask.shape)}: reshape it")
+        raise ValueError(
+            f"attn_mask must be broadcastable to [B, H, S, Sk] = {full}, got {tuple(mask.shape)}: reshape it"
+        )
     return mask.view(shape).expand(*shape[:3], full[3])
 
 

@@ -38,7 +38,9 @@ class Estimate:
     def _memory(self) -> str:
         if self._device.type == "cuda":
             total = torch.cuda.get_device_properties(self._device).total_memory
-            return f"{torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} of {total / 2**30:.0f} GiB of GPU memory"
+            return (
+                f"{torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} of {total / 2**30:.0f} GiB of GPU memory"
+            )
         return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB of memory"
 
 

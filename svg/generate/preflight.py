@@ -52,4 +52,6 @@ def _check_loras(job: Job) -> None:
     for path, _ in job.loras:
         looks_local = path.endswith(".safetensors") or path.startswith((".", "/", "~"))
         if looks_local and not Path(path).expanduser().exists():
-            raise ValueError(f"--lora must be an existing file or folder, or a hub id, got {path!r}, which does not exist")
+            raise ValueError(
+                f"--lora must be an existing file or folder, or a hub id, got {path!r}, which does not exist"
+            )

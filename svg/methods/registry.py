@@ -23,7 +23,14 @@ from .svg2.config import SVG2Config
 METHODS: dict[str, type[MethodConfig]] = {
     config.method: config
     for config in (
-        DenseConfig, NearConfig, SVG1Config, SVG2Config, SpargeConfig, Sage2Config, Sage2PlusConfig, Sage3Config,
+        DenseConfig,
+        NearConfig,
+        SVG1Config,
+        SVG2Config,
+        SpargeConfig,
+        Sage2Config,
+        Sage2PlusConfig,
+        Sage3Config,
     )
 }
 

@@ -120,7 +120,14 @@ class Worker:
     def _warmed_up(self, pipe: Any, cell: Cell, job: Job) -> MethodConfig:
         """Compile and allocate, untimed, once for every setting and size."""
         request = job.request
-        key = (cell.role, job.config.for_warm_up(), request.height, request.width, request.num_frames, request.guidance > 1)
+        key = (
+            cell.role,
+            job.config.for_warm_up(),
+            request.height,
+            request.width,
+            request.num_frames,
+            request.guidance > 1,
+        )
         if key not in self._configs:
             warm_up(pipe, job, job.config)  # tells a control how large the attention map is
             self._configs[key] = self._control(pipe, job) if cell.role == "control" else None

@@ -104,7 +104,9 @@ def test_quality_is_measured_on_raw_frames(generate):
     assert quality["psnr"]["mean"] == "inf" or quality["psnr"]["mean"] > 60
     dense, accelerated = (read_video(f"out/{name}.mp4")[0] for name in ("dense", "accelerated"))
     assert dense.shape == accelerated.shape == (9, 32, 48, 3)
-    pair, _ = read_video("out/side_by_side.mp4")  # 52 x 100 enlarged to 480 rows or more, 9 frames of 16 a second for 4 s
+    pair, _ = read_video(
+        "out/side_by_side.mp4"
+    )  # 52 x 100 enlarged to 480 rows or more, 9 frames of 16 a second for 4 s
     assert pair.shape == (72, 520, 1000, 3)
 
 
@@ -124,7 +126,9 @@ def test_same_seed_gives_the_same_videos(generate):
 
 def test_dense_method_and_no_dense(generate):
     assert generate("--out", "a", "--method", "dense") == 0
-    assert sorted(os.listdir("a")) == ["dense.mp4", "report.html", "report.json"] and set(report_of("a")["quality"]) == {"control"}
+    assert sorted(os.listdir("a")) == ["dense.mp4", "report.html", "report.json"] and set(
+        report_of("a")["quality"]
+    ) == {"control"}
     assert generate("--out", "b", "--no-dense", *CLUSTERS) == 0
     assert sorted(os.listdir("b")) == ["accelerated.mp4", "report.html", "report.json"]
     assert report_of("b")["quality"] == {} and report_of("b")["speedup"] is None

@@ -20,11 +20,21 @@ BAD = [
     (SVG2Config, {"num_q_clusters": 0}, ValueError, "num_q_clusters"),
     (SVG2Config, {"iterations": 0}, ValueError, "iterations"),
     (SVG2Config, {"budget": 2}, ValueError, "budget"),
-    (SVG2Config, {"precision": "fp8"}, ValueError, "precision must be one of native, int8-fp8, int8-fp8-acc16, int8-fp16, got 'fp8'"),
+    (
+        SVG2Config,
+        {"precision": "fp8"},
+        ValueError,
+        "precision must be one of native, int8-fp8, int8-fp8-acc16, int8-fp16, got 'fp8'",
+    ),
     (SVG1Config, {"precision": None}, ValueError, "precision"),
     (SpargeConfig, {"topk": 0}, ValueError, r"topk must be in \(0, 1\], got 0"),
     (SpargeConfig, {"cdf": 1.2}, ValueError, r"cdf must be in \(0, 1\], got 1.2"),
-    (SpargeConfig, {"cdf": 0.9, "topk": 0.5}, ValueError, "one of topk, cdf, thresholds must be given, got topk and cdf"),
+    (
+        SpargeConfig,
+        {"cdf": 0.9, "topk": 0.5},
+        ValueError,
+        "one of topk, cdf, thresholds must be given, got topk and cdf",
+    ),
     (SpargeConfig, {"simthresh": 1}, ValueError, r"simthresh must be in \[-1, 1\), got 1"),
     (SpargeConfig, {"order": "zigzag"}, ValueError, "order must be one of hilbert, rowmajor, got 'zigzag'"),
     (SpargeConfig, {"attention_sink": 1}, TypeError, "attention_sink must be true or false"),
@@ -63,7 +73,9 @@ def test_dict_round_trip():
 
 
 def test_dict_names_the_choices():
-    with pytest.raises(ValueError, match="method must be one of dense, near, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"):
+    with pytest.raises(
+        ValueError, match="method must be one of dense, near, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"
+    ):
         config_from_dict({"method": "svg3"})
     with pytest.raises(ValueError, match="unknown key 'top_k' for method svg2; choose from .*top_p"):
         config_from_dict({"method": "svg2", "top_k": 3})

@@ -15,7 +15,13 @@ def cell(label, prompt, psnr, role="accelerated", status="finished"):
     }  # fmt: skip
 
 
-CELLS = [cell("a", "one", 30.0), cell("a", "two", 40.0), cell("b", "one", 28.0), cell("b", "two", 39.0), cell("c", "one", 20.0)]
+CELLS = [
+    cell("a", "one", 30.0),
+    cell("a", "two", 40.0),
+    cell("b", "one", 28.0),
+    cell("b", "two", 39.0),
+    cell("c", "one", 20.0),
+]
 
 
 def test_tables(tmp_path):

@@ -8,7 +8,24 @@ import torch
 
 from svg.cli import main
 
-SIZE = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "3", "--fps", "8", "--method", "svg2", "--num-q-clusters", "3", "--num-k-clusters", "5"]
+SIZE = [
+    "--height",
+    "32",
+    "--width",
+    "48",
+    "--frames",
+    "9",
+    "--steps",
+    "3",
+    "--fps",
+    "8",
+    "--method",
+    "svg2",
+    "--num-q-clusters",
+    "3",
+    "--num-k-clusters",
+    "5",
+]
 
 
 def builders():

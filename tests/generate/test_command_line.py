@@ -13,7 +13,17 @@ PRESETS = [
     ["--preset", "wan2.1-t2v-480p", "--budget", "0.3", "--vae-tiling", "--offload", "model", "--dtype", "bf16"],
     ["--method", "dense", "--dense-backend", "math", "--negative-prompt=-blur; rm 'x' $HOME"],
     ["--no-dense", "--device", "cpu", "--method", "svg2", "--num-q-clusters", "5", "--flow-shift", "3"],
-    ["--fast", "--lora", "a.safetensors=0.5", "--lora", "owner/name", "--compile", "--cache", "first-block=0.1", "--yes"],
+    [
+        "--fast",
+        "--lora",
+        "a.safetensors=0.5",
+        "--lora",
+        "owner/name",
+        "--compile",
+        "--cache",
+        "first-block=0.1",
+        "--yes",
+    ],
     ["--preset", "wan2.1-t2v-720p", "--revision", "main", "--variant", "bf16"],
 ]
 

@@ -33,7 +33,9 @@ def fail_in(monkeypatch):
 
         def generate(pipe, request, on_step=None):
             config = config_of["now"]
-            run = "accelerated" if config.method != "dense" else "control" if config.dense_backend == "math" else "dense"
+            run = (
+                "accelerated" if config.method != "dense" else "control" if config.dense_backend == "math" else "dense"
+            )
             if run == name:
                 raise error
             return original(pipe, request, on_step)
@@ -64,7 +66,12 @@ def test_the_accelerated_video_is_there_before_dense_runs(generate, monkeypatch)
     "error, code, state, words",
     [
         (KeyboardInterrupt(), 130, "interrupted", "interrupted in the dense run"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, "failed", "the dense run failed: OutOfMemoryError: CUDA out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            1,
+            "failed",
+            "the dense run failed: OutOfMemoryError: CUDA out of memory",
+        ),
         (OSError(28, "No space left on device"), 1, "failed", "No space left on device"),
     ],
 )
@@ -129,6 +136,7 @@ def test_prompts_from_a_file_load_once_and_go_on(generate, monkeypatch, capsys):
     assert generate(*arguments) == 2 and "one of them" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ten_interrupts_at_random_moments_lose_no_finished_video(generate, monkeypatch):
     """SIGALRM stands for Ctrl-C: its handler raises the same KeyboardInterrupt wherever the run is."""
     start = time.monotonic()

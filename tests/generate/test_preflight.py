@@ -67,7 +67,9 @@ def test_wrong_input_is_refused_in_three_seconds(without_weights, model, change,
     assert time.monotonic() - start[1] < 3
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5", "cogvideox_i2v"])
+@pytest.mark.parametrize(
+    "name", ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5", "cogvideox_i2v"]
+)
 def test_files_and_loaded_pipeline_have_the_same_rules(models, name):
     read, loaded = read_rules(models(name)), rules_of(load_pipeline(models(name), device="cpu"))
     assert read.patch() == loaded.patch()
@@ -111,7 +113,9 @@ def test_network_token_and_spelling_are_told_apart(monkeypatch, error, words):
 def test_billions_of_weights_on_a_cpu_need_a_yes(generate, models, tmp_path, capsys):
     folder = shutil.copytree(models("wan"), tmp_path / "large")
     path = folder / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "num_attention_heads": 64, "ffn_dim": 20000, "num_layers": 40}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "num_attention_heads": 64, "ffn_dim": 20000, "num_layers": 40})
+    )
     from svg.generate.job import resolve
     from svg.generate.run_job import load
 
@@ -120,5 +124,7 @@ def test_billions_of_weights_on_a_cpu_need_a_yes(generate, models, tmp_path, cap
     generation = {"prompt": "a ball", "height": 32, "width": 48, "frames": 9}
     with pytest.raises(ValueError, match=r"GPU for the \d\.\d billion weights of .* pass --yes"):
         load(resolve(generation=generation, **common))
-    with pytest.raises(Exception, match="size mismatch|shape"):  # goes on to the weights, which are those of a small one
+    with pytest.raises(
+        Exception, match="size mismatch|shape"
+    ):  # goes on to the weights, which are those of a small one
         load(resolve(generation=generation, yes=True, **common))
