@@ -10,7 +10,8 @@ A tour, with any supported Diffusers pipeline `pipe`:
     with svg.accelerated(pipe, "fast"):   the same for a block
     svg.report(pipe)                      every number, by step, layer and head
 
-Settings: svg.NearConfig(budget=0.25), svg.SVG2Config(top_p=0.9), svg.SVG1Config, svg.SpargeConfig, svg.Sage2Config ...; svg.load_preset(name).
+Settings: svg.NearConfig(budget=0.25), svg.SVG2Config(top_p=0.9), svg.SVG1Config, svg.SpargeConfig, svg.Sage2Config ...
+Presets: svg.load_preset(name).
 Attention for any model: svg.attention (8 and 4 bits), svg.attention_varlen, svg.sparge_attention,
 svg.dense_attention, and with gradients svg.training_attention; svg.int8_training(transformer) for fine-tuning.
 Your own transformer: svg.register_model(svg.ModelSpec(...)), svg.at_step; what is known: svg.supported_models().

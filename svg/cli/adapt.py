@@ -11,7 +11,9 @@ import click
 @click.argument("recording", type=click.Path(dir_okay=False))
 @click.option("--method", default="sage2", show_default=True, help="sage2, sage2++ or sage3.")
 @click.option("--min-cosine", type=float, default=0.998, show_default=True, help="Least cosine similarity of a layer.")
-@click.option("--set", "assignments", multiple=True, help="A setting of the method as NAME=VALUE; several times for several.")
+@click.option(
+    "--set", "assignments", multiple=True, help="A setting of the method as NAME=VALUE; several times for several."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option("--out", type=click.Path(dir_okay=False), default="layers.json", show_default=True)
 def adapt(recording: str, assignments: tuple[str, ...], **options: Any) -> None:

@@ -133,7 +133,9 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     counts = summary["counts"]
     kept = "videos" if any(cell["video"] for cell in summary["cells"]) else "frames"
     shares = ", ".join(f"{counts[status]} {status}" for status in ("finished", "failed", "pending") if counts[status])
-    console.print(f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, {kept}/, journal/", highlight=False)
+    console.print(
+        f"{shares or 'no'} cells; written to {out}: report.html, sweep.json, {kept}/, journal/", highlight=False
+    )
 
 
 def clock(seconds: float) -> str:
