@@ -29,7 +29,7 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
-# Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/lab/kernels.md says what they are.
+# Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
     "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,

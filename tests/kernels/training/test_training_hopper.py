@@ -1,5 +1,6 @@
 """Hopper's training kernels: how they split sequences, on any machine; and their results, on a Hopper GPU only."""
 
+
 import pytest
 import torch
 
