@@ -132,6 +132,25 @@ def test_no_circle_among_rooms():
         arrows = {room: targets for room, targets in arrows.items() if room not in free}
 
 
+def test_no_circle_among_files():
+    """None of svg/, imports inside functions included."""
+    arrows = {}
+    for path in (ROOT / "svg").rglob("*.py"):
+        inside = path.parent.relative_to(ROOT)
+        arrows[path] = set()
+        for level, name in imports(path):
+            if level:
+                parts = [*inside.parts[: len(inside.parts) - level + 1], *name.split(".")]
+                target = ROOT.joinpath(*parts)
+                found = (target.with_suffix(".py"), target / "__init__.py", target.parent.with_suffix(".py"))
+                arrows[path] |= {one for one in found if one.is_file() and one.name != "__init__.py"} - {path}
+    while arrows:
+        free = [path for path, targets in arrows.items() if not targets & set(arrows)]
+        assert free, f"circle among {sorted(str(path.relative_to(ROOT)) for path in arrows)}"
+        for path in free:
+            del arrows[path]
+
+
 @pytest.mark.parametrize("path", sources_of_svg())
 def test_files_and_terminal_have_their_places(path):
     known = {name.split(".")[0] for level, name in imports(path) if not level}

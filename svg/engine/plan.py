@@ -12,7 +12,6 @@ from svg.kernels.block_sparse.blocks import BlockMap, Tail
 from svg.kernels.selection.computed_pairs import computed_pairs
 
 from .execute import execute
-from .layout import TokenLayout
 from .repair import probe_rows, repair
 
 
@@ -163,34 +162,3 @@ def map_shares(
     """Density of each map of a plan, float32 [M]; arguments as `Plan` has them."""
     area = computed_pairs(block_map, q_sizes, k_sizes, 0 if tail is None else tail.bias.shape[2])
     return (area.double() / (q_sizes.sum(-1) * visible_keys)).float()
-
-
-def tile_multiple(tile: int, layout: TokenLayout) -> int:
-    """What selected key clusters begin at multiples of, where the video is cut into tiles and text comes after it.
-
-    Args:
-        tile: keys of a tile; the video's last one may have fewer.
-        layout: where the text is, and how many tokens the video has.
-
-    Returns:
-        The tile, or 1 where the text may begin anywhere.
-    """
-    return tile if not layout.text_tokens or layout.video_tokens % tile == 0 else 1
-
-
-def visible_keys(num: int, video_tokens: int, text_tokens: int, text_mask: Tensor | None, device) -> Tensor:
-    """Keys that dense attention would see, per sample.
-
-    Args:
-        num: samples.
-        video_tokens: video tokens, all seen.
-        text_tokens: text tokens, padding included.
-        text_mask: bool [num, text_tokens], True for prompt tokens, or None for all.
-        device: where the result lives.
-
-    Returns:
-        int64 [num].
-    """
-    if text_mask is None:
-        return torch.full((num,), video_tokens + text_tokens, device=device)
-    return video_tokens + text_mask.sum(-1)

@@ -30,6 +30,7 @@ from ...engine.layout import TokenLayout
 from ...engine.state import LayerState
 from .. import reuse
 from ..dense import dense_attention, key_mask
+from ..text import prompt_first
 from .config import NearConfig
 from .orders import token_orders
 
@@ -282,5 +283,5 @@ def text_order(layout: TokenLayout, text_mask: Tensor | None, k: Tensor) -> tupl
     if text_mask is None:
         words = torch.arange(layout.text_tokens, dtype=torch.int32, device=k.device).expand(batch, -1)
     else:
-        words = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)
+        words = prompt_first(text_mask)
     return words + layout.text_slice.start, prompt_lengths(layout, text_mask, batch, k.device)

@@ -17,14 +17,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ...engine.layout import TokenLayout
-from ...engine.plan import Plan, tile_multiple, visible_keys
+from ...engine.plan import Plan
 from ...engine.state import LayerState
+from ..text import prompt_first, tile_multiple, visible_keys, with_text
 from ..video_order import video_order
 from .config import SpargeConfig
 from .thresholds_file import Thresholds, thresholds_of
@@ -83,7 +83,7 @@ def plan(
         k_permutation=permutation,
         q_sizes=_with_text_sizes(blocks.q_sizes, layout, text_mask, batch).repeat_interleave(heads, 0),
         k_sizes=_with_text_sizes(blocks.k_sizes, layout, text_mask, batch).repeat_interleave(heads, 0),
-        block_map=_with_text(block_map, layout).flatten(0, 1),
+        block_map=with_text(block_map, layout).flatten(0, 1),
         map_index=torch.arange(batch * heads, dtype=torch.int32, device=q.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
         key_multiple=tile_multiple(K_BLOCK, layout),
@@ -158,7 +158,7 @@ def _permutation(blocks: VideoBlocks, layout: TokenLayout, text_mask: Tensor | N
         order = torch.arange(layout.video_tokens, dtype=torch.int32, device=device)
     if text_mask is None:
         text_mask = torch.ones(1, layout.text_tokens, dtype=torch.bool, device=device)
-    text = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)  # prompt before padding
+    text = prompt_first(text_mask)
     video = (order + layout.video_slice.start).expand(text.shape[0], -1)
     return torch.cat([video, text + layout.text_slice.start], -1)
 
@@ -173,11 +173,3 @@ def _with_text_sizes(sizes: Tensor, layout: TokenLayout, text_mask: Tensor | Non
     else:
         prompt = text_mask.sum(-1, dtype=torch.int32, keepdim=True)
     return torch.cat([sizes, prompt, layout.text_tokens - prompt], -1)
-
-
-def _with_text(block_map: Tensor, layout: TokenLayout) -> Tensor:
-    if not layout.text_tokens:
-        return block_map
-    block_map = F.pad(block_map, (0, 2, 0, 2), value=True)
-    block_map[..., -1] = False
-    return block_map

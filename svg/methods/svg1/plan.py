@@ -24,9 +24,10 @@ from torch import Tensor
 from svg.kernels.selection.probe import probe_attention
 
 from ...engine.layout import TokenLayout
-from ...engine.plan import Plan, map_shares, visible_keys
+from ...engine.plan import Plan, map_shares
 from ...engine.state import LayerState
 from ..dense import key_mask
+from ..text import prompt_first, visible_keys
 from .config import SVG1Config
 
 SPATIAL, TEMPORAL = 0, 1
@@ -358,8 +359,7 @@ def _area(q_range: Tensor, k_range: Tensor, q_sizes: Tensor, k_sizes: Tensor, vi
 
 def _sequence(order: Tensor, text_mask: Tensor, layout: TokenLayout) -> Tensor:
     num = text_mask.shape[0]
-    # Prompt tokens before padding, each in its own order.
-    text = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)  # [N, T]
+    text = prompt_first(text_mask)  # [N, T]
     video = order + layout.video_slice.start  # [2, V]
     text = (text + layout.text_slice.start)[:, None].expand(-1, 2, -1)
     return torch.cat([video.expand(num, -1, -1), text], -1).flatten(0, 1)

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svg.kernels.block_sparse.blocks import Tail
@@ -26,9 +25,10 @@ from svg.kernels.clustering.neighbours import neighbour_order
 from svg.kernels.selection.top_p import top_p_block_map
 
 from ...engine.layout import TokenLayout
-from ...engine.plan import Plan, tile_multiple, visible_keys
+from ...engine.plan import Plan
 from ...engine.state import LayerState
 from .. import reuse
+from ..text import prompt_first, tile_multiple, visible_keys, with_text
 from .config import SVG2Config
 
 Q_TILE, K_TILE = 128, 64
@@ -114,7 +114,7 @@ def _assembled(
     batch, heads = k.shape[:2]
     q_permutation, q_sizes = _with_text_tokens(chosen.q_blocks, layout, text_mask)
     k_permutation, k_sizes = _with_text_tokens(chosen.k_blocks, layout, text_mask)
-    block_map = _with_text(chosen.video_map, layout)
+    block_map = with_text(chosen.video_map, layout)
     visible = visible_keys(batch, layout.video_tokens, layout.text_tokens, text_mask, k.device)
     return Plan(
         q_permutation=q_permutation,
@@ -215,21 +215,13 @@ def _with_text_tokens(blocks: Blocks, layout: TokenLayout, text_mask: Tensor | N
     batch, heads = blocks.sizes.shape[:2]
     if text_mask is None:
         text_mask = torch.ones(batch, layout.text_tokens, dtype=torch.bool, device=blocks.sizes.device)
-    text = text_mask.logical_not().to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)  # prompt before padding
+    text = prompt_first(text_mask)
     text = (text + layout.text_slice.start)[:, None].expand(-1, heads, -1)
     prompt = text_mask.sum(-1, dtype=torch.int32)[:, None, None].expand(-1, heads, -1)
     return (
         torch.cat([blocks.permutation + layout.video_slice.start, text], -1),
         torch.cat([blocks.sizes, prompt, layout.text_tokens - prompt], -1),
     )
-
-
-def _with_text(block_map: Tensor, layout: TokenLayout) -> Tensor:
-    if not layout.text_tokens:
-        return block_map
-    block_map = F.pad(block_map, (0, 2, 0, 2), value=True)
-    block_map[..., -1] = False
-    return block_map
 
 
 def _video_budget(budget: float | None, layout: TokenLayout) -> float | None:
