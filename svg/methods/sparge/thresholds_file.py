@@ -84,7 +84,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     about = parse_json(metadata.get("about", "null"))
     if (
         not isinstance(about, dict)
-        or not isinstance(about.get("layers"), dict)
+        or not isinstance(about.get("layers", {}), dict)
         or not {"order", "attention_sink"} <= set(about)
     ):
         raise ValueError(
