@@ -60,7 +60,9 @@ def granule_attention(
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     check(q, granules, lists, q_order, sm_scale, out)
     if only is not None and (only.shape != q.shape[:2] or only.dtype != torch.int32):
-        raise ValueError(f"only must be int32 [B, H] = {list(q.shape[:2])}, got {only.dtype} {tuple(only.shape)}: one flag a head")
+        raise ValueError(
+            f"only must be int32 [B, H] = {list(q.shape[:2])}, got {only.dtype} {tuple(only.shape)}: one flag a head"
+        )
     if not target.use_triton(q):
         return granule_attention_reference(
             q, granules, lists, q_order=q_order, sm_scale=sm_scale, tail=tail, return_lse=return_lse, out=out, only=only
@@ -77,7 +79,17 @@ def granule_attention(
             lse.fill_(-torch.inf)
     if lists.counts.numel():
         with target.on_device(q):
-            arguments = (q, granules, lists, out, lse, q_order, sm_scale * LOG2_E, tail, None if only is None else only.contiguous())
+            arguments = (
+                q,
+                granules,
+                lists,
+                out,
+                lse,
+                q_order,
+                sm_scale * LOG2_E,
+                tail,
+                None if only is None else only.contiguous(),
+            )
             if hopper.takes(q, granules, lists):
                 hopper.launch(*arguments, *HOPPER[64 if D <= 64 else 128])
             else:

@@ -101,7 +101,7 @@ def tune(
     out = Path(out)
     check_outputs({"out": out}, paths)
     layers = _earlier(out, about) if out.exists() and not force else {}
-    about["layers"] = read_about(out)["layers"] if layers else {}
+    about["layers"] = read_about(out).get("layers", {}) if layers else {}
     todo = {key: calls for key, calls in groups.items() if key not in layers}
     total = 2 * sum(map(len, todo.values()))
     found: dict[Key, LayerFit] = {}

@@ -197,7 +197,11 @@ def test_every_way_to_launch(row, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
-        (ValueError, "precision must be one of int8-fp8, int8-fp8-acc16, int8-fp16, got 'int4-fp8'", {"precision": "int4-fp8"}),
+        (
+            ValueError,
+            "precision must be one of int8-fp8, int8-fp8-acc16, int8-fp16, got 'int4-fp8'",
+            {"precision": "int4-fp8"},
+        ),
         (ValueError, "smooth_v needs FP8", {"smooth_v": True, "precision": "int8-fp16"}),
         (ValueError, "k_permutation must be", {"k_permutation": torch.zeros(1, 2, 5)}),
         (ValueError, "key_multiple must be 1 or more, got 0", {"key_multiple": 0}),

@@ -81,7 +81,12 @@ def problem(Nq=5, Nk=21, D=32, heads=3):
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize(
     ("cdf", "topk", "simthresh"),
-    [([0.5, 0.9, 0.2], 1.0, [-1.0, 0.3, 0.6]), ([1.0] * 3, 0.29, [-0.1, -0.1, 0.5]), ([0.01] * 3, 0.5, [0.4] * 3), (None, 0.4, [0.2] * 3)],
+    [
+        ([0.5, 0.9, 0.2], 1.0, [-1.0, 0.3, 0.6]),
+        ([1.0] * 3, 0.29, [-0.1, -0.1, 0.5]),
+        ([0.01] * 3, 0.5, [0.4] * 3),
+        (None, 0.4, [0.2] * 3),
+    ],
 )
 def test_selection_matches_the_definition(cdf, topk, simthresh, sink):
     q, k = problem()

@@ -1,6 +1,5 @@
 """Hopper's training kernels: how they split sequences, on any machine; and their results, on a Hopper GPU only."""
 
-
 import pytest
 import torch
 
