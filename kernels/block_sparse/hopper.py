@@ -12,8 +12,9 @@ Source: the schedule is FlashAttention-3's (arXiv 2407.08608, section 3), here o
 import torch
 
 from ..common import target
+from ..common.numbers import LN_2, LOG2_E
+from ..gluon import LOADABLE
 
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 QUERY_ROWS, TILE_KEYS = 128, 64  # of a query tile and of a list entry; two entries make a stage
 MAX_REGISTERS = 168  # a thread, for 12 warps; the consumers take 240 each, the producer 24
 
@@ -57,29 +58,18 @@ def launch(q, k, v, out, lse, permutation, map_index, lists, Cq, scale_log2, sta
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
+    from ..gluon import (
+        TensorDescriptor,
         fence_async_shared,
+        gl,
+        gluon,
         mbarrier,
         tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    @gluon.jit
-    def tile_of(t, q_tiles, q_counts, map_index, query_width):
-        """Batch-head, map, entry and whether there is such a query tile."""
-        bh = t // query_width
-        m = gl.load(map_index + bh).to(gl.int64)
-        return bh, m, t % query_width, t % query_width < gl.load(q_counts + m)
-
-    @gluon.jit
-    def keys_of(m, entry, q_tiles, key_counts, Cq, query_width):
-        """The map row of a query tile, how many of its key tiles are full, how many there are."""
-        row = m * Cq + gl.load(q_tiles + (m * query_width + entry) * 3)
-        return row, gl.load(key_counts + row * 2), gl.load(key_counts + row * 2 + 1)
+    from ..gluon.ring import acquire, await_stage, new_ring, release
+    from ..gluon.tile_walk import keys_of, tile_of, tokens_of
 
     @gluon.jit
     def _fetch(desc, first, second, ready, boxes, stage, PANELS: gl.constexpr):
@@ -108,17 +98,17 @@ if LOADABLE:
                 for i in range(0, total, 2):
                     first = bh * Sk + gl.load(tiles + i) // 64
                     second = bh * Sk + gl.load(tiles + gl.minimum(i + 1, total - 1)) // 64
-                    mbarrier.wait(k_empty.index(n % STAGES), (n // STAGES & 1) ^ 1)
+                    acquire(k_empty, n, STAGES)
                     _fetch(k_desc, first, second, k_ready, k_boxes, n % STAGES, PANELS)
-                    mbarrier.wait(v_empty.index(n % STAGES), (n // STAGES & 1) ^ 1)
+                    acquire(v_empty, n, STAGES)
                     _fetch(v_desc, first, second, v_ready, v_boxes, n % STAGES, PANELS)
                     n += 1
                 if HAS_TAIL:
                     for c in range(0, C, 128):
                         first = bh * C + c
-                        mbarrier.wait(k_empty.index(n % STAGES), (n // STAGES & 1) ^ 1)
+                        acquire(k_empty, n, STAGES)
                         _fetch(k_tail, first, first + 64, k_ready, k_boxes, n % STAGES, PANELS)
-                        mbarrier.wait(v_empty.index(n % STAGES), (n // STAGES & 1) ^ 1)
+                        acquire(v_empty, n, STAGES)
                         _fetch(v_tail, first, first + 64, v_ready, v_boxes, n % STAGES, PANELS)
                         n += 1
 
@@ -126,7 +116,7 @@ if LOADABLE:
     def _scores(q, k_stages, k_ready, n, STAGES: gl.constexpr, s_layout: gl.constexpr):
         """Starts Q K^T of stage n."""
         zero = gl.zeros([64, 128], gl.float32, s_layout)
-        mbarrier.wait(k_ready.index(n % STAGES), n // STAGES & 1)
+        await_stage(k_ready, n, STAGES)
         return warpgroup_mma(q, k_stages.index(n % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
 
     @gluon.jit
@@ -144,7 +134,7 @@ if LOADABLE:
         """Adds the logs of the sizes of clusters c ...; -inf past the last one."""
         column = c + gl.arange(0, 128, gl.SliceLayout(0, s_layout))
         log_size = gl.load(bias + column, mask=column < C, other=float("-inf"))
-        return s + (log_size * (1.4426950408889634 / scale_log2))[None, :]  # the softmax multiplies by scale_log2
+        return s + (log_size * (LOG2_E / scale_log2))[None, :]  # the softmax multiplies by scale_log2
 
     @gluon.jit
     def _softmax(s, m_i, l_i, scale_log2):
@@ -162,17 +152,17 @@ if LOADABLE:
         k_ready, k_empty, v_ready, v_empty = barriers
         before = n - 1
         s = _scores(q, k_stages, k_ready, n, STAGES, s_layout)
-        mbarrier.wait(v_ready.index(before % STAGES), before // STAGES & 1)
+        await_stage(v_ready, before, STAGES)
         acc = warpgroup_mma(p, v_stages.index(before % STAGES), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+        release(k_empty, n, STAGES)
         if KIND == "partial":
             s = _mask(s, tiles, i, total, s_layout)
         elif KIND == "tail":
             s = _count(s, bias, i, C, scale_log2, s_layout)
         p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(before % STAGES), count=1)
+        release(v_empty, before, STAGES)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
         p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
         return p, acc, m_i, l_i
@@ -191,7 +181,7 @@ if LOADABLE:
         if HAS_TAIL or total > 0:
             s = _scores(q, k_stages, k_ready, n, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+            release(k_empty, n, STAGES)
             if HAS_TAIL:
                 if total > 0:
                     s = _mask(s, tiles, 0, total, s_layout)
@@ -223,21 +213,11 @@ if LOADABLE:
                         "tail", STAGES, s_layout, p_layout,
                     )  # fmt: skip
                     n += 1
-            mbarrier.wait(v_ready.index((n - 1) % STAGES), (n - 1) // STAGES & 1)
+            await_stage(v_ready, n - 1, STAGES)
             acc = warpgroup_mma(p, v_stages.index((n - 1) % STAGES), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index((n - 1) % STAGES), count=1)
+            release(v_empty, n - 1, STAGES)
         return acc, m_i, l_i, n
-
-    @gluon.jit
-    def _tokens(tile, HALF: gl.constexpr, order, stride, HAS_PERMUTATION: gl.constexpr, rows_layout: gl.constexpr):
-        """Original indices of a consumer's rows, and which rows there are."""
-        offs_m = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
-        token = (gl.load(tile + 1) + offs_m).to(gl.int64)
-        inside = offs_m < gl.load(tile + 2)
-        if HAS_PERMUTATION:
-            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
-        return token, inside
 
     @gluon.jit
     def _consume(
@@ -266,7 +246,7 @@ if LOADABLE:
                 b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
                 tile = q_tiles + (m * query_width + entry) * 3
                 order = permutation + b * spb + h * sph if HAS_PERMUTATION else permutation
-                token, inside = _tokens(tile, HALF, order, sps, HAS_PERMUTATION, rows_layout)
+                token, inside = tokens_of(tile, HALF * 64, order, sps, HAS_PERMUTATION, gl.SliceLayout(1, rows_layout))
                 mask = inside[:, None] & (offs_d < D)[None, :]
                 q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
                 q_shared.store(gl.load(q_ptr, mask=mask, other=0.0))
@@ -279,12 +259,12 @@ if LOADABLE:
                 acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
                 q_shared.store(acc.to(out.dtype.element_ty))  # through shared memory: whole rows to global memory
                 # Once more: no registers for it over the loops.
-                inside = _tokens(tile, HALF, order, sps, False, rows_layout)[1]
+                inside = tokens_of(tile, HALF * 64, order, sps, False, gl.SliceLayout(1, rows_layout))[1]
                 mask = inside[:, None] & (offs_d < D)[None, :]
                 out_ptr = out + b * sob + h * soh + token[:, None] * sos + offs_d[None, :]
                 gl.store(out_ptr, q_shared.load(rows_layout), mask=mask)
                 if HAS_LSE:
-                    natural = (m_i + gl.log2(divisor)) * 0.6931471805599453  # ln 2
+                    natural = (m_i + gl.log2(divisor)) * LN_2
                     natural = gl.where(l_i == 0, float("-inf"), natural)
                     natural = gl.convert_layout(natural, gl.SliceLayout(1, rows_layout))
                     gl.store(lse + (b * H + h) * S + token, natural, mask=inside)
@@ -307,15 +287,8 @@ if LOADABLE:
         # What one copy fills: 64 keys of one panel of 64 columns.
         k_boxes = k_stages._reinterpret(dtype, [STAGES * PANELS * 2, 64, 64], layout)
         v_boxes = v_stages._reinterpret(dtype, [STAGES * PANELS * 2, 64, 64], layout)
-        k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(k_ready.index(i), count=1)
-            mbarrier.init(v_ready.index(i), count=1)
-            mbarrier.init(k_empty.index(i), count=2)
-            mbarrier.init(v_empty.index(i), count=2)
+        k_ready, k_empty = new_ring(STAGES, 2)
+        v_ready, v_empty = new_ring(STAGES, 2)
         barriers = (k_ready, k_empty, v_ready, v_empty)
         stages = (q_stages, k_stages, v_stages)
         tensors = (q, permutation, out, lse, bias)

@@ -1,13 +1,12 @@
 """Block-sparse attention in Triton: `_attention_kernel`, its launch table, and the choice between it and Hopper's kernel."""
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from ..common import target
-from ..common.numbers import LOG2_E
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import LN_2, LOG2_E, base2
 from ..common.target import tl, triton
 from ..common.tile_lists import key_tiles, query_tiles
 from . import hopper as block_sparse_hopper
@@ -17,47 +16,19 @@ MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How one architecture, dtype width and padded head dim is computed.
-
-    Args:
-        block_m, block_n: rows and keys of a tile.
-        num_warps, num_stages: as Triton takes them.
-        tma: load K and V through descriptors (Hopper and newer); rows that are no multiple of 16 bytes take pointers.
-        lazy: keep a row's stale maximum until it is 2^8 too small, and rescale only then.
-        specialised: on sm90, tiles of 128 x 64 and contiguous k and v take hopper.py's kernel with this many
-            stages (k and v are copied where there are few keys a query); what it cannot take runs as the other fields say.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    lazy: bool = False
-    specialised: bool = False
-
-    def name(self) -> str:
-        """Such as 128x64_w8_s3_tma."""
-        flags = "".join(f"_{flag}" for flag in ("tma", "lazy", "specialised") if getattr(self, flag))
-        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
-
-
 def candidates() -> Iterator[Launch]:
     """Rows worth timing for 16-bit inputs; what doesn't fit a GPU is refused at its launch."""
     for stages in (2, 3):
         yield Launch(128, 64, 8, stages, tma=True, specialised=True)
-    for tma, lazy in itertools.product((False, True), (False, True)):
+    for tma in (False, True):
         for m, n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4), (256, 64, 16)):
             for stages in (2, 3):
-                yield Launch(m, n, warps, stages, tma, lazy)
+                yield Launch(m, n, warps, stages, tma)
 
 
 # arch -> (element bytes, padded head dim) -> tile sizes; smaller head dims take the 64 row.
-# sm90 is measured (docs/benchmarks.md), the others are not: chosen by ahead-of-time compile (no spills, shared memory);
-# `svg bench attention --sweep` times others.
-LAUNCH = {
+# The Hopper kernel has tiles of 128 x 64 and takes num_stages as its own; `svg bench attention --sweep` times other rows.
+LAUNCH = LaunchTable({
     80: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(128, 32, 8, 3),
          (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     89: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(64, 32, 4, 3),
@@ -69,7 +40,7 @@ LAUNCH = {
           (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
     120: {(2, 64): Launch(128, 32, 4, 3), (2, 128): Launch(64, 32, 4, 3),
           (4, 64): Launch(32, 32, 8, 2), (4, 128): Launch(16, 32, 4, 2)},
-}  # fmt: skip
+}, measured=[(90, (2, 64)), (90, (2, 128))])  # fmt: skip
 
 
 def launch(q, k, v, blocks, *, sm_scale, return_lse):
@@ -84,7 +55,7 @@ def launch(q, k, v, blocks, *, sm_scale, return_lse):
         raise TypeError(f"q, k and v must be fp16, bf16 or fp32, got {q.dtype}: convert them")
     target.refuse_gradients("block_sparse_attention", q, k, v)
     block_d = max(16, triton.next_power_of_2(D))
-    row = target.launch_row(LAUNCH, q.device)[q.element_size(), max(64, block_d)]
+    row = LAUNCH.row(q.device, q.element_size(), max(64, block_d))
     out = torch.empty_like(q)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=q.device) if return_lse else None
     tma = row.tma and target.fits_descriptor(k) and target.fits_descriptor(v)
@@ -98,7 +69,7 @@ def launch(q, k, v, blocks, *, sm_scale, return_lse):
             # A copy costs a fiftieth of the call, the other kernel half as much again.
             k, v = k.contiguous(), v.contiguous()
         if row.specialised and block_sparse_hopper.takes(q, k, v, row):
-            scale = sm_scale * LOG2_E
+            scale = base2(sm_scale)
             block_sparse_hopper.launch(
                 q, k, v, out, lse, q_permutation, map_index, lists, Cq, scale, row.num_stages, tail
             )
@@ -107,11 +78,11 @@ def launch(q, k, v, blocks, *, sm_scale, return_lse):
         run = target.with_workspace(_attention_kernel[(q_tiles.shape[1], B * H)], q.device)
         run(
             q, k, v, out, lse, q_permutation, map_index.contiguous(), *lists, k_tail, v_tail, bias,
-            sm_scale * LOG2_E, H, S, k.shape[2], Cq, q_tiles.shape[1], k_tiles.shape[2],
+            base2(sm_scale), H, S, k.shape[2], Cq, q_tiles.shape[1], k_tiles.shape[2],
             0 if tail is None else bias.shape[2],
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *perm_strides,
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", TMA=tma, LAZY=row.lazy,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", TMA=tma,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -139,7 +110,7 @@ def _load_tile(
 def _attend_tile(
     q, k, v, tile, acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, LAZY: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     first = tile // BLOCK_N
     inside = tl.arange(0, BLOCK_N) <= tile % BLOCK_N  # [BN]
@@ -148,24 +119,17 @@ def _attend_tile(
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
     if PARTIAL:
         s = tl.where(inside[None, :], s, float("-inf"))
-    return _accumulate(s, scale_log2, v_tile, acc, l_i, m_i, PRECISION, LAZY)
+    return _accumulate(s, scale_log2, v_tile, acc, l_i, m_i, PRECISION)
 
 
 @triton.jit
-def _accumulate(s, scale, v_tile, acc, l_i, m_i, PRECISION: tl.constexpr, LAZY: tl.constexpr):
+def _accumulate(s, scale, v_tile, acc, l_i, m_i, PRECISION: tl.constexpr):
     """One tile of the online softmax; s * scale [BM, BN] in base 2, and one finite entry a row in this tile or before."""
     peak = tl.max(s, 1) * scale  # [BM]
-    if LAZY:
-        m_new = tl.where(peak > m_i + 8.0, peak, m_i)
-        if tl.max((m_new > m_i).to(tl.int32), 0) > 0:
-            alpha = tl.exp2(m_i - m_new)
-            acc = acc * alpha[:, None]
-            l_i = l_i * alpha
-    else:
-        m_new = tl.maximum(m_i, peak)
-        alpha = tl.exp2(m_i - m_new)
-        acc = acc * alpha[:, None]
-        l_i = l_i * alpha
+    m_new = tl.maximum(m_i, peak)
+    alpha = tl.exp2(m_i - m_new)
+    acc = acc * alpha[:, None]
+    l_i = l_i * alpha
     p = tl.exp2(s * scale - m_new[:, None])
     l_i = l_i + tl.sum(p, 1)
     acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
@@ -183,10 +147,10 @@ def _attend_means(
     mask = (offs_n < C)[:, None] & (offs_d < D)[None, :]  # [BN, BD]
     k_tile = tl.load(k_tail + offs_n[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
     v_tile = tl.load(v_tail + offs_n[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-    log_size = tl.load(bias + offs_n, mask=offs_n < C, other=float("-inf")) * 1.4426950408889634  # log2 e
+    log_size = tl.load(bias + offs_n, mask=offs_n < C, other=float("-inf")) * LOG2_E
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 + log_size[None, :]
     m_i = tl.maximum(m_i, -1e30)  # nothing so far and nothing here: no difference of infinities
-    return _accumulate(s, 1.0, v_tile, acc, l_i, m_i, PRECISION, False)
+    return _accumulate(s, 1.0, v_tile, acc, l_i, m_i, PRECISION)
 
 
 @triton.jit(do_not_specialize=["S", "Sk", "Cq", "query_width", "key_width", "C"])
@@ -197,7 +161,7 @@ def _attention_kernel(
     stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, LAZY: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -230,12 +194,12 @@ def _attention_kernel(
     for i in range(full):
         acc, l_i, m_i = _attend_tile(
             q_tile, k, v, tl.load(tiles + i), acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
-            D, BLOCK_D, BLOCK_N, False, PRECISION, TMA, LAZY,
+            D, BLOCK_D, BLOCK_N, False, PRECISION, TMA,
         )  # fmt: skip
     for i in range(full, tl.load(key_counts + row * 2 + 1)):
         acc, l_i, m_i = _attend_tile(
             q_tile, k, v, tl.load(tiles + i), acc, l_i, m_i, scale_log2, stride_ks, stride_vs,
-            D, BLOCK_D, BLOCK_N, True, PRECISION, TMA, LAZY,
+            D, BLOCK_D, BLOCK_N, True, PRECISION, TMA,
         )  # fmt: skip
     if bias is not None:
         k_tail += bh * C * D
@@ -250,5 +214,5 @@ def _attention_kernel(
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
-        natural = (m_i + tl.log2(divisor)) * 0.6931471805599453  # ln 2; m_i is -inf where nothing is selected
+        natural = (m_i + tl.log2(divisor)) * LN_2  # m_i is -inf where nothing is selected
         tl.store(lse + bh * S + token, natural, mask=inside)

@@ -16,13 +16,13 @@ Source: SpargeAttn and SageAttention2 (arXiv 2502.18137, 2411.10958); roles: Fla
 import torch
 
 from ..common import target
-from ..dense_quantised.hopper import LOADABLE
+from ..common.numbers import INT_AS_FLOAT, LN_2, LOG2_E, LOG2_FP8_MAX
+from ..gluon import LOADABLE
 
 QUERY_ROWS, TILE_KEYS = 64, 64  # of a query tile and of a list entry
 CONSUMERS = 3
 STAGES = 2  # of each consumer
 ONES = {64: True, 128: True}  # padded head dim -> row sums as `dense_quantised.hopper.Launch.ones` has them
-FUSED_TAIL = False  # a tail as further stages here, not as a call of its own: not yet run on a GPU
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
@@ -100,27 +100,19 @@ def _descriptors(keys, channels):
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from ..block_sparse.hopper import keys_of, tile_of
-    from ..dense_quantised.hopper import (
+    from ..gluon import TensorDescriptor, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from ..gluon.mma import (
         by_sixteens,
         in_values_range,
         integer_scores,
         one_column,
         own_sum,
+        rows_to_int8,
         store_ones,
         to_bytes,
     )
+    from ..gluon.ring import new_ring
+    from ..gluon.tile_walk import keys_of, tile_of, tokens_of
 
     @gluon.jit
     def _place(n, PART: gl.constexpr, STAGES: gl.constexpr):
@@ -216,12 +208,12 @@ if LOADABLE:
         by_group: gl.constexpr = gl.SliceLayout(2, peak.type.layout)
         scale = gl.convert_layout(row_scale, gl.SliceLayout(1, by_group))[:, None]
         scale = scale * gl.convert_layout(k_scale, gl.SliceLayout(0, by_group))[None, :]  # [64, GROUPS]
-        zero = scale * 12582912.0  # what a score of nothing is worth: see `integer_scores`
+        zero = scale * INT_AS_FLOAT  # what a score of nothing is worth: see `integer_scores`
         peak = gl.max(gl.max(peak * gl.expand_dims(scale, 2) - gl.expand_dims(zero, 2), 1), 1)
         peak = gl.convert_layout(peak, gl.SliceLayout(1, s_layout))
         m_new = gl.maximum(m_i, peak)
         alpha = gl.exp2(m_i - m_new)
-        top = zero + gl.convert_layout(m_new - 8.807354922057604, gl.SliceLayout(1, by_group))[:, None]
+        top = zero + gl.convert_layout(m_new - LOG2_FP8_MAX, gl.SliceLayout(1, by_group))[:, None]
         p = gl.exp2(x * _spread(scale, x) - _spread(top, x)).reshape([64, 128])
         if SUM:
             part = own_sum(p)
@@ -297,7 +289,7 @@ if LOADABLE:
         )
         scale = gl.convert_layout(row_scale, gl.SliceLayout(1, by_group))[:, None]
         scale = scale * gl.convert_layout(k_scale, gl.SliceLayout(0, by_group))[None, :]
-        x = gl.convert_layout(((x - 12582912.0) * _spread(scale, x)).reshape([64, 128]), s_layout)
+        x = gl.convert_layout(((x - INT_AS_FLOAT) * _spread(scale, x)).reshape([64, 128]), s_layout)
         return x + gl.convert_layout(log_size, gl.SliceLayout(0, s_layout))[None, :]
 
     @gluon.jit
@@ -313,41 +305,18 @@ if LOADABLE:
         mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         scales = _scales_of(k_scale, (c, 64, c + 64, 64), C, True, GROUPS, gl.SliceLayout(0, s_layout))
-        log_size = gl.load(bias + column, mask=column < C, other=float("-inf")) * 1.4426950408889634  # log2 e
+        log_size = gl.load(bias + column, mask=column < C, other=float("-inf")) * LOG2_E
         s = warpgroup_mma_wait(0, deps=[s])
         x = _tail_scores(s, row_scale, scales, log_size, GROUPS, s_layout)
         m_new = gl.maximum(m_i, gl.max(x, 1))
         alpha = gl.exp2(m_i - m_new)
-        p = gl.exp2(x - (m_new - 8.807354922057604)[:, None])
+        p = gl.exp2(x - (m_new - LOG2_FP8_MAX)[:, None])
         if SUM:
             part = own_sum(p)
             l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
         acc, t_i = _add_values(p, alpha, acc, t_i, ones, v_boxes, stage, ONES, BLOCK_D, o_layout)
         mbarrier.arrive(empty.index(stage), count=1)
         return acc, m_new, l_i, t_i
-
-    @gluon.jit
-    def _quantise(q, q_shared, scale_log2, s_layout: gl.constexpr):
-        """Rows to INT8 in shared memory; their scales, those of scores included."""
-        q = q.to(gl.float32)
-        size = gl.abs(q)
-        largest = gl.max(gl.where(size < float("inf"), size, float("inf")), 1)
-        largest = gl.where(largest > 1e-30, largest, 1.0)  # tokens.TINY
-        rounded = (q * (127.0 / largest)[:, None] + 12582912.0) - 12582912.0
-        q_shared.store(gl.where(gl.abs(rounded) < 128, rounded, 0.0).to(gl.int8))
-        fence_async_shared()
-        scale = gl.where(largest < float("inf"), largest / 127.0, float("nan")) * scale_log2
-        return gl.convert_layout(scale, gl.SliceLayout(1, s_layout))
-
-    @gluon.jit
-    def _tokens(tile, order, stride, HAS_PERMUTATION: gl.constexpr, layout: gl.constexpr):
-        """Original indices of a tile's rows, and which rows there are."""
-        offs_m = gl.arange(0, 64, layout)
-        token = (gl.load(tile + 1) + offs_m).to(gl.int64)
-        inside = offs_m < gl.load(tile + 2)
-        if HAS_PERMUTATION:
-            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
-        return token, inside
 
     @gluon.jit
     def _consume(
@@ -376,11 +345,11 @@ if LOADABLE:
                 b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
                 tile = q_tiles + (m * query_width + entry) * 3
                 order = permutation + b * spb + h * sph if HAS_PERMUTATION else permutation
-                token, inside = _tokens(tile, order, sps, HAS_PERMUTATION, gl.SliceLayout(1, rows_layout))
+                token, inside = tokens_of(tile, 0, order, sps, HAS_PERMUTATION, gl.SliceLayout(1, rows_layout))
                 offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
                 q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
                 rows = gl.load(q_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
-                row_scale = _quantise(rows, q_shared, scale_log2, s_layout)
+                row_scale = rows_to_int8(rows, q_shared, scale_log2, s_layout)
 
                 tiles = key_tiles + map_row * key_width
                 k_scale = k_scales + bh.to(gl.int64) * Sk
@@ -426,13 +395,11 @@ if LOADABLE:
                 if HAS_MEAN:
                     some = gl.convert_layout(seen, by_row) != 0
                     acc += gl.where(some[:, None], gl.load(v_mean + channel + column)[None, :], 0.0)
-                token, inside = _tokens(tile, order, sps, HAS_PERMUTATION, by_row)
+                token, inside = tokens_of(tile, 0, order, sps, HAS_PERMUTATION, by_row)
                 out_ptr = out + b * sob + h * soh + token[:, None] * sos + column[None, :]
                 gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
                 if HAS_LSE:
-                    natural = (
-                        m_i + gl.log2(gl.where(l_i == 0, 1.0, l_i)) - 8.807354922057604
-                    ) * 0.6931471805599453  # ln 2
+                    natural = (m_i + gl.log2(gl.where(l_i == 0, 1.0, l_i)) - LOG2_FP8_MAX) * LN_2
                     natural = gl.convert_layout(gl.where(l_i == 0, float("-inf"), natural), by_row)
                     gl.store(lse + bh.to(gl.int64) * S + token, natural, mask=inside)
 
@@ -452,12 +419,7 @@ if LOADABLE:
         k_stages = gl.allocate_shared_memory(gl.int8, [RINGS, 128, BLOCK_D], k_layout)
         k_boxes = k_stages._reinterpret(gl.int8, [RINGS * 2, 64, BLOCK_D], k_layout)
         v_boxes = gl.allocate_shared_memory(gl.float8e4nv, [RINGS * 2, BLOCK_D, 64], gl.NVMMASharedLayout(64, 8))
-        ready = gl.allocate_shared_memory(gl.int64, [RINGS, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [RINGS, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(RINGS):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(empty.index(i), count=1)
-        barriers = (ready, empty)
+        barriers = new_ring(RINGS, 1)
         ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 64], gl.NVMMASharedLayout(64, 8))
         if ONES:
             store_ones(ones, 64)

@@ -10,7 +10,7 @@ from ..block_sparse.blocks import BlockMap, as_block_map
 from ..block_sparse.reference import block_sparse_attention_reference
 from ..clustering.permute import gather_tokens_reference
 from ..common.merge import merge_attention_reference
-from ..common.numbers import LOG2_E
+from ..common.numbers import base2
 from ..common.rounded import note_failure_reference, rounded_attention
 from ..common.smoothing import unsmoothed_lse_reference
 from ..quantize.channels import fp8_values, quantize_channels_reference, statistics_reference
@@ -94,7 +94,7 @@ def block_sparse_attention_quantised_reference(
 def _attend(q, k, v, scale, p_dtype, acc16, threshold=None):
     if threshold is None:
         return rounded_attention(q, k, v, scale, p_dtype, acc16=acc16)[0]
-    scores = q @ k.transpose(2, 3) * (scale * LOG2_E)  # [1, N, s, n], base 2
+    scores = q @ k.transpose(2, 3) * base2(scale)  # [1, N, s, n], base 2
     p = torch.exp2(scores - scores.amax(-1, keepdim=True))
     largest = 448 if p_dtype == torch.float8_e4m3fn else 1
     rounded = (p * largest).to(p_dtype).float() / largest

@@ -9,9 +9,10 @@ from ..block_sparse.op import block_sparse_attention
 from ..clustering.permute import gather_tokens
 from ..common import target
 from ..common.aligned_tiles import aligned_key_tiles, separate_key_tiles
+from ..common.launch import Launch, LaunchTable
 from ..common.merge import merge_attention
-from ..common.numbers import LOG2_E
-from ..common.quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
+from ..common.numbers import INT8_MAX, LN_2, LOG2_FP8_MAX, TINY, base2
+from ..common.quantised_tile import attend_tile, finish_rows, key_source, value_source
 from ..common.smoothing import unsmoothed_lse
 from ..common.target import tl, triton
 from ..common.tile_lists import key_tiles, query_tiles
@@ -21,9 +22,8 @@ from ..quantize.tokens import absmax_of_rows, key_groups, padded_head_dim, quant
 from . import hopper
 from .tail import attend_tail, merge_tail
 
-# arch -> (P V in FP8, padded head dim) -> tile sizes. sm90 was measured on an H100, the others were not: chosen by ahead-of-time
-# compile (no spills, shared memory).
-LAUNCH = {
+# arch -> (P V in FP8, padded head dim) -> tile sizes.
+LAUNCH = LaunchTable({
     80: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(128, 32, 8, 3)},
     89: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
          (True, 64): Launch(64, 32, 4, 3), (True, 128): Launch(128, 32, 8, 3)},
@@ -34,7 +34,7 @@ LAUNCH = {
           (True, 64): Launch(128, 64, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
     120: {(False, 64): Launch(128, 32, 4, 3), (False, 128): Launch(64, 32, 4, 2),
           (True, 64): Launch(128, 32, 4, 3, tma=True), (True, 128): Launch(64, 32, 4, 3, tma=True)},
-}  # fmt: skip
+}, measured=[90])  # fmt: skip
 
 
 def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
@@ -45,9 +45,9 @@ def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
         target.require_fp8(q.device)
     B, H, S, D = q.shape
     Sk, block_d = k.shape[2], padded_head_dim(D)
-    row = target.launch_row(LAUNCH, q.device)[fp8, block_d]
+    row = LAUNCH.row(q.device, fp8, block_d)
     specialised = hopper.takes(q, kind, row)
-    if tail is not None and not (specialised and hopper.FUSED_TAIL and pv_threshold is None):
+    if tail is not None and not (specialised and pv_threshold is None):
         alone = dataclasses.replace(blocks, tail=None)
         found = launch(q, k, v, alone, how=how, sm_scale=sm_scale, failed=failed, return_lse=True)
         other = attend_tail(block_sparse_attention, q, blocks, sm_scale)
@@ -74,7 +74,7 @@ def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
             tail = as_keys(_used_keys(tail, blocks.map_index, mean)), as_values(tail.v), tail.bias
         hopper.launch(
             q, keys, channels, out, lse, failed, q_permutation, pv_threshold, blocks.map_index, lists, blocks.block_map.shape[1],
-            sm_scale * LOG2_E, 64 if blocks.key_multiple % 64 == 0 else 16, tail,
+            base2(sm_scale), 64 if blocks.key_multiple % 64 == 0 else 16, tail,
         )  # fmt: skip
         return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
     with target.on_device(q):
@@ -82,11 +82,11 @@ def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
             q, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if fp8 else None, channels.mean if fp8 else None, out, lse, failed, q_permutation,
             pv_threshold, blocks.map_index.contiguous(), q_tiles, q_counts, k_tiles, k_counts,
-            sm_scale * LOG2_E, H, S, Sk, blocks.block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
+            base2(sm_scale), H, S, Sk, blocks.block_map.shape[1], q_tiles.shape[1], k_tiles.shape[2],
             *q.stride()[:3], *values.stride()[:3], *out.stride()[:3],
             *((0, 0, 0) if q_permutation is None else q_permutation.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, FP8=fp8, ACC16=kind.acc16,
-            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma,
+            TMA=row.tma,
             STAGES=None if pv_threshold is None else row.num_stages, num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
@@ -106,7 +106,7 @@ def _sparse_quantised_kernel(
     stride_qb, stride_qh, stride_qs, stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os,
     stride_pb, stride_ph, stride_ps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr,
-    ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    ACC16: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -126,9 +126,9 @@ def _sparse_quantised_kernel(
     q_ptr = q + b * stride_qb + h * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
     q_wide = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
     largest = absmax_of_rows(q_wide)
-    largest = tl.where(largest > 1e-30, largest, 1.0)  # tokens.TINY
-    q_tile = round_to_int8(q_wide, tl.div_rn(tl.full([BLOCK_M], 127.0, tl.float32), largest)[:, None])
-    row_scale = tl.where(largest < float("inf"), largest / 127.0, float("nan")) * scale_log2
+    largest = tl.where(largest > TINY, largest, 1.0)
+    q_tile = round_to_int8(q_wide, tl.div_rn(tl.full([BLOCK_M], INT8_MAX, tl.float32), largest)[:, None])
+    row_scale = tl.where(largest < float("inf"), largest / INT8_MAX, float("nan")) * scale_log2
     k_scale += bh * Sk
     k_row, v_row = (bh * Sk).to(tl.int32), (bh * BLOCK_D).to(tl.int32)
     if not TMA:
@@ -152,7 +152,7 @@ def _sparse_quantised_kernel(
         acc, l_i, m_i = attend_tile(
             q_tile, row_scale, k, k_scale, v, None, None, 0, k_row, v_row, 0, stride_v, first, BLOCK_N, offs_m,
             acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, False, False, True, FP8, ACC16, TWO_LEVEL, MAGIC, TMA, pv_floor,
+            D, BLOCK_D, BLOCK_N, False, False, True, FP8, ACC16, TMA, pv_floor,
         )  # fmt: skip
     for i in range(full, tl.load(key_counts + map_row * 2 + 1)):
         entry = tl.load(tiles + i)
@@ -161,11 +161,11 @@ def _sparse_quantised_kernel(
         acc, l_i, m_i = attend_tile(
             q_tile, row_scale, k, k_scale, v, None, None, 0, k_row, v_row, 0, stride_v, first - skip, skip + keys, offs_m,
             acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, True, False, True, FP8, ACC16, TWO_LEVEL, MAGIC, TMA, pv_floor, skip,
+            D, BLOCK_D, BLOCK_N, True, False, True, FP8, ACC16, TMA, pv_floor, skip,
         )  # fmt: skip
     acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, bh * BLOCK_D, BLOCK_D, FP8, ACC16)
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
-        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (8.807354922057604 if FP8 else 0.0)
-        tl.store(lse + bh * S + token, total * 0.6931471805599453, mask=inside)  # ln 2
+        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (LOG2_FP8_MAX if FP8 else 0.0)
+        tl.store(lse + bh * S + token, total * LN_2, mask=inside)

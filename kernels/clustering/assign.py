@@ -1,11 +1,11 @@
 """The nearest centroid of every token: scores, labels, and what they are computed from."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from ..common import target
+from ..common.launch import Launch, LaunchTable
 from ..common.target import tl, triton
 from . import kmeans_hopper
 from .permute import CHUNK, Counters, place_counted, sort_labels
@@ -104,15 +104,15 @@ def _assign(x: torch.Tensor, scored: Scored, counts: torch.Tensor | None = None)
     B, H, S, D = x.shape
     C, padded = scored.directions.shape[2], scored.offsets.shape[2]
     labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
-    row = target.launch_row(LAUNCH, x.device)[x.element_size()]
+    row = LAUNCH.row(x.device, x.element_size())
     with target.on_device(x):
         if row.specialised and kmeans_hopper.takes(x):
             kmeans_hopper.launch(x, scored.directions, scored.offsets, labels, counts, CHUNK)
         else:
-            _assign_kernel[(triton.cdiv(S, row.block_s), B * H)](
+            _assign_kernel[(triton.cdiv(S, row.block_m), B * H)](
                 x, scored.directions, scored.offsets, labels, counts, H, S, C, padded, triton.cdiv(S, CHUNK),
                 *x.stride()[:3],
-                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.block_s, BLOCK_C=row.block_c, CHUNK=CHUNK,
+                D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_S=row.block_m, BLOCK_C=row.block_n, CHUNK=CHUNK,
                 PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
                 num_warps=row.num_warps, num_stages=row.num_stages,
             )  # fmt: skip
@@ -141,26 +141,17 @@ def check_triton(op: str, x: torch.Tensor) -> None:
     target.refuse_gradients(op, x)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes of one architecture and dtype width."""
-
-    block_s: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-    specialised: bool = False
-
-
-# arch -> element bytes -> tile sizes. sm90's 16-bit row is measured (docs/lab/kernels.md), the others are chosen by ahead-of-time
-# compile (no spills, shared memory).
-LAUNCH = {
-    80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
-    89: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
-    90: {2: Launch(128, 32, 8, 4, True), 4: Launch(64, 16, 8, 2)},
-    100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
-    120: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
-}
+# arch -> element bytes -> tokens and centroids of a tile
+LAUNCH = LaunchTable(
+    {
+        80: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
+        89: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
+        90: {2: Launch(128, 32, 8, 4, specialised=True), 4: Launch(64, 16, 8, 2)},
+        100: {2: Launch(128, 64, 8, 3), 4: Launch(64, 16, 8, 2)},
+        120: {2: Launch(128, 64, 8, 2), 4: Launch(64, 16, 8, 2)},
+    },
+    measured=[(90, 2)],
+)
 
 
 @triton.jit

@@ -14,8 +14,8 @@ Threads meet once, at a slab's end. Same scores as `kmeans._assign_kernel`, same
 import torch
 
 from ..common import target
+from ..gluon import LOADABLE
 
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 SLAB = 64  # token rows of one product
 GROUPS, SLABS, ROW_STAGES = 2, 2, 2  # consumer warpgroups, slabs of each, buffered row tiles
 BLOCK_C, STAGES = 128, 3  # centroids of a tile, buffered tiles
@@ -77,10 +77,8 @@ def launch(x, directions, offsets, labels, counts, chunk: int, few: bool | None 
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from ..gluon import TensorDescriptor, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from ..gluon.ring import acquire, await_stage, new_ring, release
 
     @gluon.jit
     def _produce(
@@ -98,7 +96,7 @@ if LOADABLE:
             bh = t // row_tiles
             r = t // gl.num_programs(0)  # how many tiles came before
             slot = r % ROW_STAGES
-            mbarrier.wait(x_empty.index(slot), (r // ROW_STAGES & 1) ^ 1)
+            acquire(x_empty, r, ROW_STAGES)
             mbarrier.expect(x_ready.index(slot), ROW_SLABS * PANELS * 64 * 64 * 2)
             for i in gl.static_range(ROW_SLABS * PANELS):
                 first = t % row_tiles * (ROW_SLABS * 64) + i // PANELS * 64
@@ -108,7 +106,7 @@ if LOADABLE:
                 )
             for c in range(0, C, BLOCK_C):
                 stage = n % STAGES
-                mbarrier.wait(d_empty.index(stage), (n // STAGES & 1) ^ 1)
+                acquire(d_empty, n, STAGES)
                 mbarrier.expect(d_ready.index(stage), PANELS * BLOCK_C * 64 * 2)
                 for panel in gl.static_range(PANELS):
                     d_box = d_boxes.index(stage * PANELS + panel)
@@ -198,22 +196,22 @@ if LOADABLE:
             row = offsets + bh * ((C + PAD - 1) // PAD * PAD)
             best0 = _nothing(layout)
             best1 = _nothing(layout)
-            mbarrier.wait(x_ready.index(slot), r // ROW_STAGES & 1)
+            await_stage(x_ready, r, ROW_STAGES)
             slab = slot * ROW_SLABS + GROUP * SLABS
             rows0 = x_slabs.index(slab).load(gl.DotOperandLayout(0, s_layout, 2))
             rows1 = x_slabs.index(slab + 1).load(gl.DotOperandLayout(0, s_layout, 2))
-            mbarrier.wait(d_ready.index(n % STAGES), n // STAGES & 1)
+            await_stage(d_ready, n, STAGES)
             s0 = _score(rows0, d_stages, n, STAGES, BLOCK_C, s_layout)
             s0 = warpgroup_mma_wait(0, deps=[s0])
             for c in range(0, C - BLOCK_C, BLOCK_C):
                 s1 = _score(rows1, d_stages, n, STAGES, BLOCK_C, s_layout)
                 offset = gl.load(row + c + columns)
                 best0 = _compare(best0, s0, offset, c, BLOCK_C, layout)
-                mbarrier.wait(d_ready.index((n + 1) % STAGES), (n + 1) // STAGES & 1)
+                await_stage(d_ready, n + 1, STAGES)
                 s0 = _score(rows0, d_stages, n + 1, STAGES, BLOCK_C, s_layout)
                 offset = gl.load(row + c + columns)  # again: no registers for it in between
                 s1, best0 = _wait(s1, best0, 1)
-                mbarrier.arrive(d_empty.index(n % STAGES), count=1)
+                release(d_empty, n, STAGES)
                 best1 = _compare(best1, s1, offset, c, BLOCK_C, layout)
                 s0, best1 = _wait(s0, best1, 0)
                 n += 1
@@ -222,10 +220,10 @@ if LOADABLE:
             offset = gl.load(row + c + columns)
             best0 = _compare(best0, s0, offset, c, BLOCK_C, layout)
             s1, best0 = _wait(s1, best0, 0)
-            mbarrier.arrive(d_empty.index(n % STAGES), count=1)
+            release(d_empty, n, STAGES)
             n += 1
             # Not earlier: an arrival doesn't wait for loads from shared memory, products of what was loaded do.
-            mbarrier.arrive(x_empty.index(slot), count=1)
+            release(x_empty, r, ROW_STAGES)
             best1 = _compare(best1, s1, offset, c, BLOCK_C, layout)
             _finish(best0, labels, counts, bh, first, sizes, CHUNK, HAS_COUNTS)
             _finish(best1, labels, counts, bh, first + 64, sizes, CHUNK, HAS_COUNTS)
@@ -247,16 +245,8 @@ if LOADABLE:
         x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
         x_boxes = x_slabs._reinterpret(dtype, [ROW_STAGES * ROW_SLABS * PANELS, 1, 1, 64, 64], x_layout)
         d_boxes = d_stages._reinterpret(dtype, [STAGES * PANELS, BLOCK_C, 64], layout)
-        x_ready = gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout())
-        x_empty = gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout())
-        d_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        d_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(ROW_STAGES):
-            mbarrier.init(x_ready.index(i), count=1)
-            mbarrier.init(x_empty.index(i), count=GROUPS)
-        for i in gl.static_range(STAGES):
-            mbarrier.init(d_ready.index(i), count=1)
-            mbarrier.init(d_empty.index(i), count=GROUPS)
+        x_ready, x_empty = new_ring(ROW_STAGES, GROUPS)
+        d_ready, d_empty = new_ring(STAGES, GROUPS)
         barriers = (x_ready, x_empty, d_ready, d_empty)
         tensors = (offsets, labels, counts)
         sizes = (programs, H, S, C, chunks)
@@ -367,15 +357,8 @@ if LOADABLE:
         x_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
         x_boxes = x_slabs._reinterpret(dtype, [SLOTS * PANELS, 1, 1, 64, 64], x_layout)
         d_boxes = d_tiles._reinterpret(dtype, [TILES * PANELS, 64, 64], layout)
-        x_ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-        x_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-        d_ready = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        d_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(SLOTS):
-            mbarrier.init(x_ready.index(i), count=1)
-            mbarrier.init(x_empty.index(i), count=1)
-        mbarrier.init(d_ready.index(0), count=1)
-        mbarrier.init(d_empty.index(0), count=GROUPS)
+        x_ready, x_empty = new_ring(SLOTS, 1)
+        d_ready, d_empty = new_ring(1, GROUPS)
         barriers = (x_ready, x_empty, d_ready, d_empty)
         tensors = (offsets, labels, counts)
         sizes = (tiles, H, S, C, chunks)

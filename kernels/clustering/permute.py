@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..common import target
+from ..common.launch import LaunchTable
 from ..common.target import tl, triton
 
 INT16_LABELS = 1 << 15
@@ -192,15 +193,15 @@ def _check(x: torch.Tensor, permutation: torch.Tensor) -> None:
         raise ValueError(f"x must be contiguous in its last dim, got strides {x.stride()}: call .contiguous() first")
 
 
-# arch -> (tokens a program, warps). Not measured yet; memory-bound and insensitive.
-LAUNCH = {80: (64, 4), 89: (64, 4), 90: (64, 4), 100: (64, 4), 120: (64, 4)}
+# arch -> (tokens a program, warps); memory-bound and insensitive
+LAUNCH = LaunchTable({80: (64, 4), 89: (64, 4), 90: (64, 4), 100: (64, 4), 120: (64, 4)})
 
 
 def _move(x: torch.Tensor, permutation: torch.Tensor, scatter: bool) -> torch.Tensor:
     target.refuse_gradients("scatter_tokens" if scatter else "gather_tokens", x)
     B, H, S, D = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block_s, num_warps = target.launch_row(LAUNCH, x.device)
+    block_s, num_warps = LAUNCH.row(x.device)
     with target.on_device(x):
         _move_kernel[(triton.cdiv(S, block_s), B * H)](
             x, permutation, out, H, S, D,

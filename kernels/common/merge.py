@@ -8,10 +8,11 @@ Source: the rule by which FlashAttention joins blocks (arXiv 2205.14135, section
 import torch
 
 from . import target
+from .launch import LaunchTable
 from .target import tl, triton
 
-# arch -> (rows a program, warps). Other sizes are not measured; memory-bound.
-LAUNCH = {80: (32, 4), 89: (32, 4), 90: (32, 4), 100: (32, 4), 120: (32, 4)}
+# arch -> (rows a program, warps); memory-bound
+LAUNCH = LaunchTable({80: (32, 4), 89: (32, 4), 90: (32, 4), 100: (32, 4), 120: (32, 4)})
 
 
 def merge_attention(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
@@ -48,7 +49,7 @@ def merge_attention_reference(
 def _launch(out, lse, other, other_lse):
     target.refuse_gradients("merge_attention", out, other)
     B, H, S, D = out.shape
-    block_s, num_warps = target.launch_row(LAUNCH, out.device)
+    block_s, num_warps = LAUNCH.row(out.device)
     with target.on_device(out):
         _merge_kernel[(triton.cdiv(S, block_s), B * H)](
             out, lse.contiguous(), other, other_lse.contiguous(), H, S, *out.stride()[:3], *other.stride()[:3],

@@ -1,51 +1,20 @@
-"""What the dense and the block-sparse quantised attention share: their launches and one tile of keys."""
+"""What the dense and the block-sparse quantised attention share: one tile of keys, and which launches are worth timing."""
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from . import target
+from .launch import Launch
+from .numbers import FP8_MAX, LOG2_FP8_MAX
 from .target import tl, triton
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes and variants of one architecture, P V type and padded head dim.
-
-    Args:
-        block_m, block_n: queries and keys of a tile; both divide 128.
-        num_warps, num_stages: as Triton has them.
-        two_level: add each tile's FP8 P V in fp32.
-        magic: start the INT8 product at 1.5 * 2^23, whose bits make it a float without a conversion.
-        tma: read K and V through tensor descriptors (sm90 and newer).
-        specialised: on sm90, calls that the kernels in *_hopper.py take run there; the other fields are for the rest.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    two_level: bool = True
-    magic: bool = False
-    tma: bool = False
-    specialised: bool = False
-
-    def name(self) -> str:
-        """Such as 128x64_w8_s3_tma."""
-        chosen = {"magic": self.magic, "tma": self.tma, "onelevel": not self.two_level,
-                  "specialised": self.specialised}  # fmt: skip
-        flags = "".join(f"_{flag}" for flag, on in chosen.items() if on)
-        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
 
 
 def candidates() -> Iterator[Launch]:
     """Rows worth timing; what doesn't fit a GPU is refused at its launch."""
     for m, n, warps in ((128, 128, 8), (128, 64, 8), (64, 128, 4), (64, 64, 4), (128, 128, 4), (128, 64, 4)):
-        for stages, magic, two_level, tma in itertools.product((2, 3, 4), (False, True), (True, False), (True, False)):
-            if (two_level and stages == 3) or (tma and not magic):  # the rest changes one thing at a time
-                yield Launch(m, n, warps, stages, two_level, magic, tma)
+        for stages, tma in itertools.product((2, 3, 4), (True, False)):
+            yield Launch(m, n, warps, stages, tma)
 
 
 def key_source(keys: torch.Tensor, row: Launch):
@@ -55,7 +24,7 @@ def key_source(keys: torch.Tensor, row: Launch):
         keys: int8 [B, H, Sk, Dp], contiguous.
         row: the launch.
     """
-    return target.tiles_of(keys.flatten(0, 2), [row.block_n, keys.shape[3]]) if row.tma else keys
+    return row.source(keys, row.block_n, keys.shape[3])
 
 
 def value_source(values: torch.Tensor, row: Launch):
@@ -66,14 +35,14 @@ def value_source(values: torch.Tensor, row: Launch):
         row: the launch.
     """
     transposed = values.dtype == torch.float8_e4m3fn
-    return target.tiles_of(values.flatten(0, 2), [values.shape[2], row.block_n]) if row.tma and transposed else values
+    return row.source(values, values.shape[2], row.block_n) if transposed else values
 
 
 @triton.jit
 def attend_tile(
     q, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, v_column, stride_v, first, keys, row, acc, l_i, m_i,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, CAUSAL: tl.constexpr,
-    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr,
+    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
     TMA: tl.constexpr, pv_floor=None, skip=None,
 ):  # fmt: skip
     """One tile of keys [first, first + BLOCK_N), columns [skip, keys) of which count: running output, sum and maximum.
@@ -92,11 +61,7 @@ def attend_tile(
         k_tile = tl.load(k + token[:, None] * BLOCK_D + offs_d[None, :], mask=inside[:, None], other=0)
     else:
         k_tile = tl.load(k + token[:, None] * BLOCK_D + offs_d[None, :])
-    if MAGIC:
-        start = tl.full([q.shape[0], BLOCK_N], 0x4B400000, dtype=tl.int32)
-        x = tl.dot(q, tl.trans(k_tile), start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
-    else:
-        x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
+    x = tl.dot(q, tl.trans(k_tile), out_dtype=tl.int32).to(tl.float32)  # [BM, BN]
     if K_PER_TOKEN:
         if PARTIAL:
             x = x * tl.load(k_scale + token, mask=inside, other=1.0)[None, :]
@@ -113,15 +78,15 @@ def attend_tile(
     m_new = tl.maximum(m_i, m_tile)
     top = m_new if mask is None else tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen no key yet
     # 448 in P and in l cancels; the largest P then takes FP8's whole range.
-    p = tl.exp2(x * scale[:, None] - (top - 8.807354922057604 if FP8 else top)[:, None])
+    p = tl.exp2(x * scale[:, None] - (top - LOG2_FP8_MAX if FP8 else top)[:, None])
     alpha = tl.exp2(m_i - top)
     l_i = l_i * alpha + tl.sum(p, 1)
     v_tile = load_values(v, v_row, v_column + first, stride_v, token, inside, D, BLOCK_D, PARTIAL, FP8, TMA)
     if pv_floor is None:
-        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16, TWO_LEVEL)
+        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16)
     elif tl.max((m_tile - m_i >= pv_floor).to(tl.int32), 0) > 0:
         # Else no maximum rose, alpha is 1, and what V would add is below what the caller asked for.
-        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16, TWO_LEVEL)
+        acc = add_values(p, alpha, acc, v_tile, FP8, ACC16)
     return acc, l_i, m_new
 
 
@@ -147,7 +112,7 @@ def load_values(
 
 
 @triton.jit
-def add_values(p, alpha, acc, v, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr):
+def add_values(p, alpha, acc, v, FP8: tl.constexpr, ACC16: tl.constexpr):
     """alpha acc + P V of one tile of keys."""
     if not FP8:
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
@@ -155,11 +120,9 @@ def add_values(p, alpha, acc, v, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEV
         # P up to 448, V up to 2.25: sums of 64 products stay below fp16's largest number.
         part = tl.dot(p.to(tl.float8e4nv), tl.trans(v), out_dtype=tl.float16).to(tl.float32)
         acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), part)
-    elif TWO_LEVEL:
-        # An fma, not a sum: the compiler would fold the sum into the product's own accumulator.
-        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v)))
     else:
-        acc = tl.dot(p.to(tl.float8e4nv), tl.trans(v), acc * alpha[:, None])
+        # FP8 products keep too few bits to be summed over tiles. An fma, not a sum: the compiler would fold that into the product.
+        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), tl.dot(p.to(tl.float8e4nv), tl.trans(v)))
     return acc
 
 
@@ -189,7 +152,7 @@ def finish_rows(
 ):  # fmt: skip
     """Weighted means of V from running sums; `channel` is the head's first. A row that saw no key gives zeros."""
     acc = acc / tl.where(l_i == 0, 1.0, l_i)[:, None]
-    limit: tl.constexpr = (2.25 if ACC16 else 448.0) if FP8 else 3.0e38
+    limit: tl.constexpr = (2.25 if ACC16 else FP8_MAX) if FP8 else 3.0e38
     if failed is not None:
         note_failure(failed, head, acc, 1.07 * limit)  # e4m3 rounds P by 6.25 % at most
     if FP8:

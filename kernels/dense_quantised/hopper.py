@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
-
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
+from ..common.numbers import INT_AS_FLOAT, LN_2, LOG2_FP8_MAX
+from ..gluon import LOADABLE
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,18 @@ def launch(rows, keys, channels, out, lse, failed, scale_log2, row: Launch | Non
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
+    from ..gluon import (
+        TensorDescriptor,
         fence_async_shared,
+        gl,
+        gluon,
         mbarrier,
         tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from ..gluon.mma import by_sixteens, in_values_range, integer_scores, one_column, own_sum, store_ones, to_bytes
+    from ..gluon.ring import acquire, await_stage, new_ring, release
 
     @gluon.jit
     def _produce_bytes(
@@ -114,51 +116,11 @@ if LOADABLE:
             for first in range(0, Sk, 128):
                 stage = n % STAGES
                 bar = ready.index(stage)
-                mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)
+                acquire(empty, n, STAGES)
                 mbarrier.expect(bar, 2 * 128 * BLOCK_D)
                 tma.async_copy_global_to_shared(k_desc, [kv * Sk + first, 0], bar, k_stages.index(stage))
                 tma.async_copy_global_to_shared(v_desc, [kv * BLOCK_D, first], bar, v_stages.index(stage))
                 n += 1
-
-    @gluon.jit
-    def integer_scores(q, k_stage, layout: gl.constexpr):
-        """Starts Q K^T of a tile of keys, from the bits of 1.5 * 2^23.
-
-        An integer below 2^22 that is added to these bits is added to the number: no conversion.
-        """
-        start = gl.full([64, 128], 0x4B400000, gl.int32, layout)
-        return warpgroup_mma(q, k_stage.permute((1, 0)), start, is_async=True)
-
-    @gluon.jit
-    def by_sixteens(x):
-        """Scores [64, 128] as [64, 8, 2, 4, 2]: a thread has columns (2t, 2t + 1) and (8 + 2t, 9 + 2t) of every 16."""
-        return x.reshape([64, 8, 2, 4, 2])
-
-    @gluon.jit
-    def own_sum(p):
-        """Sums of p over what one thread has of a row: [64, 4]."""
-        return gl.sum(gl.sum(gl.sum(by_sixteens(p), 4), 2), 1)
-
-    @gluon.jit
-    def one_column(total):
-        """Of a product with ones, whose columns are equal, one of the two columns that a thread has: [64, 4]."""
-        return total.reshape([64, 4, 2]).split()[0]
-
-    @gluon.jit
-    def store_ones(ones, KEYS: gl.constexpr):
-        """Fills an operand [8, KEYS], by its bits: ptxas 12.8 packs converted constants beside a stale register."""
-        bits = gl.full([8, KEYS], 0x38, gl.int8, gl.BlockedLayout([1, KEYS // 16], [2, 16], [4, 1], [1, 0]))
-        ones.store(bits.to(gl.float8e4nv, bitcast=True))
-        fence_async_shared()
-
-    @gluon.jit
-    def to_bytes(p, layout: gl.constexpr):
-        """p in FP8, two instructions for four numbers and nothing to put them together."""
-        return gl.inline_asm_elementwise(
-            "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3;"
-            " mov.b32 $0, {lo, hi}; }",
-            "=r,f,f,f,f", [gl.convert_layout(p, layout)], dtype=gl.float8e4nv, is_pure=True, pack=4,
-        )  # fmt: skip
 
     @gluon.jit
     def _softmax(s, scale, left, m_i, l_i, MASKED: gl.constexpr, SUM: gl.constexpr, s_layout: gl.constexpr):
@@ -168,10 +130,10 @@ if LOADABLE:
             column = gl.arange(0, 128, gl.SliceLayout(0, s_layout))
             # column < left; only the low bits differ between threads: two registers and constants, not 32 columns.
             x = gl.where(((column & 120) < left - (column & 7))[None, :], x, float("-inf"))
-        m_new = gl.maximum(m_i, (gl.max(x, 1) - 12582912.0) * scale)
+        m_new = gl.maximum(m_i, (gl.max(x, 1) - INT_AS_FLOAT) * scale)
         alpha = gl.exp2(m_i - m_new)
         # 448 in P and in l cancels; the largest P then takes FP8's whole range. The constant of the scores' bits goes with it.
-        p = gl.exp2(x * scale[:, None] - (m_new + (scale * 12582912.0 - 8.807354922057604))[:, None])
+        p = gl.exp2(x * scale[:, None] - (m_new + (scale * INT_AS_FLOAT - LOG2_FP8_MAX))[:, None])
         if SUM:
             part = own_sum(p)
             l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
@@ -186,7 +148,7 @@ if LOADABLE:
         ready, empty = barriers
         stage = n % STAGES
         p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
-        mbarrier.wait(ready.index(stage), n // STAGES & 1)
+        await_stage(ready, n, STAGES)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         scale = row_scale * gl.load(k_scale + i)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -201,7 +163,7 @@ if LOADABLE:
             t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + one_column(total)
         else:
             part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(empty.index(stage), count=1)
+        release(empty, n, STAGES)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + part
         return acc, m_i, l_i, t_i
 
@@ -270,18 +232,8 @@ if LOADABLE:
             out_ptr = out + b * sob + h * soh + (start + row).to(gl.int64) * sos + column[None, :]
             gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=(row < S - start) & (column < D)[None, :])
             if HAS_LSE:
-                total = m_i + gl.log2(l_i) - 8.807354922057604
-                gl.store(lse + bh * S + (start + s_row), total * 0.6931471805599453, mask=start + s_row < S)  # ln 2
-
-    @gluon.jit
-    def in_values_range(acc, v_scale, failed, BLOCK_D: gl.constexpr, HAS_FAILED: gl.constexpr, layout: gl.constexpr):
-        """Weighted means of quantised V, clamped and in V's units; sets the flag where they left V's range."""
-        if HAS_FAILED:
-            # e4m3 rounds P by 6.25 % at most. Row by row: nobody waits for other warps' rows.
-            bad = gl.max(gl.where(gl.abs(acc) <= 1.07 * 448.0, 0, 1), 1)
-            gl.store(failed + gl.zeros_like(bad), bad, mask=bad > 0)
-        acc = gl.where(acc > 448.0, 448.0, gl.where(acc < -448.0, -448.0, acc))  # NaN stays
-        return acc * gl.load(v_scale + gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout)))[None, :]
+                total = m_i + gl.log2(l_i) - LOG2_FP8_MAX
+                gl.store(lse + bh * S + (start + s_row), total * LN_2, mask=start + s_row < S)
 
     @gluon.jit(do_not_specialize=["programs", "S", "Sk"])
     def _hopper_quantised_kernel(
@@ -293,12 +245,7 @@ if LOADABLE:
         q_stages = gl.allocate_shared_memory(gl.int8, [CONSUMERS, 64, BLOCK_D], gl.NVMMASharedLayout(BLOCK_D, 8))
         k_stages = gl.allocate_shared_memory(gl.int8, [STAGES, 128, BLOCK_D], gl.NVMMASharedLayout(BLOCK_D, 8))
         v_stages = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_D, 128], gl.NVMMASharedLayout(128, 8))
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(empty.index(i), count=CONSUMERS)
-        barriers = (ready, empty)
+        barriers = new_ring(STAGES, CONSUMERS)
         ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8))
         if ONES:
             store_ones(ones, 128)

@@ -16,8 +16,9 @@ import torch
 
 from ..common import target
 from ..common.checks import check_inputs
-from ..common.numbers import LOG2_E
-from ..common.quantised_tile import Launch, hide, note_failure
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import LN_2, LOG2_FP4_RANGE, base2
+from ..common.quantised_tile import hide, note_failure
 from ..common.rounded import SCORE_CHUNK, note_failure_reference
 from ..common.rounded import hide as hide_reference
 from ..common.smoothing import mean_scores, unsmoothed_lse, unsmoothed_lse_reference
@@ -139,14 +140,16 @@ def _rounded(p: torch.Tensor, width: int) -> torch.Tensor:
     return (values.unflatten(-1, (-1, 16)) * scale[..., None]).flatten(-2)
 
 
-# arch -> padded head dim -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
-LAUNCH = {
-    80: {64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 4, 2)},
-    89: {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2)},
-    90: {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2)},
-    100: {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2)},
-    120: {64: Launch(128, 64, 8, 2), 128: Launch(64, 64, 8, 2)},
-}
+# arch -> padded head dim -> tile sizes.
+LAUNCH = LaunchTable(
+    {
+        80: {64: Launch(64, 64, 4, 2), 128: Launch(64, 32, 4, 2)},
+        89: {64: Launch(64, 32, 4, 2), 128: Launch(64, 32, 4, 2)},
+        90: {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2)},
+        100: {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2)},
+        120: {64: Launch(128, 64, 8, 2), 128: Launch(64, 64, 8, 2)},
+    }
+)
 
 
 def _launch(q, k, v, *, is_causal, mask, sm_scale, smooth_q, smooth_k, failed, return_lse):
@@ -160,7 +163,7 @@ def _launch(q, k, v, *, is_causal, mask, sm_scale, smooth_q, smooth_k, failed, r
     bias = mean_scores(rows.mean, k, mean) / score_scale[..., None, None] if smooth_q else None
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
-    _attend(rows, keys, values, score_scale * (sm_scale * LOG2_E), bias, mask, out, lse, failed, is_causal, native)
+    _attend(rows, keys, values, score_scale * base2(sm_scale), bias, mask, out, lse, failed, is_causal, native)
     return (out, unsmoothed_lse(lse, q, mean, sm_scale)) if return_lse else out
 
 
@@ -172,7 +175,7 @@ def _attend(
     block_d = values.values.shape[2]
     if mask is not None:
         mask = mask.expand(B, H, S, Sk).view(torch.uint8)
-    row = target.launch_row(LAUNCH, out.device)[block_d]
+    row = LAUNCH.row(out.device, block_d)
     with target.on_device(out):
         _fp4_attention_kernel[(triton.cdiv(S, row.block_m), B * H)](
             rows.values, rows.scale, keys.values, keys.scale, values.values, values.scale, values.head_scale,
@@ -232,7 +235,7 @@ def _tile(
     x = hide(x, mask, stride_mk, token, inside, row, PARTIAL, CAUSAL)
     m_new = tl.maximum(m_i, tl.max(x, 1) * scale)  # [BM], base 2
     top = m_new if mask is None else tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen no key yet
-    p = tl.exp2(x * scale - (top - 11.392317422778762)[:, None])  # log2 2688
+    p = tl.exp2(x * scale - (top - LOG2_FP4_RANGE)[:, None])
     alpha = tl.exp2(m_i - top)
     l_i = l_i * alpha + tl.sum(p, 1)
     groups = tl.reshape(p, [BLOCK_M, BLOCK_N // 16, 16])
@@ -312,5 +315,5 @@ def _fp4_attention_kernel(
     out_ptr = out + b * stride_ob + h * stride_oh + row.to(tl.int64)[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
     if lse is not None:
-        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - 11.392317422778762
-        tl.store(lse + bh * S + row, total * 0.6931471805599453, mask=inside)  # ln 2
+        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - LOG2_FP4_RANGE
+        tl.store(lse + bh * S + row, total * LN_2, mask=inside)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
-from ..common.numbers import LOG2_E
-from ..common.quantised_tile import Launch, attend_tile, finish_rows, key_source, value_source
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import LN_2, LOG2_FP8_MAX, base2
+from ..common.quantised_tile import attend_tile, finish_rows, key_source, value_source
 from ..common.smoothing import mean_scores, unsmoothed_lse
 from ..common.target import tl, triton
 from ..quantize.channels import QuantizedChannels, quantize_channels, statistics
@@ -18,9 +19,8 @@ from . import hopper as quantised_hopper
 ACC16_KEYS = 64  # keys whose products fp16 sums hold
 
 
-# arch -> (P V in FP8, padded head dim) -> tile sizes. sm90 was measured on an H100, the others were not: chosen by ahead-of-time
-# compile (no spills, shared memory).
-LAUNCH = {
+# arch -> (P V in FP8, padded head dim) -> tile sizes.
+LAUNCH = LaunchTable({
     80: {(False, 64): Launch(128, 64, 4, 3), (False, 128): Launch(128, 64, 8, 3)},
     89: {(False, 64): Launch(64, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
          (True, 64): Launch(128, 64, 4, 3), (True, 128): Launch(128, 64, 8, 3)},
@@ -31,7 +31,7 @@ LAUNCH = {
           (True, 64): Launch(128, 128, 8, 3, tma=True), (True, 128): Launch(128, 64, 8, 3, tma=True)},
     120: {(False, 64): Launch(64, 64, 4, 3), (False, 128): Launch(64, 64, 4, 2),
           (True, 64): Launch(128, 64, 4, 3, tma=True), (True, 128): Launch(64, 64, 4, 3, tma=True)},
-}  # fmt: skip
+}, measured=[90])  # fmt: skip
 
 
 def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) -> Launch:
@@ -43,7 +43,7 @@ def launch_for(kind, block_d: int, device: torch.device, roomy: bool = False) ->
         device: where the tensors are.
         roomy: leave registers for masks or packed sequences: 64 x 64 and 8 warps.
     """
-    row = target.launch_row(LAUNCH, device)[kind.fp8, block_d]
+    row = LAUNCH.row(device, kind.fp8, block_d)
     if roomy:
         return dataclasses.replace(row, block_m=64, block_n=64, num_warps=8)
     return dataclasses.replace(row, block_n=min(row.block_n, ACC16_KEYS)) if kind.acc16 else row
@@ -104,7 +104,7 @@ def quantize_inputs(
         channels=channels,
         values=channels.values if kind.fp8 else v.to(pv_dtype(v)),
         k_mean=mean,
-        bias=mean_scores(rows.mean, k, mean) * (sm_scale * LOG2_E) if smooth_q else None,
+        bias=mean_scores(rows.mean, k, mean) * base2(sm_scale) if smooth_q else None,
         interleaved=interleave,
     )
 
@@ -152,7 +152,7 @@ def attend_quantized(
     row = launch_for(kind, block_d, out.device, roomy=mask is not None or sequences is not None)
     lse = torch.empty(B, H, S, dtype=torch.float32, device=out.device) if return_lse else None
     if inputs.interleaved:
-        quantised_hopper.launch(rows, keys, channels, out, lse, failed, sm_scale * LOG2_E)
+        quantised_hopper.launch(rows, keys, channels, out, lse, failed, base2(sm_scale))
         return out, lse
     if mask is not None:
         mask = mask.expand(B, H, S, Sk).view(torch.uint8)
@@ -166,11 +166,11 @@ def attend_quantized(
         _quantised_attention_kernel[grid](
             rows.values, rows.scale, key_source(keys.values, row), keys.scale, value_source(values, row),
             channels.scale if channels else None, channels.mean if channels else None, inputs.bias, mask, out, lse,
-            failed, *packed, len(packed[0]) if most else 0, sm_scale * LOG2_E, H, H // kv_heads, S, Sk,
+            failed, *packed, len(packed[0]) if most else 0, base2(sm_scale), H, H // kv_heads, S, Sk,
             *values.stride()[:3], *out.stride()[:3], *((0,) * 4 if mask is None else mask.stride()),
             D=D, BLOCK_D=block_d, BLOCK_M=row.block_m, BLOCK_N=row.block_n, CAUSAL=is_causal,
             K_PER_TOKEN=keys.scale.shape[2] == Sk and Sk > 1, FP8=kind.fp8, ACC16=kind.acc16,
-            TWO_LEVEL=row.two_level, MAGIC=row.magic, TMA=row.tma, SEQUENCES=most,
+            TMA=row.tma, SEQUENCES=most,
             num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     return out, lse
@@ -182,7 +182,7 @@ def _quantised_attention_kernel(
     scale_log2, H, HEADS_PER_KEY, S, Sk,
     stride_vb, stride_vh, stride_v, stride_ob, stride_oh, stride_os, stride_mb, stride_mh, stride_mq, stride_mk,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr, TWO_LEVEL: tl.constexpr, MAGIC: tl.constexpr,
+    K_PER_TOKEN: tl.constexpr, FP8: tl.constexpr, ACC16: tl.constexpr,
     TMA: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
@@ -227,17 +227,17 @@ def _quantised_attention_kernel(
         acc, l_i, m_i = attend_tile(
             q_tile, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, first_key.to(tl.int32), stride_v, i * BLOCK_N,
             BLOCK_N, row, acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, False, False, K_PER_TOKEN, FP8, ACC16, TWO_LEVEL, MAGIC, TMA,
+            D, BLOCK_D, BLOCK_N, False, False, K_PER_TOKEN, FP8, ACC16, TMA,
         )  # fmt: skip
     for i in range(full, tl.cdiv(stop, BLOCK_N)):
         acc, l_i, m_i = attend_tile(
             q_tile, row_scale, k, k_scale, v, bias, mask, stride_mk, k_row, v_row, first_key.to(tl.int32), stride_v, i * BLOCK_N,
             keys - i * BLOCK_N, row, acc, l_i, m_i,
-            D, BLOCK_D, BLOCK_N, True, CAUSAL, K_PER_TOKEN, FP8, ACC16, TWO_LEVEL, MAGIC, TMA,
+            D, BLOCK_D, BLOCK_N, True, CAUSAL, K_PER_TOKEN, FP8, ACC16, TMA,
         )  # fmt: skip
     acc = finish_rows(acc, l_i, v_scale, v_mean, failed, bh, kv * BLOCK_D, BLOCK_D, FP8, ACC16)
     out_ptr = out + b * stride_ob + h * stride_oh + (first_row + row)[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
     if lse is not None:
-        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (8.807354922057604 if FP8 else 0.0)
-        tl.store(lse + place, total * 0.6931471805599453, mask=inside)  # ln 2
+        total = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (LOG2_FP8_MAX if FP8 else 0.0)
+        tl.store(lse + place, total * LN_2, mask=inside)

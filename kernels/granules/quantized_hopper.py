@@ -20,7 +20,7 @@ import math
 import torch
 
 from ..common import target
-from ..dense_quantised.hopper import LOADABLE
+from ..gluon import LOADABLE
 
 CONSUMERS, STAGES = 3, 2  # warpgroups of 64 query rows, and stages of 128 keys of each
 SIZES = (16, 32, 64)  # keys of a granule: V's blocks hold 16
@@ -97,7 +97,7 @@ if LOADABLE:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from ..dense_quantised.hopper import (
+    from ..gluon.mma import (
         by_sixteens,
         in_values_range,
         integer_scores,

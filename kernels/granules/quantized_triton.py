@@ -62,7 +62,7 @@ def _attend(
     p = tl.exp2(x * scale[:, None] - (m_new - (8.807354922057604 + bias if FP8 else bias))[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
-    acc = add_values(p, alpha, acc, _values(v, slot, inside, D, BLOCK_D, FP8), FP8, ACC16, True)
+    acc = add_values(p, alpha, acc, _values(v, slot, inside, D, BLOCK_D, FP8), FP8, ACC16)
     return acc, l_i, m_new
 
 

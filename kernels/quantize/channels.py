@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import SMALLEST, TINY
 from ..common.target import tl, triton
-from .tokens import BLOCK, TINY, check, gather, padded_head_dim
+from .tokens import BLOCK, check, gather, padded_head_dim
 
 FP8_MAX = 448.0
 INTERLEAVED = (0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)  # what place i of every 16 tokens holds
@@ -153,7 +155,7 @@ def channel_scales(
     """
     mean = centre if mean is None else mean
     largest = torch.maximum(high - mean, mean - low)
-    largest = torch.where(largest <= TINY, 1.0, largest)
+    largest = torch.where(largest <= SMALLEST, 1.0, largest)
     step = largest / torch.full_like(largest, limit)  # by a number a GPU multiplies by its reciprocal
     # Minimum and maximum may skip NaN; the mean never does.
     scale = torch.where(centre.isfinite() & largest.isfinite(), step, torch.nan)
@@ -189,8 +191,8 @@ def fp8_values(x: QuantizedChannels, tokens: int, head_dim: int) -> torch.Tensor
     return x.values.float().transpose(2, 3)[:, :, :tokens, :head_dim]
 
 
-# arch -> warps of (statistics, channels). sm90's are measured, the others chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: (4, 8), 89: (4, 8), 90: (8, 8), 100: (4, 8), 120: (4, 8)}
+# arch -> warps of (statistics, channels)
+LAUNCH = LaunchTable({80: (4, 8), 89: (4, 8), 90: (8, 8), 100: (4, 8), 120: (4, 8)}, measured=[90])
 STATISTICS_ROWS, STATISTICS_STEP = 1024, 16  # tokens that one program of the statistics sums, and those of a step
 
 
@@ -202,7 +204,7 @@ def _statistics(k, v):
         _statistics_kernel[(parts, B * H)](
             k, v, partial, partial.stride(0), H, S, parts, *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=STATISTICS_STEP,
-            num_warps=target.launch_row(LAUNCH, k.device)[0],
+            num_warps=LAUNCH.row(k.device)[0],
         )  # fmt: skip
         stats = torch.empty(6, B, H, D, dtype=torch.float32, device=k.device)
         _join_statistics_kernel[(6, B * H)](
@@ -222,7 +224,7 @@ def _quantize_channels(v, stats, *, smooth, limit, permutation, interleave):
             v, permutation, stats.v_mean, stats.v_low, stats.v_high, scale, mean, values, H, S, padded,
             *v.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, LIMIT=limit, SMOOTH=smooth, INTERLEAVE=interleave,
-            num_warps=target.launch_row(LAUNCH, v.device)[1],
+            num_warps=LAUNCH.row(v.device)[1],
         )  # fmt: skip
     return QuantizedChannels(values, scale, mean if smooth else None)
 
@@ -299,7 +301,7 @@ def scales_of_channels(
     largest = tl.maximum(
         tl.load(v_high + offs_d, mask=real, other=0.0) - mean, mean - tl.load(v_low + offs_d, mask=real, other=0.0)
     )
-    largest = tl.where(largest <= 1e-30, 1.0, largest)  # tokens.TINY
+    largest = tl.where(largest <= TINY, 1.0, largest)
     finite = (tl.abs(centre) < float("inf")) & (tl.abs(largest) < float("inf"))
     scale = tl.where(finite, tl.div_rn(largest, tl.full([BLOCK_D], LIMIT, tl.float32)), float("nan"))
     return tl.where(real, scale, 1.0), mean

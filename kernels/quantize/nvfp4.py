@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import FP8_MAX, INT_AS_FLOAT
 from ..common.target import tl, triton
 from .tokens import BLOCK, block_means, check, padded_head_dim
 
@@ -135,8 +137,7 @@ def _head_scale(x: torch.Tensor, smoothed: bool) -> torch.Tensor:
     return torch.where(largest.isfinite(), power, torch.nan)
 
 
-# arch -> warps. Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: 8, 89: 16, 90: 8, 100: 8, 120: 8}
+LAUNCH = LaunchTable({80: 8, 89: 16, 90: 8, 100: 8, 120: 8})  # arch -> warps
 
 
 def _quantize_nvfp4(x, *, transposed, packed, mean, own_mean):
@@ -153,7 +154,7 @@ def _quantize_nvfp4(x, *, transposed, packed, mean, own_mean):
             x, None if mean is None else mean.contiguous(), means, head_scale, values, scale, H, S, blocks,
             *x.stride()[:3],
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, TRANSPOSED=transposed,
-            num_warps=target.launch_row(LAUNCH, x.device),
+            num_warps=LAUNCH.row(x.device),
         )  # fmt: skip
     return Nvfp4(values, scale, head_scale, means)
 
@@ -164,14 +165,14 @@ def round_to_e4m3(x):
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
     subnormal = (x + 24576.0) - 24576.0  # 1.5 * 2^23 steps of 2^-9
-    return tl.minimum(tl.where(x < 0.015625, subnormal, normal), 448.0)
+    return tl.minimum(tl.where(x < 0.015625, subnormal, normal), FP8_MAX)
 
 
 @triton.jit
 def round_to_e2m1(size):
     """Nearest e2m1 number to one that is not negative, ties to even; 6 at most."""
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
-    return tl.minimum(((size / step + 12582912.0) - 12582912.0) * step, 6.0)
+    return tl.minimum(((size / step + INT_AS_FLOAT) - INT_AS_FLOAT) * step, 6.0)
 
 
 @triton.jit

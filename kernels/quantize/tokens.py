@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import INT_AS_FLOAT, SMALLEST, TINY
 from ..common.target import tl, triton
 
 BLOCK = 128  # tokens that one program quantises, and the largest group
-TINY = 1e-30  # what is smaller counts as zero: its scale's inverse would overflow
 LEVELS = {8: 127.0, 4: 7.0}
 # side -> groups -> 128 tokens as [A, B, C, E]; tokens that differ in B and E alone share a scale.
 GROUPS = {
@@ -139,7 +140,7 @@ def quantize_tokens_reference(
         padded.view(B, H, blocks * BLOCK, -1)[:, :, S:] = 0
     largest = padded.abs().amax(-1).view(B, H, blocks, *GROUPS[side][groups])
     largest = largest.amax((-3, -1), keepdim=True).expand_as(largest).reshape(B, H, blocks, BLOCK)
-    largest = torch.where(largest <= TINY, 1.0, largest)
+    largest = torch.where(largest <= SMALLEST, 1.0, largest)
     # A tensor over a tensor: torch turns a number over a tensor into a reciprocal, rounded twice.
     inverse = torch.full_like(largest, LEVELS[bits]) / largest
     values = (padded * inverse[..., None]).round().nan_to_num(0).to(torch.int8)
@@ -210,8 +211,7 @@ def check(name: str, x: torch.Tensor, permutation: torch.Tensor | None = None) -
     padded_head_dim(x.shape[-1])
 
 
-# arch -> warps. Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
+LAUNCH = LaunchTable({80: 8, 89: 8, 90: 8, 100: 8, 120: 8})  # arch -> warps
 
 
 def _quantize_tokens(x, *, side, groups, bits, mean, own_mean, permutation):
@@ -227,7 +227,7 @@ def _quantize_tokens(x, *, side, groups, bits, mean, own_mean, permutation):
             x, permutation, mean, means, values, scale, H, S, blocks,
             *x.stride()[:3], *((0, 0, 0) if permutation is None else permutation.stride()),
             D=D, BLOCK_D=block_d, BLOCK=BLOCK, LEVELS=LEVELS[bits], GROUPS=GROUPS[side][groups], COMPACT=compact,
-            num_warps=target.launch_row(LAUNCH, x.device),
+            num_warps=LAUNCH.row(x.device),
         )  # fmt: skip
     return QuantizedTokens(values, scale, means)
 
@@ -235,7 +235,7 @@ def _quantize_tokens(x, *, side, groups, bits, mean, own_mean, permutation):
 @triton.jit
 def round_to_int8(x, levels_over_absmax):
     """Nearest integer, ties to even: adding 1.5 * 2^23 leaves no fraction bits."""
-    rounded = (x * levels_over_absmax + 12582912.0) - 12582912.0
+    rounded = (x * levels_over_absmax + INT_AS_FLOAT) - INT_AS_FLOAT
     return tl.where(tl.abs(rounded) < 128, rounded, 0.0).to(tl.int8)
 
 
@@ -275,7 +275,7 @@ def _quantize_tokens_kernel(
     largest = tl.reshape(absmax_of_rows(rows), GROUPS)
     largest = tl.max(tl.max(largest, 3, keep_dims=True), 1, keep_dims=True)
     largest = tl.reshape(tl.broadcast_to(largest, GROUPS), [BLOCK])
-    largest = tl.where(largest > 1e-30, largest, 1.0)  # TINY
+    largest = tl.where(largest > TINY, largest, 1.0)
     values += (bh * S + offs_s)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(
         values, round_to_int8(rows, tl.div_rn(LEVELS + tl.zeros_like(largest), largest)[:, None]), mask=inside[:, None]

@@ -10,7 +10,8 @@ between the outputs are differences of the masks. Two masks, head dims up to 128
 import torch
 
 from ..common import target
-from ..common.numbers import LOG2_E
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import base2
 from ..common.target import tl, triton
 
 MAX_HEAD_DIM = 128
@@ -111,8 +112,8 @@ def _check(q, k, v, masks, visible, mask_index):
             raise ValueError(f"{name} must be contiguous in its last dim, got strides {x.stride()}: call .contiguous()")
 
 
-# arch -> (rows, keys of a tile, warps, stages). Not measured: chosen by ahead-of-time compile.
-LAUNCH = {80: (32, 32, 8, 2), 89: (32, 32, 8, 2), 90: (64, 32, 4, 2), 100: (32, 32, 8, 2), 120: (32, 32, 8, 2)}
+# arch -> rows and keys of a tile
+LAUNCH = LaunchTable({arch: Launch(32, 32, 8, 2) for arch in (80, 89, 100, 120)} | {90: Launch(64, 32, 4, 2)})
 
 
 def _launch(q, k, v, masks, visible, sm_scale, mask_index):
@@ -123,7 +124,8 @@ def _launch(q, k, v, masks, visible, sm_scale, mask_index):
         raise TypeError(f"q, k and v must share fp16, bf16 or fp32, got {q.dtype}, {k.dtype}, {v.dtype}: convert them")
     B, H, S, D = k.shape
     t = q.shape[2]
-    block_t, block_n, num_warps, num_stages = target.launch_row(LAUNCH, k.device)
+    row = LAUNCH.row(k.device)
+    block_t, block_n = row.block_m, row.block_n
     if q.dtype == torch.float32:
         block_t, block_n = 16, 32
     row_blocks = triton.cdiv(t, block_t)
@@ -136,13 +138,13 @@ def _launch(q, k, v, masks, visible, sm_scale, mask_index):
     masks = _with_dense(masks, visible)
     with target.on_device(k):
         _probe_kernel[(stretches, 3 * B * H, row_blocks)](
-            q.contiguous(), k, v, masks.view(torch.uint8), acc, top, total, sm_scale * LOG2_E, B * H, H, t, S, tiles,
+            q.contiguous(), k, v, masks.view(torch.uint8), acc, top, total, base2(sm_scale), B * H, H, t, S, tiles,
             masks.stride(0) if masks.shape[0] > 1 else 0,
             None if mask_index is None else mask_index.contiguous(),
             *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), BLOCK_T=block_t, BLOCK_N=block_n,
             SPLIT=q.dtype != torch.float32, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-            num_warps=num_warps, num_stages=num_stages,
+            num_warps=row.num_warps, num_stages=row.num_stages,
         )  # fmt: skip
     highest = top.amax(0).clamp_min(torch.finfo(torch.float32).min)  # finite where a row sees nothing
     weight = torch.exp2(top - highest)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..common import target
+from ..common.launch import LaunchTable
 from ..common.target import tl, triton
 
 MAX_HEAD_DIM = 128
@@ -194,8 +195,8 @@ def _check_blocks(q_blocks, k_blocks, simthresh, cdf, topk):
 
 
 # arch -> (tokens read together, warps of the statistics, warps of the selection for up to 2048 key blocks; twice as many
-# above). Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: (32, 4, 4), 89: (32, 4, 4), 90: (32, 4, 4), 100: (32, 4, 4), 120: (32, 4, 4)}
+# above)
+LAUNCH = LaunchTable({80: (32, 4, 4), 89: (32, 4, 4), 90: (32, 4, 4), 100: (32, 4, 4), 120: (32, 4, 4)})
 
 
 def _statistics(x, block_size, order):
@@ -208,7 +209,7 @@ def _statistics(x, block_size, order):
     blocks = triton.cdiv(S, block_size)
     means = torch.empty(B, H, blocks, D, dtype=torch.float32, device=x.device)
     similarity = torch.empty(B, H, blocks, dtype=torch.float32, device=x.device)
-    rows, num_warps, _ = target.launch_row(LAUNCH, x.device)
+    rows, num_warps, _ = LAUNCH.row(x.device)
     with target.on_device(x):
         _block_statistics_kernel[(blocks, B * H)](
             x, None if order is None else order.contiguous(), means, similarity, H, S, block_size, *x.stride()[:3],
@@ -222,7 +223,7 @@ def _select(scores, q_blocks, k_blocks, simthresh, cdf, topk, attention_sink):
     if Nk > MAX_BLOCKS:
         raise NotImplementedError(f"there must be at most {MAX_BLOCKS} key blocks, got {Nk}: use larger blocks")
     block_map = torch.empty(B, H, Nq, Nk, dtype=torch.bool, device=scores.device)
-    num_warps = target.launch_row(LAUNCH, scores.device)[2] * (1 if Nk <= 2048 else 2)
+    num_warps = LAUNCH.row(scores.device)[2] * (1 if Nk <= 2048 else 2)
     with target.on_device(scores):
         _select_blocks_kernel[(Nq, B * H)](
             scores.contiguous(), q_blocks.similarity.contiguous(), k_blocks.similarity.contiguous(),

@@ -16,6 +16,7 @@ import math
 import torch
 
 from ..common import target
+from ..common.launch import LaunchTable
 from ..common.target import tl, triton
 
 MAX_CLUSTERS = 8192
@@ -121,8 +122,8 @@ def _check(q_centroids, k_centroids, k_sizes, top_p, min_k_ratio, budget):
         raise ValueError(f"budget must be in (0, 1], got {budget}: leave it None for no bound")
 
 
-# arch -> warps for up to 2048 key clusters (four times as many above). sm90: measured, 1, 2 and 8 are slower.
-LAUNCH = {80: 4, 89: 4, 90: 4, 100: 4, 120: 4}
+# arch -> warps for up to 2048 key clusters (four times as many above); on sm90 1, 2 and 8 are slower
+LAUNCH = LaunchTable({80: 4, 89: 4, 90: 4, 100: 4, 120: 4}, measured=[90])
 
 
 def _select(queries, k_centroids, k_sizes, top_p, at_least, at_most):
@@ -133,7 +134,7 @@ def _select(queries, k_centroids, k_sizes, top_p, at_least, at_most):
             f"top_p needs at most {MAX_CLUSTERS} key clusters, got {Ck}: use fewer num_k_clusters"
         )
     block_map = torch.empty(B, H, Cq, Ck, dtype=torch.bool, device=queries.device)
-    num_warps = target.launch_row(LAUNCH, queries.device) * (1 if Ck <= 2048 else 4)
+    num_warps = LAUNCH.row(queries.device) * (1 if Ck <= 2048 else 4)
     head_top_p = top_p.contiguous() if isinstance(top_p, torch.Tensor) else None
     queries, keys, k_sizes = queries.flatten(0, 1), k_centroids.flatten(0, 1).mT, k_sizes.contiguous()
     heads = max(1, SCORES // (Cq * Ck))

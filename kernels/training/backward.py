@@ -26,9 +26,12 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import INT8_MAX, LN_2
 from ..common.target import tl, triton
 from . import backward_hopper as training_backward_hopper
-from .forward import Launch, larger, operand, tile
+from . import forward_hopper as training_hopper
+from .forward import larger, operand, options, tile
 from .inputs import Kept, PackedGradients, empty_gradients, pack_gradients, turn, whole
 from .sequences import Sequences, layouts
 
@@ -37,13 +40,17 @@ def packed_gradients(
     grad: torch.Tensor, out: torch.Tensor, kept: Kept, rows: Sequences, products: str
 ) -> PackedGradients:
     """`pack_gradients` for what the forward kept; Hopper's kernels sum in bf16 whatever is asked for."""
-    wide = products == "bf16" or launch_of(kept, products).query.specialised
+    wide = products == "bf16" or _specialised(launch_of(kept, products).query, out.device)
     return pack_gradients(grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows, wide)
 
 
 def launch_of(kept: Kept, products: str) -> "BackwardLaunch":
     """The launches for what the forward kept, on its device."""
-    return target.launch_row(LAUNCH, kept.queries.device)[products, kept.queries.shape[2]]
+    return LAUNCH.row(kept.queries.device, products, kept.queries.shape[2])
+
+
+def _specialised(row: Launch, device: torch.device) -> bool:
+    return row.specialised and training_hopper.takes(device)
 
 
 @dataclass(frozen=True)
@@ -80,35 +87,34 @@ def key_candidates(products: str) -> Iterator[tuple[Launch, Launch | None]]:
         yield key, Launch(64, 128, 8, 3, tma=True, registers=128)
 
 
-# arch -> products, padded head dim -> launches. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
+# arch -> products, padded head dim -> launches.
 _NARROW = BackwardLaunch(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2))
 _NARROW_TMA = BackwardLaunch(Launch(64, 64, 4, 2, tma=True), Launch(64, 64, 4, 2, tma=True), None)
 _WIDE = BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 128, 8, 2), Launch(64, 128, 8, 2))
-_HOPPER = BackwardLaunch(Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), None)
-_APART = BackwardLaunch(
-    Launch(128, 64, 8, 3, tma=True), Launch(64, 128, 8, 2, tma=True), Launch(64, 128, 8, 2, tma=True)
+_HOPPER = BackwardLaunch(
+    Launch(128, 64, 8, 3, tma=True, specialised=True), Launch(64, 128, 8, 2, tma=True, specialised=True), None
 )
-LAUNCH = {
-    80: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
-    89: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
-    90: {("int8", 64): _HOPPER, ("int8", 128): _APART, ("bf16", 64): _HOPPER, ("bf16", 128): _HOPPER},
-    100: {
-        ("int8", 64): _NARROW_TMA,
-        ("int8", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.key, _APART.value),
-        ("bf16", 64): _NARROW_TMA,
-        ("bf16", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.key, _APART.value),
+_APART = BackwardLaunch(_HOPPER.query, _HOPPER.key, Launch(64, 128, 8, 2, tma=True))
+LAUNCH = LaunchTable(
+    {
+        80: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
+        89: {("int8", 64): _NARROW, ("int8", 128): _WIDE, ("bf16", 64): _NARROW, ("bf16", 128): _WIDE},
+        90: {("int8", 64): _HOPPER, ("int8", 128): _APART, ("bf16", 64): _HOPPER, ("bf16", 128): _HOPPER},
+        100: {
+            ("int8", 64): _NARROW_TMA,
+            ("int8", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.value, _APART.value),
+            ("bf16", 64): _NARROW_TMA,
+            ("bf16", 128): BackwardLaunch(Launch(128, 64, 8, 2, tma=True), _APART.value, _APART.value),
+        },
+        120: {
+            ("int8", 64): _NARROW_TMA,
+            ("int8", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2, tma=True)),
+            ("bf16", 64): _NARROW,
+            ("bf16", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+        },
     },
-    120: {
-        ("int8", 64): _NARROW_TMA,
-        ("int8", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 128, 8, 2, tma=True)),
-        ("bf16", 64): _NARROW,
-        ("bf16", 128): BackwardLaunch(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
-    },
-}
-PLAIN_HOPPER = dict(LAUNCH[90])  # to compare with
-if training_backward_hopper.LOADABLE:
-    _SPECIALISED = Launch(128, 64, 12, 4, tma=True, specialised=True)
-    LAUNCH[90] = dict.fromkeys(LAUNCH[90], BackwardLaunch(_SPECIALISED, _SPECIALISED, None))
+    measured=[90],
+)
 
 
 def launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k, products):
@@ -143,7 +149,7 @@ def query_gradient(
         is_causal, sm_scale: the forward's.
         products: as in `training_attention_backward`.
     """
-    if row.specialised:
+    if _specialised(row, dq.device):
         training_backward_hopper.query_gradient(dq, kept, packed, rows, columns, is_causal, sm_scale)
         return
     H, T, block_d = kept.queries.shape
@@ -155,7 +161,7 @@ def query_gradient(
             row.source(turn(kept.keys), block_d, row.block_n) if int8 else row.source(kept.keys.bfloat16(), row.block_n, block_d),
             kept.q_scale, packed.scale, kept.lse, packed.delta, kept.k_scale, rows.owner, rows.table, columns.table, dq,
             sm_scale, H // kept.keys.shape[0], T, columns.tokens, *dq.stride()[:3],
-            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8, **row.options(),
+            D=dq.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8, **options(row),
         )  # fmt: skip
 
 
@@ -171,7 +177,7 @@ def key_gradients(
     products: str,
 ) -> None:
     """Writes dk and dv; arguments as in `query_gradient`."""
-    if launch.key.specialised:
+    if _specialised(launch.key, dk.device):
         training_backward_hopper.key_gradients(dk, dv, kept, packed, rows, columns, is_causal)
         return
     H, T, block_d = kept.queries.shape
@@ -194,14 +200,14 @@ def key_gradients(
                 dk, dv,
                 H // kept.keys.shape[0], T, columns.tokens, *dk.stride()[:3],
                 D=dk.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, INT8=int8,
-                WITH_K=with_k, WITH_V=with_v, **row.options(),
+                WITH_K=with_k, WITH_V=with_v, **options(row),
             )  # fmt: skip
 
 
 @triton.jit
 def _in_8_bits(x):
     """A tile of INT8 for a product, one scale a row, and those scales."""
-    scale = larger(tl.max(tl.abs(x), 1), 1e-36) / 127.0
+    scale = larger(tl.max(tl.abs(x), 1), 1e-36) / INT8_MAX
     return operand(whole(x * (1.0 / scale)[:, None])), scale
 
 
@@ -359,7 +365,7 @@ def _key_gradient_kernel(
     goal = batch * stride_b + kv * stride_h + (first + position)[:, None] * stride_s + offs_d[None, :]
     mask = (position < tl.load(columns + n * 4 + 2))[:, None] & (offs_d < D)[None, :]
     if WITH_K:
-        acc_k = acc_k * (0.6931471805599453 / scale)[:, None] + shown  # ln 2
+        acc_k = acc_k * (tl.full(scale.shape, LN_2, tl.float32) / scale)[:, None] + shown
         tl.store(dk + goal, acc_k.to(dk.dtype.element_ty), mask=mask)
     if WITH_V:
         tl.store(dv + goal, (acc_v + shown).to(dv.dtype.element_ty), mask=mask)

@@ -10,10 +10,11 @@ Source: the tiles are FlashAttention-3's (arXiv 2407.08608, section 3), but for 
 import torch
 
 from ..common import target
+from ..common.numbers import INT_AS_FLOAT, INT_AS_FLOAT_BITS, LN_2
+from ..gluon import LOADABLE
 from . import forward_hopper as training_hopper
 from .forward_hopper import Launch
 
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 STEP = 64  # queries, or keys, of a stage
 # Of dQ, and of dK and dV, whose sums leave no registers for a third warpgroup.
 TWO, THREE, KEYS = Launch(2, 4, False, 168, 240), Launch(3, 2, False, 128, 160), Launch(2, 4, False, 168, 240)
@@ -62,21 +63,15 @@ def _numbers(x: torch.Tensor):
 
 if LOADABLE:
     own_sums, query_place, seen_keys = training_hopper.own_sums, training_hopper.query_place, training_hopper.seen_keys
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from ..gluon import TensorDescriptor, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from ..gluon.ring import acquire, await_stage, new_ring, release
 
     @gluon.jit
     def _barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
         """That the first tiles are there, and of each stage that it is full, or empty."""
         first_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         mbarrier.init(first_ready, count=1)
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(empty.index(i), count=CONSUMERS)
+        ready, empty = new_ring(STAGES, CONSUMERS)
         return first_ready, ready, empty
 
     @gluon.jit
@@ -92,7 +87,7 @@ if LOADABLE:
         """Stage i: 64 tokens in INT8 and twice in bf16, then their numbers."""
         _, ready, empty = barriers
         stage = i % STAGES
-        mbarrier.wait(empty.index(stage), (i // STAGES & 1) ^ 1)
+        acquire(empty, i, STAGES)
         bar = ready.index(stage)
         mbarrier.expect(bar, 64 * BLOCK_D * 5 + (len(boxes) - 3) * 64 * 4)
         for j in gl.static_range(3):
@@ -103,7 +98,7 @@ if LOADABLE:
     @gluon.jit
     def _whole_scores(a, b, s_layout: gl.constexpr):
         """Starts an INT8 product from the bits of 1.5 * 2^23: an integer below 2^22 added to these bits is added to the number."""
-        start = gl.full([64, 64], 0x4B400000, gl.int32, s_layout)
+        start = gl.full([64, 64], INT_AS_FLOAT_BITS, gl.int32, s_layout)
         return warpgroup_mma(a, b.permute((1, 0)), start, is_async=True)
 
     @gluon.jit
@@ -115,7 +110,7 @@ if LOADABLE:
     @gluon.jit
     def _times(s, row_scale):
         """Scores of `_whole_scores`, times a number a row: no conversion, of which a GPU does few."""
-        return gl.fma(s.to(gl.float32, bitcast=True), row_scale[:, None], (row_scale * -12582912.0)[:, None])
+        return gl.fma(s.to(gl.float32, bitcast=True), row_scale[:, None], (row_scale * -INT_AS_FLOAT)[:, None])
 
     @gluon.jit
     def _store(
@@ -154,7 +149,7 @@ if LOADABLE:
         _, ready, empty = barriers
         row_scale, lse, delta = vectors
         stage = i % STAGES
-        mbarrier.wait(ready.index(stage), i // STAGES & 1)
+        await_stage(ready, i, STAGES)
         s = _whole_scores(q, k_boxes.index(stage), s_layout)
         dp = _wide(grad, v_boxes.index(stage), dp_layout)
         scale = scale_boxes.index(stage).load(gl.SliceLayout(0, s_layout))[None, :]
@@ -170,7 +165,7 @@ if LOADABLE:
         ds = gl.convert_layout(ds.to(gl.bfloat16), ds_layout)
         acc = warpgroup_mma(ds, k16_boxes.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(stage), count=1)
+        release(empty, i, STAGES)
         return acc
 
     @gluon.jit
@@ -300,7 +295,7 @@ if LOADABLE:
         _, ready, empty = barriers
         stage = i % STAGES
         across: gl.constexpr = gl.SliceLayout(0, s_layout)
-        mbarrier.wait(ready.index(stage), i // STAGES & 1)
+        await_stage(ready, i, STAGES)
         s = _whole_scores(k, q_boxes.index(stage), s_layout)
         dp = _wide(v, g_boxes.index(stage), dp_layout)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -321,7 +316,7 @@ if LOADABLE:
         ds = gl.convert_layout(ds.to(gl.bfloat16), p_layout)
         acc_k = warpgroup_mma(ds, q16_boxes.index(stage), acc_k, is_async=True)
         acc_v, acc_k = warpgroup_mma_wait(0, deps=[acc_v, acc_k])
-        mbarrier.arrive(empty.index(stage), count=1)
+        release(empty, i, STAGES)
         return acc_k, acc_v
 
     @gluon.jit
@@ -368,7 +363,7 @@ if LOADABLE:
             place = column - gl.load(columns + n * 4 + 3)
             local = PART * 64 + gl.arange(0, 64, gl.SliceLayout(1, o_layout))
             scale = gl.load(k_scale + kv.to(gl.int64) * Tk + column + local)
-            acc_k = acc_k * (0.6931471805599453 / scale)[:, None]  # ln 2
+            acc_k = acc_k * (LN_2 / scale)[:, None]
             _store(dk, acc_k, columns, n, place + local, kv, strides, D, BLOCK_D, o_layout)
             _store(dv, acc_v, columns, n, place + local, kv, strides, D, BLOCK_D, o_layout)
 

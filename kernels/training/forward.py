@@ -1,11 +1,11 @@
 """The forward of INT8 training attention in Triton."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from ..common import target
+from ..common.launch import Launch, LaunchTable
 from ..common.target import tl, triton
 from ..quantize.channels import statistics
 from . import forward_hopper as training_hopper
@@ -13,43 +13,12 @@ from .inputs import Kept, PackedKeys, channel_scale, pack_keys, pack_queries, wh
 from .sequences import Sequences, layouts
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tile sizes of one kernel; both block sizes divide 128.
-
-    Args:
-        block_m, block_n: queries and keys of a tile.
-        num_warps, num_stages: as Triton has them.
-        tma: read tiles through tensor descriptors (sm90 and newer), not pointers.
-        registers: at most so many a thread, so that more programs share a multiprocessor; None: as many as it takes.
-        specialised: Hopper's kernels with a producer and consumers; of the rest only num_stages counts.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    registers: int | None = None
-    specialised: bool = False
-
-    def name(self) -> str:
-        """Such as 128x64_w8_s3_tma."""
-        if self.specialised:
-            return f"specialised_s{self.num_stages}"
-        flags = ("_tma" if self.tma else "") + ("" if self.registers is None else f"_r{self.registers}")
-        return f"{self.block_m}x{self.block_n}_w{self.num_warps}_s{self.num_stages}{flags}"
-
-    def source(self, x: torch.Tensor, rows: int, columns: int):
-        """Packed tokens or a turned copy as the kernels read them: a tensor, or a descriptor of its tiles."""
-        return target.tiles_of(x.flatten(0, 1), [rows, columns]) if self.tma else x
-
-    def options(self) -> dict[str, int | None]:
-        """What a launch takes besides the arguments."""
-        return {
-            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TMA": self.tma,
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.registers,
-        }  # fmt: skip
+def options(row: Launch) -> dict[str, int | None]:
+    """What the kernels of training take besides their arguments."""
+    return {
+        "BLOCK_M": row.block_m, "BLOCK_N": row.block_n, "TMA": row.tma,
+        "num_warps": row.num_warps, "num_stages": row.num_stages, "maxnreg": row.registers,
+    }  # fmt: skip
 
 
 def candidates() -> Iterator[Launch]:
@@ -63,14 +32,16 @@ def candidates() -> Iterator[Launch]:
     yield Launch(128, 64, 8, 3, tma=True, registers=128)
 
 
-# arch -> padded head dim -> tile sizes. Not measured: chosen by ahead-of-time compile (no spills, shared memory).
-LAUNCH = {
-    80: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
-    89: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
-    90: {64: Launch(128, 128, 8, 3, tma=True), 128: Launch(128, 128, 8, 3, tma=True)},
-    100: {64: Launch(128, 64, 4, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
-    120: {64: Launch(128, 64, 8, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
-}
+# arch -> padded head dim -> tile sizes.
+LAUNCH = LaunchTable(
+    {
+        80: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
+        89: {64: Launch(128, 64, 4, 3), 128: Launch(128, 32, 8, 3)},
+        90: {64: Launch(128, 128, 8, 3, tma=True), 128: Launch(128, 128, 8, 3, tma=True)},
+        100: {64: Launch(128, 64, 4, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
+        120: {64: Launch(128, 64, 8, 3, tma=True), 128: Launch(128, 64, 8, 3, tma=True)},
+    }
+)
 
 
 def launch(q, k, v, *, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
@@ -109,7 +80,7 @@ def attend_packed(
     if packed.wide is not None:
         return training_hopper.attend(queries, q_scale, packed, rows, columns, q, is_causal)
     H, T, block_d = queries.shape
-    row = target.launch_row(LAUNCH, q.device)[block_d]
+    row = LAUNCH.row(q.device, block_d)
     out, lse = torch.empty_like(q), torch.empty_like(q_scale)
     with target.on_device(q):
         _training_forward_kernel[(T // row.block_m, H)](
@@ -117,7 +88,7 @@ def attend_packed(
             row.source(packed.values8, block_d, row.block_n),
             q_scale, packed.scale, v_scale, v_mean, rows.owner, rows.table, columns.table, out, lse,
             H // packed.keys.shape[0], packed.keys.shape[0], T, columns.tokens, *out.stride()[:3],
-            D=q.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, **row.options(),
+            D=q.shape[3], BLOCK_D=block_d, CAUSAL=is_causal, **options(row),
         )  # fmt: skip
     return out, lse
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
-
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
+from ..common.numbers import INT_AS_FLOAT, INT_AS_FLOAT_BITS
+from ..gluon import LOADABLE
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,8 @@ def _tiles(x: torch.Tensor, tokens: int):
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from ..gluon import TensorDescriptor, gl, gluon, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+    from ..gluon.ring import acquire, await_stage, new_ring, release
 
     @gluon.jit
     def query_place(programs, rows, columns, ROWS: gl.constexpr, CAUSAL: gl.constexpr):
@@ -127,13 +125,13 @@ if LOADABLE:
                 tma.async_copy_global_to_shared(q_desc, [h * T + first + part * 64, 0], q_ready, q_boxes.index(part))
             row = h // HEADS_PER_KEY * Tk + start
             for i in range(gl.cdiv(stop, 128)):
-                stage, phase = i % STAGES, (i // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
+                stage = i % STAGES
+                acquire(k_empty, i, STAGES)
                 bar = k_ready.index(stage)
                 mbarrier.expect(bar, 128 * BLOCK_D + 128 * 4)
                 tma.async_copy_global_to_shared(k_desc, [row + i * 128, 0], bar, k_boxes.index(stage))
                 tma.async_copy_global_to_shared(scale_desc, [row + i * 128], bar, scale_boxes.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
+                acquire(v_empty, i, STAGES)
                 bar = v_ready.index(stage)
                 mbarrier.expect(bar, 128 * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(v_desc, [row + i * 128, 0], bar, v_boxes.index(stage))
@@ -141,8 +139,8 @@ if LOADABLE:
     @gluon.jit
     def _scores(q, k_boxes, k_ready, i, STAGES: gl.constexpr, s_layout: gl.constexpr):
         """Starts Q K^T of tile i from the bits of 1.5 * 2^23: an integer below 2^22 added to these bits is added to the number."""
-        start = gl.full([64, 128], 0x4B400000, gl.int32, s_layout)
-        mbarrier.wait(k_ready.index(i % STAGES), i // STAGES & 1)
+        start = gl.full([64, 128], INT_AS_FLOAT_BITS, gl.int32, s_layout)
+        await_stage(k_ready, i, STAGES)
         return warpgroup_mma(q, k_boxes.index(i % STAGES).permute((1, 0)), start, is_async=True)
 
     @gluon.jit
@@ -166,7 +164,7 @@ if LOADABLE:
         s_layout: gl.constexpr,
     ):  # fmt: skip
         """P, what scales the sums so far, maximum and sum."""
-        x = s.to(gl.float32, bitcast=True) * scale[None, :] - (scale * 12582912.0)[None, :]
+        x = s.to(gl.float32, bitcast=True) * scale[None, :] - (scale * INT_AS_FLOAT)[None, :]
         if MASKED:
             x = gl.where(seen_keys(i * 128, 128, keys, position, CAUSAL, s_layout), x, float("-inf"))
         m_new = gl.maximum(m_i, gl.max(x, 1) * row_scale)  # m_i is finite from the start: no difference of infinities
@@ -186,7 +184,7 @@ if LOADABLE:
         before = (i - 1) % STAGES
         p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
         s = _scores(q, k_boxes, k_ready, i, STAGES, s_layout)
-        mbarrier.wait(v_ready.index(before), (i - 1) // STAGES & 1)
+        await_stage(v_ready, i - 1, STAGES)
         acc = warpgroup_mma(p16, v_boxes.index(before), acc, is_async=True)
         scale = scale_boxes.index(i % STAGES).load(gl.SliceLayout(0, s_layout))
         s = warpgroup_mma_wait(1, deps=[s])
@@ -194,9 +192,9 @@ if LOADABLE:
         # Nobody reads this: a store that needs all of P keeps the wait, which ptxas would move up, behind the softmax.
         scratch.store(l_i)
         # Not earlier: an arrival does not wait for loads, here of the scale.
-        mbarrier.arrive(k_empty.index(i % STAGES), count=1)
+        release(k_empty, i, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(before), count=1)
+        release(v_empty, i - 1, STAGES)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
         return p, acc, m_i, l_i
 
@@ -215,12 +213,12 @@ if LOADABLE:
         p, alpha, m_i, l_i = _softmax(s, scale, row_scale, i, keys, position, m_i, l_i, MASKED, CAUSAL, s_layout)
         p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-        mbarrier.wait(v_ready.index(stage), i // STAGES & 1)
+        await_stage(v_ready, i, STAGES)
         acc = warpgroup_mma(p16, v_boxes.index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         # Not earlier: an arrival does not wait for loads, here of the scale.
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        release(k_empty, i, STAGES)
+        release(v_empty, i, STAGES)
         return acc, m_i, l_i
 
     @gluon.jit
@@ -254,7 +252,7 @@ if LOADABLE:
                 )  # fmt: skip
             last = gl.cdiv(stop, 128) - 1
             p16 = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
-            mbarrier.wait(v_ready.index(last % STAGES), last // STAGES & 1)
+            await_stage(v_ready, last, STAGES)
             acc = warpgroup_mma(p16, v_boxes.index(last % STAGES), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
         else:
@@ -326,16 +324,9 @@ if LOADABLE:
         v_boxes = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 128, BLOCK_D], v_desc.layout)
         scale_boxes = gl.allocate_shared_memory(gl.float32, [STAGES, 128], scale_desc.layout)
         q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-        k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         mbarrier.init(q_ready, count=1)
-        for i in gl.static_range(STAGES):
-            mbarrier.init(k_ready.index(i), count=1)
-            mbarrier.init(v_ready.index(i), count=1)
-            mbarrier.init(k_empty.index(i), count=CONSUMERS)
-            mbarrier.init(v_empty.index(i), count=CONSUMERS)
+        k_ready, k_empty = new_ring(STAGES, CONSUMERS)
+        v_ready, v_empty = new_ring(STAGES, CONSUMERS)
         barriers = (q_ready, k_ready, k_empty, v_ready, v_empty)
         scratches = gl.allocate_shared_memory(gl.float32, [CONSUMERS, 64, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         boxes, descriptors = (q_boxes, k_boxes, v_boxes, scale_boxes, scratches), (q_desc, k_desc, v_desc, scale_desc)

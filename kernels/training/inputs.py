@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from ..common import target
-from ..common.numbers import LOG2_E
+from ..common.launch import LaunchTable
+from ..common.numbers import INT8_MAX, INT_AS_FLOAT, SMALLEST, TINY, base2
 from ..common.target import tl, triton
 from ..quantize.channels import Statistics
-from ..quantize.tokens import TINY, absmax_of_rows, padded_head_dim
+from ..quantize.tokens import absmax_of_rows, padded_head_dim
 from . import forward_hopper as training_hopper
 from .sequences import Sequences, operand_order, pack
 
@@ -107,7 +108,7 @@ class PackedGradients:
 def channel_scale(stats: Statistics) -> torch.Tensor:
     """INT8 scale of every channel of V less its mean, fp32 [B, Hkv, D]; NaN where it has NaN or infinity."""
     largest = torch.maximum(stats.v_high - stats.v_mean, stats.v_mean - stats.v_low)
-    largest = torch.where(largest <= TINY, 1.0, largest)
+    largest = torch.where(largest <= SMALLEST, 1.0, largest)
     return torch.where(stats.v_mean.isfinite() & largest.isfinite(), largest / 127, torch.nan)
 
 
@@ -128,7 +129,7 @@ def pack_queries(q: torch.Tensor, layout: Sequences, sm_scale: float) -> tuple[t
 def pack_queries_reference(q: torch.Tensor, layout: Sequences, sm_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Specification of `pack_queries` in plain torch; same arguments and result."""
     values, scale = _quantized_rows(pack(q, layout))
-    return values, scale * (sm_scale * LOG2_E)
+    return values, scale * base2(sm_scale)
 
 
 def pack_keys(
@@ -232,15 +233,14 @@ def turn_reference(x: torch.Tensor) -> torch.Tensor:
 
 def _quantized_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = rows.abs().amax(-1)
-    largest = torch.where(largest <= TINY, 1.0, largest)
+    largest = torch.where(largest <= SMALLEST, 1.0, largest)
     # A tensor over a tensor: torch turns a number over a tensor into a reciprocal, rounded twice.
     inverse = torch.full_like(largest, 127.0) / largest
     values = (rows * inverse[..., None]).round().nan_to_num(0).to(torch.int8)
     return values, torch.where(largest.isfinite(), largest / 127, torch.nan)
 
 
-# arch -> warps of a program. Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: 8, 89: 8, 90: 8, 100: 8, 120: 8}
+LAUNCH = LaunchTable({80: 8, 89: 8, 90: 8, 100: 8, 120: 8})  # arch -> warps of a program
 ROWS = 64  # that a program quantises
 
 
@@ -251,8 +251,8 @@ def _pack_queries(q, layout, sm_scale):
     scale = torch.empty(H, layout.tokens, dtype=torch.float32, device=q.device)
     with target.on_device(q):
         _pack_queries_kernel[(layout.tokens // ROWS, H)](
-            q, layout.owner, layout.table, values, scale, sm_scale * LOG2_E, layout.tokens, *q.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, q.device),
+            q, layout.owner, layout.table, values, scale, base2(sm_scale), layout.tokens, *q.stride()[:3],
+            D=D, BLOCK_D=block_d, ROWS=ROWS, num_warps=LAUNCH.row(q.device),
         )  # fmt: skip
     return values, scale
 
@@ -270,7 +270,7 @@ def _pack_keys(k, v, stats, layout, wide):
         _pack_keys_kernel[(T // ROWS, H)](
             k, v, stats.k_mean, stats.v_mean, channel_scale(stats), layout.owner, layout.table,
             first, keys, scale, values, rest, H, T, *k.stride()[:3], *v.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=target.launch_row(LAUNCH, k.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=LAUNCH.row(k.device),
         )  # fmt: skip
     if not wide:
         return PackedKeys(first, keys, scale, values)
@@ -289,7 +289,7 @@ def _pack_gradients(grad, out, v_mean, queries, q_scale, lse, layout, wide):
         _pack_gradients_kernel[(T // ROWS, H)](
             grad, out, v_mean, queries, q_scale, lse, layout.owner, layout.table, second, values, scale, delta, shifted,
             v_mean.shape[1], H // v_mean.shape[1], T, *grad.stride()[:3], *out.stride()[:3],
-            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=target.launch_row(LAUNCH, out.device),
+            D=D, BLOCK_D=block_d, ROWS=ROWS, WIDE=wide, num_warps=LAUNCH.row(out.device),
         )  # fmt: skip
     return PackedGradients(None if wide else second, values, scale, delta, shifted, second if wide else None)
 
@@ -298,9 +298,7 @@ def _turn(x):
     H, T, block_d = x.shape
     turned = torch.empty(H, block_d, T, dtype=torch.int8, device=x.device)
     with target.on_device(x):
-        _turn_kernel[(T // ROWS, H)](
-            x, turned, T, BLOCK_D=block_d, ROWS=ROWS, num_warps=target.launch_row(LAUNCH, x.device)
-        )
+        _turn_kernel[(T // ROWS, H)](x, turned, T, BLOCK_D=block_d, ROWS=ROWS, num_warps=LAUNCH.row(x.device))
     return turned
 
 
@@ -314,7 +312,7 @@ def in_operand_order(place):
 def whole(x):
     """The integers nearest to fp32 of at most 127 in size, as int8."""
     # 1.5 * 2^23 leaves no fraction bits, and the low byte is the integer: no conversion, which would be slower.
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return (x + INT_AS_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -328,8 +326,8 @@ def _rows(x, row, inside, stride, offs_d, D: tl.constexpr):
 def _quantized(rows):
     """INT8 rows, and their scales; a row with NaN or infinity has scale NaN."""
     largest = absmax_of_rows(rows)
-    largest = tl.where(largest > 1e-30, largest, 1.0)  # TINY
-    full = tl.full(largest.shape, 127.0, dtype=tl.float32)
+    largest = tl.where(largest > TINY, largest, 1.0)
+    full = tl.full(largest.shape, INT8_MAX, dtype=tl.float32)
     finite = largest < float("inf")
     values = whole(tl.where(finite[:, None], rows * tl.div_rn(full, largest)[:, None], 0.0))
     return values, tl.where(finite, tl.div_rn(largest, full), float("nan"))

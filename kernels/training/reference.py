@@ -1,10 +1,10 @@
 """Forward and backward of INT8 training attention in plain torch: the specifications of all kernels."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 
-from ..common.numbers import LN_2
 from ..quantize.channels import statistics_reference
 from .inputs import (
     Kept,
@@ -16,6 +16,7 @@ from .inputs import (
 )
 from .sequences import Sequences, layouts, operand_order, unpack
 
+LN_2 = math.log(2)
 GROUPS = {"q": 64, "k": 64, "v": 64}  # scores that share a scale in a row, by whose gradient they make
 P_GROUP = 128  # keys that share a scale of P in a row; a launch may take fewer
 

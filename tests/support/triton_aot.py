@@ -44,7 +44,6 @@ from svg.kernels import (
 )
 from svg.kernels.block_sparse.blocks import Tail
 from svg.kernels.block_sparse.triton import LAUNCH, Launch
-from svg.kernels.block_sparse_quantised import hopper as block_sparse_quantised_hopper
 from svg.kernels.block_sparse_quantised.triton import LAUNCH as sparse_table
 from svg.kernels.common import target
 from svg.kernels.common.heads import move_heads
@@ -58,8 +57,6 @@ from svg.kernels.granules.reference import cut_granules_reference, lists_of
 from svg.kernels.granules.values import GranuleLists
 from svg.kernels.selection.computed_pairs import computed_pairs
 from svg.kernels.training import forward_hopper as training_hopper
-from svg.kernels.training.backward import LAUNCH as backward_table
-from svg.kernels.training.backward import PLAIN_HOPPER
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"\b(?:[HQIO]G?MMA|UTC\w*MMA)\b")
@@ -103,7 +100,7 @@ def run_operations(arch):
         for plain in (quantised_plain, sparse_quantised_plain):
             yield f"{plain.__name__} int8-fp8", plain
         # the other ways to launch that `svg bench attention --sweep` times
-        for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True, True), Launch(128, 128, 8, 2, True)):
+        for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
         for D, tail in ((64, True), (96, True), (128, True), (128, False)):
             yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: granules("bf16", D, 128, tail)
@@ -226,10 +223,9 @@ def training(D, is_causal, products, group=1):
 
 def plain_training(D, is_causal, products):
     """What launches where Hopper's own kernels don't."""
-    takes, rows = training_hopper.takes, backward_table[90]
-    training_hopper.takes, backward_table[90] = lambda device: False, PLAIN_HOPPER
+    takes, training_hopper.takes = training_hopper.takes, lambda device: False
     training(D, is_causal, products)
-    training_hopper.takes, backward_table[90] = takes, rows
+    training_hopper.takes = takes
 
 
 def quantised_plain():
@@ -327,7 +323,6 @@ def compile_all(arch):
     driver.set_active(StandInDriver(arch))
     target.use_triton = lambda x: True
     target.arch = lambda device: arch
-    block_sparse_quantised_hopper.FUSED_TAIL = True  # off until a GPU has run it, compiled all the same
     launched, run = [], JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launched.append(
         (self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs))

@@ -77,10 +77,9 @@ def test_head_dims(D, dtype):
 
 @in_interpreter
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("D", [96, 128])
-def test_every_way_to_launch(tma, lazy, D, monkeypatch):
-    monkeypatch.setitem(block_sparse.LAUNCH[90], (2, 128), block_sparse.Launch(64, 32, 4, 2, tma, lazy))
+def test_every_way_to_launch(tma, D, monkeypatch):
+    monkeypatch.setitem(block_sparse.LAUNCH[90], (2, 128), block_sparse.Launch(64, 32, 4, 2, tma))
     assert_matches_definition(*problem(129, D, torch.bfloat16))
     (q, *rest), plan = problem(129, D, torch.float16)
     assert_matches_definition((q * 20, *rest), plan)  # maxima that rise by more than 2^8

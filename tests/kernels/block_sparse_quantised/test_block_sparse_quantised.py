@@ -11,7 +11,7 @@ from svg.kernels import (
 from svg.kernels.block_sparse.blocks import Tail
 from svg.kernels.block_sparse_quantised.triton import LAUNCH
 from svg.kernels.common import target
-from svg.kernels.common.quantised_tile import Launch
+from svg.kernels.common.launch import Launch
 
 SIZES = {"q": ([100, 0, 20, 9], [0, 1, 1, 61]), "k": ([10, 0, 0, 40, 7, 1], [0, 33, 0, 30, 0, 0])}
 in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of the Triton kernel only")
@@ -186,7 +186,7 @@ def test_what_is_not_finite_shows():
 
 
 @in_interpreter
-@pytest.mark.parametrize("row", [Launch(64, 32, 4, 2), Launch(64, 64, 4, 2, magic=True, tma=True)])
+@pytest.mark.parametrize("row", [Launch(64, 32, 4, 2), Launch(64, 64, 4, 2, tma=True)])
 def test_every_way_to_launch(row, monkeypatch):
     for precision in ("int8-fp8", "int8-fp16"):
         with monkeypatch.context() as changed:

@@ -4,7 +4,7 @@ from quantised_inputs import cosine, exact, outliers
 
 from svg.kernels import quantised_attention, quantised_attention_reference
 from svg.kernels.common import target
-from svg.kernels.common.quantised_tile import Launch
+from svg.kernels.common.launch import Launch
 from svg.kernels.dense_quantised.triton import LAUNCH
 from svg.kernels.quantize.precision import PRECISIONS
 
@@ -196,9 +196,7 @@ def test_two_runs_are_bit_equal():
 
 
 @in_interpreter
-@pytest.mark.parametrize(
-    "row", [Launch(64, 64, 4, 2), Launch(128, 128, 8, 2, magic=True), Launch(128, 64, 8, 2, False)]
-)
+@pytest.mark.parametrize("row", [Launch(64, 64, 4, 2), Launch(128, 128, 8, 2), Launch(128, 64, 8, 2, tma=True)])
 def test_every_way_to_launch(row, monkeypatch):
     """Tile sizes and tricks change the order of sums and of P's rounding, nothing else."""
     arguments = outliers(200, 300, dtype=torch.float32)
