@@ -16,7 +16,7 @@ from .values import ROWS, SIZES, GranuleLists, Granules
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LOG2_E = 1.4426950408889634
-# Keys of a stage and stages of Hopper's kernel, by padded head dim: compiled only.
+# Keys of a stage and stages of Hopper's kernel, by padded head dim: 128 is measured (docs/lab/near.md), 64 compiled only.
 HOPPER = {64: (128, 3), 128: (128, 2)}
 
 
