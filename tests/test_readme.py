@@ -58,7 +58,7 @@ def test_links_and_presets_exist():
     assert "docs/architecture.md" in text_links
     for link in text_links:
         assert (ROOT / link).exists(), link
-    assert set(re.findall(r"--preset (\S+)", README)) <= set(preset_names())
+    assert set(re.findall(r"--preset ([\w.-]+)", README)) <= set(preset_names())
 
 
 def test_the_first_screen_fits():
