@@ -100,8 +100,8 @@ class Launch(NamedTuple):
 
 
 # arch -> element bytes -> Launch. Not measured: chosen by ahead-of-time compile (no spills).
-AMPERE = {2: Launch(128, 64, 8, 2, 64, 64, 4, 2), 4: Launch(64, 32, 4, 2, 64, 32, 4, 2)}
-HOPPER = {2: Launch(128, 64, 8, 3, 128, 64, 8, 3), 4: Launch(64, 32, 4, 2, 64, 32, 4, 2)}
+AMPERE = {2: Launch(128, 64, 8, 2, 64, 64, 4, 2), 4: Launch(64, 16, 8, 2, 64, 32, 8, 2)}
+HOPPER = {2: Launch(128, 64, 8, 3, 128, 64, 8, 3), 4: Launch(64, 16, 8, 2, 64, 32, 8, 2)}
 LAUNCH = {80: AMPERE, 89: AMPERE, 90: HOPPER, 100: HOPPER, 120: AMPERE}
 
 
@@ -179,6 +179,15 @@ def _tile(x, first, limit, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _logits(q, k, PRECISION: tl.constexpr):
+    """[BP, BT]. In fp32 the keys come first: queries split in two for TF32 would take all registers."""
+    if PRECISION is None:
+        return tl.dot(q, k.T)
+    else:
+        return tl.dot(k, q.T, input_precision=PRECISION).T
+
+
+@triton.jit
 def _add(s, total, top, factor):
     """Running maximum of the scores and sum of exponentials of a row."""
     higher = tl.maximum(top, tl.max(s, 1))
@@ -202,11 +211,11 @@ def _normalizers_kernel(
     last = (T - 1) // BLOCK_T * BLOCK_T
     for t in range(0, last, BLOCK_T):
         k = _tile(k_mean, t, T, D, BLOCK_D, BLOCK_T, False)
-        s = tl.dot(q, k.T, input_precision=PRECISION)
+        s = _logits(q, k, PRECISION)
         total, top = _add(s, total, top, factor)
     # Only the last granule may hold fewer keys; against a whole one it weighs tokens / size.
     k = _tile(k_mean, last, T, D, BLOCK_D, BLOCK_T, True)
-    s = tl.dot(q, k.T, input_precision=PRECISION)
+    s = _logits(q, k, PRECISION)
     offs_t = last + tl.arange(0, BLOCK_T)
     number = tl.load(tokens + bh // H * C + offs_t, mask=offs_t < T, other=0).to(tl.float32)
     higher = tl.maximum(top, tl.max(tl.where((offs_t < T)[None, :], s, -1e30), 1))

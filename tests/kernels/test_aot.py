@@ -27,13 +27,15 @@ KERNELS = {
     "_quantize_nvfp4_kernel", "_fp4_attention_kernel", "_move_heads_kernel", "_segment_means_kernel", "_scan_kernel", "_centre_kernel", "_hopper_attention_kernel",
     "_hopper_quantised_kernel", "_hopper_sparse_quantised_kernel", "_hopper_training_kernel", "_hopper_query_gradient_kernel", "_hopper_key_gradient_kernel",
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
+    "_cut_kernel", "_pool_kernel", "_normalizers_kernel", "_scores_kernel", "_floors_kernel", "_histogram_kernel", "_counts_kernel",
+    "_ties_kernel", "_lists_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
     "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
-    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
+    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_cut_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
 ON_TENSOR_CORES = {
     "_attention_kernel",
@@ -41,6 +43,8 @@ ON_TENSOR_CORES = {
     "_hopper_attention_kernel",
     "_granules_kernel",
     "_hopper_granules_kernel",
+    "_normalizers_kernel",
+    "_scores_kernel",
     "_hopper_assign_kernel",
     "_hopper_assign_few_kernel",
 }

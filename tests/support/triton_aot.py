@@ -52,7 +52,14 @@ from svg.kernels.common.smoothing import unsmoothed_lse
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
 from svg.kernels.dense_quantised.varlen import varlen_attention
-from svg.kernels.granules import granule_attention, granule_attention_quantized, quantize_granules
+from svg.kernels.granules import (
+    cut_granules,
+    granule_attention,
+    granule_attention_quantized,
+    granule_scores,
+    quantize_granules,
+    select_granules,
+)
 from svg.kernels.granules.reference import cut_granules_reference, lists_of
 from svg.kernels.granules.values import GranuleLists
 from svg.kernels.selection.computed_pairs import computed_pairs
@@ -106,6 +113,12 @@ def run_operations(arch):
             yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: granules("bf16", D, 128, tail)
     for name, D in itertools.product(("bf16", "fp32"), (64, 128)):
         yield f"granules {name} D={D}", lambda name=name, D=D: granules(name, D, 64)
+    for name, D, size, pool in (("bf16", 128, 16, 4), ("fp16", 64, 64, 1), ("fp32", 128, 8, 8)):
+        yield (
+            f"granules planned {name} D={D} size={size} pool={pool}",
+            lambda name=name, D=D, size=size, pool=pool: planned_granules(name, D, size, pool),
+        )
+    yield "granules listed of a long video", lambda: listed(18_900)
     yield "block_sparse bf16 D=128 tail", lambda: attention(DTYPES["bf16"], 128, tail=5)
     for name in ("bf16", "fp32", *(["fp16"] if arch == 80 else [])):
         yield f"kmeans {name}", lambda name=name: clustering(DTYPES[name])
@@ -202,6 +215,19 @@ def granules_quantized(precision, D, size, own):
         granule_attention_quantized(
             q, cut, lists, q_order=order, return_lse=return_lse, failed=number[..., 0].contiguous()
         )
+
+
+def planned_granules(name, D, size, pool):
+    q = torch.zeros(1, 256, 2, D, dtype=DTYPES[name]).transpose(1, 2)
+    order, text = torch.zeros(1, 2, 200, dtype=torch.int32), torch.zeros(1, 56, dtype=torch.int32)
+    cut = cut_granules(q, q, order, size, text, torch.zeros(1, dtype=torch.int32))
+    scores = granule_scores(q, order, cut, rows=128, pool=pool)
+    select_granules(scores, cut.tokens, budget=0.2, floor=0.5, size=size, rows=128)
+
+
+def listed(T):
+    tokens = torch.zeros(1, T, dtype=torch.int32)
+    select_granules(torch.zeros(1, 2, 3, T), tokens, budget=0.2, floor=0.5, size=16, rows=128)
 
 
 def quantised(precision, D, **options):
