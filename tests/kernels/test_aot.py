@@ -35,7 +35,7 @@ HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 SPILLS = {
     "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
-    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_cut_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
+    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
 ON_TENSOR_CORES = {
     "_attention_kernel",
