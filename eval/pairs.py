@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def evaluate_pair(reference: Path, output: Path, lpips: str, device: Any) -> dic
     notes = ["the numbers include what encoding lost: `svg generate` measures raw frames"]
     if a.fps != b.fps:
         notes.append(f"the frame rates differ ({a.fps:g} and {b.fps:g} a second): frame i was compared with frame i")
+    if os.path.samefile(reference, output):
+        notes.append(f"{reference} and {output} are one file: the numbers compare a video with itself")
     for video in (a, b):
         if video.variable:
             notes.append(
@@ -116,7 +119,12 @@ def write_csv(path: str | Path, results: list[dict[str, Any]]) -> None:
         for result in results:
             columns = [_column(result, metric) for metric in METRICS]
             for frame, values in enumerate(zip(*columns)):
-                writer.writerow([result["name"], frame, *(to_json(value) for value in values)])
+                writer.writerow([_as_text(result["name"]), frame, *(to_json(value) for value in values)])
+
+
+def _as_text(name: str) -> str:
+    """A name that no spreadsheet takes for a formula."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def _videos(folder: Path) -> dict[str, Path]:

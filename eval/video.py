@@ -6,6 +6,7 @@ show the colours that were written. A 4:2:0 picture has even sides: an odd side 
 
 import importlib.util
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ _STREAM = re.compile(
 )
 _ALPHA = re.compile(r"^(yuva|gbrap|rgba|argb|bgra|abgr|ya|pal8)")
 _GREY = re.compile(r"^(gray|mono)")
+# Containers and raw streams; none of them is a list of other files, as a playlist is.
+_FORMATS = "mov,matroska,webm,avi,yuv4mpegpipe,gif,mpegts,mpeg,mpegvideo,flv,ogg,nut,asf,h264,hevc,ivf,obu,mxf,m4v,apng,webp_pipe,rawvideo"
 GAP = 4  # pixels between the two halves of a side-by-side picture
 LABEL_HEIGHT = 20
 
@@ -51,7 +54,7 @@ class Video:
         count = 0
         with tempfile.TemporaryFile() as log:
             picture = ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
-            command = _ffmpeg("-i", self.path, *picture)
+            command = _ffmpeg(*_source(self.path), *picture)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
             try:
                 while (frame := _read_ppm(process.stdout)) is not None:
@@ -87,7 +90,7 @@ def open_video(path):
         raise FileNotFoundError(f"no video at {path}")
     if not path.stat().st_size:
         raise VideoError(f"{path} is empty (0 bytes): write the file again")
-    header = _run(_ffmpeg("-i", path, level="info")).stderr.decode(errors="replace")
+    header = _run(_ffmpeg(*_source(path), level="info")).stderr.decode(errors="replace")
     stream = _STREAM.search(header)
     if stream is None:
         reason = header.strip().splitlines()[-1] if header.strip() else "no video stream"
@@ -135,9 +138,11 @@ def write_video(path, frames, fps):
     _, height, width, _ = frames.shape
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
     target = ["-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", *_BT709, "-movflags", "+faststart", "-f", "mp4"]
+    if not Path(path).parent.is_dir():
+        raise VideoError(f"{path} could not be written: there is no folder {Path(path).parent}")
     with atomic_path(path) as partial:
-        run = _run(_ffmpeg(*source, *target, "-y", partial), frames.tobytes())
-        if run.returncode:
+        run = _run(_ffmpeg(*source, *target, "-y", _url(partial)), frames.tobytes())
+        if run.returncode or run.stderr.strip():
             raise VideoError(f"{path} could not be written: {run.stderr.decode(errors='replace').strip()}")
 
 
@@ -204,6 +209,16 @@ def _ffmpeg(*arguments, level="error"):
     import imageio_ffmpeg
 
     return [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostats", "-v", level, *map(str, arguments)]
+
+
+def _source(path):
+    """Arguments for one plain file of pictures: no protocol but files, no format that names other files."""
+    return ["-protocol_whitelist", "file", "-format_whitelist", _FORMATS, "-i", _url(path)]
+
+
+def _url(path):
+    """A path that ffmpeg can't take for a protocol or a flag, whatever is in its name."""
+    return f"file:{os.path.abspath(path)}"
 
 
 def _run(command, data=b""):

@@ -231,7 +231,7 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     if isinstance(pipe, nn.Module):
         return {"transformer": getattr(pipe, "_orig_mod", pipe)}
     found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    found |= {name: part for name, part in vars(pipe).items() if type(part).__name__ in MODELS}
+    found |= {name: part for name, part in getattr(pipe, "__dict__", {}).items() if type(part).__name__ in MODELS}
     # torch.compile(transformer) wraps the module; its attention modules and hooks are inside.
     found = {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
     first = {id(module): name for name, module in reversed(found.items())}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from svg.documents import MEBIBYTE, read_json
+
 from .model_files import locate_model, read_index
 from .registry import PIPELINES
 
 OFFLOADS = ("none", "model", "group", "sequential")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_SIZES = {"patch_size", "num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "out_channels", "text_dim"}
 
 
 def load_pipeline(
@@ -48,8 +53,12 @@ def load_pipeline(
     device = resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
     _check_offload(offload, device)
-    if flow_shift is not None and not flow_shift > 0:
-        raise ValueError(f"flow_shift must be > 0, got {flow_shift}")
+    if flow_shift is not None and (isinstance(flow_shift, bool) or not isinstance(flow_shift, (int, float))):
+        raise TypeError(f"flow_shift must be a number, got {flow_shift!r}")
+    if flow_shift is not None and not 0 < flow_shift < math.inf:
+        raise ValueError(f"flow_shift must be > 0, got {flow_shift}: Wan's is 3 at 480p and 5 at 720p")
+    if not isinstance(vae_tiling, bool):
+        raise TypeError(f"vae_tiling must be true or false, got {vae_tiling!r}")
     source = locate_model(model)
     if revision is not None and isinstance(source, Path):
         raise ValueError(f"revision must be left out for a directory, got {revision!r}; it is for hub ids")
@@ -74,6 +83,8 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ValueError: another name, or a GPU that isn't there.
     """
+    if not isinstance(device, str):
+        raise TypeError(f"device must be text, got {device!r}")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -90,7 +101,7 @@ def resolve_device(device: str) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    resolved = DTYPES.get(dtype, dtype)
+    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, (str, torch.dtype)) else dtype
     if resolved not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     return resolved
@@ -106,11 +117,30 @@ def _check_offload(offload: str, device: torch.device) -> None:
 def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype, **which: str | None) -> Any:
     import diffusers
 
+    _check_configs(source)
     dtypes = {"default": dtype, **dict.fromkeys(PIPELINES[name].fp32_components, torch.float32)}
     try:
         return getattr(diffusers, name).from_pretrained(str(source), dtype=dtypes, use_safetensors=True, **which)
-    except OSError as error:
-        raise ValueError(f"model must be complete and in safetensors, got {source}: {_one_line(error)}") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the files of strangers make Diffusers and Transformers raise
+        raise ValueError(
+            f"model must be complete and in safetensors, got {source}: {type(error).__name__}: {_one_line(error)}"
+        ) from error
+
+
+def _check_configs(source: str | Path) -> None:
+    """Refuse a folder whose component configs are no objects, or have sizes below 1."""
+    if not isinstance(source, Path):
+        return
+    for path in sorted(source.glob("*/config.json")):
+        config = read_json(path, MEBIBYTE)
+        if not isinstance(config, dict):
+            raise ValueError(f"model must have a config.json with one JSON object a component, got {path}")  # noqa: TRY004
+        for name in set(config) & _SIZES:
+            values = config[name] if isinstance(config[name], list) else [config[name]]
+            if any(type(value) is not int or value < 1 for value in values if value is not None):
+                raise ValueError(f"{name} must be >= 1, got {config[name]!r} in {path}")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """What the page shows, in one form for runs and sweeps."""
 
 import base64
+import os
+from pathlib import Path
 from urllib.parse import quote
 
 METRICS = ("psnr", "ssim", "lpips", "temporal_psnr", "vmaf")
@@ -51,7 +53,7 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
         method: the method's settings, or None.
         generation: prompt, size, steps, seed, fps.
         quality: result of svg.eval.compare.compare, or None.
-        video: relative path or None; a file that isn't there counts as None.
+        video: relative path inside the folder, or None; a file that isn't there counts as None.
         transformers: {name: summary of its calls}, or None.
         device: {"type", "name" or "threads"}; the type alone for a cell that has not run.
         model, dtype: names.
@@ -59,6 +61,9 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
 
     Returns:
         dict for `page_data`.
+
+    Raises:
+        ValueError: the video's path leads out of the folder.
     """
     size = f"{generation['num_frames']} x {generation['height']} x {generation['width']}"
     return {
@@ -76,13 +81,22 @@ def cell(*, folder, method, generation, quality, video, transformers, device, mo
         "seed": generation["seed"],
         "fps": generation["fps"],
         "frames": (quality or {}).get("frames") or generation["num_frames"],
-        "video": quote(video) if video and (folder / video).is_file() else None,
+        "video": _link(folder, video),
         "attention": _attention(transformers),
         "quality": {name: _value((quality or {}).get(name), "mean") for name in METRICS},
         "per_frame": {name: _rounded(_value((quality or {}).get(name), "per_frame")) for name in METRICS},
         "lpips_net": _value((quality or {}).get("lpips"), "net"),
         "maps": [_maps(name, part) for name, part in (transformers or {}).items() if _has_map(part)],
     }
+
+
+def _link(folder, video):
+    if video is None:
+        return None
+    place = Path(os.path.realpath(folder / video))
+    if Path(video).is_absolute() or ".." in Path(video).parts or Path(os.path.realpath(folder)) not in place.parents:
+        raise ValueError(f"a video must be in the folder of its page, got {video!r}: copy it there")
+    return quote(video) if place.is_file() else None
 
 
 def device_name(device):

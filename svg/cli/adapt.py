@@ -21,7 +21,6 @@ def adapt(recording: str, assignments: tuple[str, ...], **options: Any) -> None:
 
     The fastest whose output is close enough to unquantised attention: the method's own, then P V in 16 bits, then none.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from svg.pipelines.loading import resolve_device
@@ -40,6 +39,8 @@ def adapt(recording: str, assignments: tuple[str, ...], **options: Any) -> None:
         for layer, choice in layers.items():
             values = (f"{choice['cosine'][name]:.5f}" for name in names)
             table.add_row(f"{transformer} {layer}", *values, choice["precision"])
-    console = Console()
+    from .console import Terminal
+
+    console = Terminal()
     console.print(table)
     console.print(f"written to {options['out']}", highlight=False)

@@ -23,6 +23,7 @@ from .sweep import record, sweep
 from .tune import tune
 
 LPIPS_NETS = ("alex", "vgg", "none")
+_LONGEST = 1500  # characters of an error's line: what was given may be a megabyte
 BENCHES = (
     "attention",
     "kmeans",
@@ -60,20 +61,19 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
 
     Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
     """
-    from rich.console import Console
 
     from svg.eval.files import check_outputs, write_json
     from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv
     from svg.pipelines.loading import resolve_device
 
-    from .console import print_comparison, print_comparisons
+    from .console import Terminal, print_comparison, print_comparisons
 
-    console = Console()
+    console = Terminal()
     pairs = find_pairs(reference, output)
     chosen = resolve_device(device)
     check_outputs({"--json": json_path, "--csv": csv_path}, [path for _, *both in pairs for path in both])
     if os.path.isdir(reference):
-        result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"[dim]{name} ...[/dim]"))
+        result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"{name} ...", style="dim"))
         rows = [pair for pair in result["pairs"] if "error" not in pair]
         print_comparisons(console, reference, output, result)
         result = {"reference": reference, "output": output, **result}
@@ -146,13 +146,12 @@ def presets(name: str | None) -> None:
 @click.option("--sweep", is_flag=True, help="Also time other tile sizes, which takes minutes.")
 def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
     """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named."""
-    from rich.console import Console
 
     from ..bench import report
     from ..bench.run import Bench, gpu_name, run
-    from .console import bench_line
+    from .console import Terminal, bench_line
 
-    console = Console()
+    console = Terminal()
     what = what or ("all",)
     command = " ".join(["svg bench", *what, *(["--save"] if save else []), *(["--sweep"] if sweep else [])])
     found = Bench(
@@ -247,9 +246,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(error: Exception, message: str) -> int:
+    from .console import visible
+
     if os.environ.get("SVG_TRACEBACK"):
         raise error
-    click.echo(f"svg: error: {' '.join(message.split())}", err=True)
+    text = visible(" ".join(message.split()))
+    click.echo(f"svg: error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", err=True)
     return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from svg.pipelines import StepProgress
@@ -25,6 +27,25 @@ _STAGES = {
 }
 
 
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """A text whose control characters are spelled out: a terminal obeys none of them."""
+    return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+class Terminal(Console):
+    """A console that prints texts as they are: names and prompts are no markup, no emoji codes and no control sequences."""
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Rich's, of the visible text."""
+        return super().render_str(visible(text), **options)
+
+
 class TerminalDisplay:
     """Shows stages as lines and runs as a bar with step, seconds and live density.
 
@@ -36,12 +57,12 @@ class TerminalDisplay:
         self._console = console
 
     def stage(self, text: str) -> None:
-        self._console.print(f"[dim]{text} ...[/dim]")
+        self._console.print(f"{text} ...", style="dim")
 
     @contextmanager
     def run(self, name: str, steps: int) -> Iterator[Callable[[StepProgress], None]]:
         columns = (
-            TextColumn("{task.description:<8}"),
+            TextColumn("{task.description:<8}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[seconds]:.1f} s"),

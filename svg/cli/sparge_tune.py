@@ -35,7 +35,6 @@ def sparge_tune(recordings: tuple[str, ...], out: str, force: bool, **options: A
     Layers that the file has are skipped: the same command goes on after a kill, and recordings of other layers add to
     the file. Use it with `svg generate --method sparge --thresholds FILE`.
     """
-    from rich.console import Console
     from rich.progress import Progress
 
     from svg.pipelines.loading import resolve_device
@@ -43,8 +42,9 @@ def sparge_tune(recordings: tuple[str, ...], out: str, force: bool, **options: A
     from ..config import SpargeConfig
     from ..recordings.sparge_fit import Sampling
     from ..recordings.sparge_tune import Bounds, tune
+    from .console import Terminal
 
-    console = Console()
+    console = Terminal()
     config = SpargeConfig(order=options["order"], attention_sink=options["attention_sink"])
     bounds = Bounds(l1=options["l1"], l2=options["l2"])
     sampling = Sampling(blocks=options["blocks"], rows=options["rows"])

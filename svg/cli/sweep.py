@@ -95,9 +95,10 @@ def sweep(grid: str | None, **options: Any) -> int:
     GRID is a YAML file; flags win over it. What is finished is never run again: the same command goes on after a kill,
     and a larger grid adds to the folder. Exit code 1 if a cell failed.
     """
-    from rich.console import Console
 
-    console = Console()
+    from .console import Terminal
+
+    console = Terminal()
     if options["workers"] is not None and options["ray_address"] is None:
         raise ValueError("--workers must come with --ray: without it one process runs one cell at a time")
     if options["no_run"]:
@@ -121,14 +122,15 @@ def sweep(grid: str | None, **options: Any) -> int:
 @click.option("--out", type=click.Path(dir_okay=False), default="qkv.safetensors", show_default=True)
 def record(prompt: str, **options: Any) -> None:
     """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`."""
-    from rich.console import Console
 
     from ..generate.job import resolve
     from ..recordings.record import record_job
     from .generate import quiet_loading
 
     quiet_loading()
-    console = Console()
+    from .console import Terminal
+
+    console = Terminal()
     branches = options.pop("record_branches")
     chosen = {
         "steps": options.pop("record_steps"),

@@ -16,7 +16,7 @@ from rich.table import Table
 from svg.pipelines import StepProgress
 
 from ..sweep.cell import Cell
-from .console import number
+from .console import number, visible
 
 _METRICS = (("PSNR, dB", "psnr", 2), ("SSIM", "ssim", 4), ("LPIPS", "lpips", 4), ("VMAF", "vmaf", 1))
 
@@ -56,7 +56,7 @@ class SweepDisplay(AbstractContextManager):
     def __init__(self, console: Console):
         self._console = console
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[step]}"),
@@ -80,7 +80,7 @@ class SweepDisplay(AbstractContextManager):
 
     def begin(self, cell: Cell) -> None:
         self._began[cell.id] = time.perf_counter()
-        self._progress.update(self._task, description=cell.label, step="loading and warming up")
+        self._progress.update(self._task, description=visible(cell.label), step="loading and warming up")
 
     def step(self, cell: Cell, progress: StepProgress) -> None:
         """A step of a cell is done (cells of this process only)."""

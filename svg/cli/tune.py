@@ -53,7 +53,6 @@ def tune(**options: Any) -> int:
     videos, verifies it on held-out prompts, and compares with one budget for all heads. The same command goes on after
     a kill. Exit code 1 if the target was not reached.
     """
-    from rich.console import Console
 
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE
@@ -65,7 +64,9 @@ def tune(**options: Any) -> int:
     from .tune_display import ConsoleDisplay, print_tuning
 
     quiet_loading()
-    console = Console()
+    from .console import Terminal
+
+    console = Terminal()
     plan = _plan(options)
     check_folder("--out", options["out"], ("sweep.json", "tune.json", PRESET, PAGE), inputs_of(plan.job))
     device = resolve_device(plan.job.device)

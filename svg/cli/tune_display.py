@@ -24,7 +24,7 @@ class ConsoleDisplay:
         self._notes: set[str] = set()
 
     def stage(self, text: str) -> None:
-        self._console.print(f"[dim]{text} ...[/dim]")
+        self._console.print(f"{text} ...", style="dim")
 
     def start(self, cells: list[Cell], finished: dict[str, dict[str, Any]], workers: int) -> None:
         """Nothing to say: stages say it."""

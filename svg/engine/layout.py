@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..documents import shown
+
 TEXT_POSITIONS = ("none", "first", "last")
 
 
@@ -19,6 +21,7 @@ class TokenLayout:
         text_position: "none" (text apart), "first" or "last".
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size is not positive, or text_tokens and text_position contradict each other.
     """
 
@@ -29,11 +32,15 @@ class TokenLayout:
     text_position: str = "none"
 
     def __post_init__(self):
+        for name in ("frames", "height", "width", "text_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):  # torch.compile's sizes are integers too
+                raise TypeError(f"{name} must be an integer, got {shown(value)}")
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.text_position not in TEXT_POSITIONS:
-            raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}, got {self.text_position!r}")
+        if not isinstance(self.text_position, str) or self.text_position not in TEXT_POSITIONS:
+            raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}, got {shown(self.text_position)}")
         if self.text_tokens < 0 or (self.text_tokens > 0) != (self.text_position != "none"):
             raise ValueError(
                 f"text_tokens must be 0 with text_position 'none' and >= 1 otherwise, "

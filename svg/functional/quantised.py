@@ -10,8 +10,19 @@ from torch import Tensor
 from svg.kernels import fp4_attention, quantised_attention, varlen_attention
 from svg.kernels.common import target
 from svg.kernels.quantize.precision import PRECISIONS, default_precision
+from svg.kernels.quantize.tokens import GROUPS
 
-from ._arguments import check_heads, in_layout, sdpa_arguments
+from ._arguments import (
+    check_choice,
+    check_ends,
+    check_family,
+    check_flags,
+    check_heads,
+    check_scale,
+    check_tensors,
+    in_layout,
+    sdpa_arguments,
+)
 
 NVFP4 = "nvfp4"
 
@@ -70,12 +81,18 @@ def attention(
     Example:
         out = svg.attention(q, k, v)                        # where scaled_dot_product_attention(q, k, v) was
     """
+    check_tensors({"q": q, "k": k, "v": v}, "pack the sequences for svg.attention_varlen")
+    target.refuse_gradients("svg.attention", q, k, v)
     q, k, v, scale = sdpa_arguments(
         q, k, v, tensor_layout=tensor_layout, dropout_p=dropout_p, enable_gqa=enable_gqa, scale=scale,
         no_dropout="quantised attention is for inference",
         instead_of_nested="pack the sequences for svg.attention_varlen",
     )  # fmt: skip
-    target.refuse_gradients("svg.attention", q, k, v)
+    check_choice("precision", precision, (*PRECISIONS, NVFP4, "auto"))
+    check_choice("q_groups", q_groups, tuple(GROUPS["q"]))
+    check_choice("k_groups", k_groups, tuple(GROUPS["k"]))
+    flags = {"is_causal": is_causal, "smooth_k": smooth_k, "smooth_v": smooth_v, "return_lse": return_lse}
+    check_flags(**flags, smooth_q=smooth_q is not None and smooth_q)
     if precision == NVFP4:
         if smooth_v or (q_groups, k_groups) != ("token", "block"):
             raise ValueError("smooth_v, q_groups and k_groups have no meaning in nvfp4: leave them out")
@@ -135,9 +152,18 @@ def attention_varlen(
         ends = torch.tensor([0, 700, 1200], device="cuda", dtype=torch.int32)  # two sequences, of 700 and 500 tokens
         out = svg.attention_varlen(q, k, v, ends, ends)     # q, k, v [1200, H, D]
     """
+    check_tensors({"q": q, "k": k, "v": v}, "pack their values")
     target.refuse_gradients("svg.attention_varlen", q, k, v)
-    if q.dim() != 3 or k.dim() != 3:
-        raise ValueError(f"q must be [T, H, D] and k, v [Tk, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    check_family(q, k, v, "[T, H, D]")
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_ends(name, ends, q.device)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError(
+            f"cu_seqlens_k must be of as many sequences as cu_seqlens_q, {len(cu_seqlens_q) - 1}, got {len(cu_seqlens_k) - 1}"
+        )
+    check_choice("precision", precision, (*PRECISIONS, "auto"))
+    check_flags(is_causal=is_causal, enable_gqa=enable_gqa, smooth_k=smooth_k, smooth_v=smooth_v, return_lse=return_lse)
+    check_scale(scale)
     check_heads(q.shape[1], k.shape[1], enable_gqa)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = _attention_varlen(
@@ -150,18 +176,23 @@ def _broadcastable(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """A mask as [B or 1, H or 1, S or 1, Sk]."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor or None, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise NotImplementedError(
             f"attn_mask must be bool, True where a query sees a key, got {mask.dtype}: numbers added to scores are not "
             "supported, call torch.nn.functional.scaled_dot_product_attention"
         )
+    check_tensors({"attn_mask": mask}, dtypes=(torch.bool,))
+    if mask.device != q.device:
+        raise ValueError(f"attn_mask must be on q's device {q.device}, got {mask.device}: move it with .to()")
     full = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full)):
         raise ValueError(
             f"attn_mask must be broadcastable to [B, H, S, Sk] = {full}, got {tuple(mask.shape)}: reshape it"
         )
-    return mask.view(shape).expand(*shape[:3], full[3])
+    return mask.reshape(shape).expand(*shape[:3], full[3])
 
 
 def _chosen(precision: str, x: Tensor) -> str:

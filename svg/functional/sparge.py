@@ -9,10 +9,11 @@ from svg.kernels.common import target
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ..config import SpargeConfig
+from ..documents import shown
 from ..engine.layout import TokenLayout
 from ..engine.plan import Plan
 from ..methods.sparge.plan import K_BLOCK, Q_BLOCK, block_sizes, video_blocks
-from ._arguments import in_layout, sdpa_arguments
+from ._arguments import check_flags, in_layout, sdpa_arguments
 
 
 def sparge_attention(
@@ -64,6 +65,7 @@ def sparge_attention(
     Example:
         out = svg.sparge_attention(q, k, v, topk=0.5, grid=(21, 45, 80))  # q, k, v [B, H, 21 * 45 * 80, D]
     """
+    check_flags(is_causal=is_causal)
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
             "attn_mask and is_causal are not supported by sparge_attention, whose blocks see everything or nothing: "
@@ -79,6 +81,8 @@ def sparge_attention(
     )  # fmt: skip
     target.refuse_gradients("svg.sparge_attention", q, k, v)
     k, v = (_with_heads(x, q.shape[1]) for x in (k, v))
+    if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 3):
+        raise TypeError(f"grid must be frames, height and width, got {shown(grid)}")
     if grid is not None and not TokenLayout(*grid).total_tokens == q.shape[2] == k.shape[2]:
         raise ValueError(f"grid must have as many tokens as q and k, got {grid} for {q.shape[2]} and {k.shape[2]}")
     out = _attention(

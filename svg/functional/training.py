@@ -15,7 +15,7 @@ from svg.kernels.training.inputs import Kept, empty_gradients
 from svg.kernels.training.op import PRODUCTS
 from svg.kernels.training.sequences import packed_tokens
 
-from ._arguments import in_layout, sdpa_arguments
+from ._arguments import check_choice, check_ends, check_flags, check_tensors, in_layout, sdpa_arguments
 
 
 def training_attention(
@@ -72,6 +72,8 @@ def training_attention(
             "attn_mask is not supported by 8-bit training attention: use is_causal or cu_seqlens_q and cu_seqlens_k, or "
             "call torch.nn.functional.scaled_dot_product_attention"
         )
+    check_tensors({"q": q, "k": k, "v": v}, "pass their values with cu_seqlens_q, cu_seqlens_k")
+    check_flags(is_causal=is_causal)
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     q, k, v, scale = sdpa_arguments(
@@ -79,8 +81,12 @@ def training_attention(
         no_dropout="8-bit training attention has no dropout",
         instead_of_nested="pass their values with cu_seqlens_q, cu_seqlens_k",
     )  # fmt: skip
-    if gradients not in PRODUCTS:
-        raise ValueError(f"gradients must be one of {', '.join(PRODUCTS)}, got {gradients!r}")
+    check_choice("gradients", gradients, tuple(PRODUCTS))
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if ends is not None:
+            check_ends(name, ends, q.device)
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together, got one of them: give both or none")
     out = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal, scale, gradients)[0]
     return in_layout(out, tensor_layout)
 

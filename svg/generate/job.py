@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +185,22 @@ def parse_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
+def read_image(path: str) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises:
+        ValueError: it is no plain file, no picture, or one of more pixels than PIL takes for harmless.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"image must be a picture's file, got {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
+        raise ValueError(f"image must be a whole picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {path}: {error}") from error
+
+
 def _preset(name: str | None, model: str | None) -> Preset | None:
     if name is not None:
         return load_preset(name)
@@ -220,6 +238,6 @@ def _check_model(config: MethodConfig, model: str) -> None:
 
 
 def _request(values: dict[str, Any], image_path: str | None, last_image_path: str | None) -> GenerationRequest:
-    first, last = (None if path is None else Image.open(path).convert("RGB") for path in (image_path, last_image_path))
+    first, last = (None if path is None else read_image(path) for path in (image_path, last_image_path))
     values = dict(values)
     return GenerationRequest(num_frames=values.pop("frames"), image=first, last_image=last, **values)

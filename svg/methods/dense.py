@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from svg.kernels.common import target
 
 from ..config.base import DENSE_BACKENDS
+from ..documents import shown
 from ..engine.layout import TokenLayout
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,13 +35,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
         [B, H, S, D] in q's dtype.
 
     Raises:
-        ValueError: backend is unknown, or named and unable to run these inputs here.
+        ValueError: backend is unknown, or named and unable to run these inputs here; or shapes or devices disagree.
+        TypeError: an argument is no tensor, or dtypes are mixed.
 
     Example:
         out = svg.dense_attention(q, k, v, backend="cudnn")
     """
-    if backend not in DENSE_BACKENDS:
-        raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {backend!r}")
+    if not isinstance(backend, str) or backend not in DENSE_BACKENDS:
+        raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {shown(backend)}")
+    _check(q, k, v, key_mask)
     mask = None if key_mask is None else key_mask[:, None, None, :]  # [B, 1, 1, S]
     if backend == "auto" and not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -54,6 +58,29 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = N
             f"dense_backend {backend!r} cannot run q {tuple(q.shape)} {q.dtype} on {q.device}"
             f"{'' if mask is None else ' with a key mask'}; use 'auto' or another of {', '.join(DENSE_BACKENDS)}"
         ) from error
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided or x.is_quantized or x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be a dense tensor of 16 to 64 bits, got {x.dtype}, {x.layout} on {x.device}")
+        if x.dim() != 4 or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be [B, H, S, D] of q's dtype and device, {q.dtype} on {q.device}, got "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}"
+            )
+    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
+        raise ValueError(
+            f"k and v must be [B, H, Sk, D] with q's B, H and D, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    if mask.shape != (k.shape[0], k.shape[2]) or mask.device != q.device:
+        raise ValueError(f"key_mask must be [B, S] on {q.device}, got {tuple(mask.shape)} on {mask.device}")
 
 
 def key_mask(layout: TokenLayout, text_mask: Tensor | None) -> Tensor | None:

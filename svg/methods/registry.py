@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ..config.base import DenseConfig, MethodConfig
+from ..documents import shown
 from .near.config import NearConfig
 from .sage.config import Sage2Config, Sage2PlusConfig, Sage3Config
 from .sparge.config import SpargeConfig
@@ -73,12 +74,14 @@ def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
     Example:
         svg.config_from_dict({"method": "svg2", "top_p": 0.8})
     """
+    if not isinstance(settings, dict):
+        raise TypeError(f"settings must be keys and values, got {shown(settings)}")
     values = dict(settings)
     method = values.pop("method", None)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(method)}")
     choices = [field.name for field in fields(METHODS[method])]
     for key in values:
         if key not in choices:
-            raise ValueError(f"unknown key {key!r} for method {method}; choose from {', '.join(choices)}")
+            raise ValueError(f"unknown key {shown(key)} for method {method}; choose from {', '.join(choices)}")
     return METHODS[method](**values)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from svg.eval.files import atomic_path, check_outputs
+from svg.pipelines.fingerprint import file_sha256
 
 from ..config import SpargeConfig
 from ..methods.sparge.thresholds_file import Thresholds, read_about, read_layers, save_thresholds
@@ -93,7 +94,8 @@ def tune(
         What was found now, without the layers that the file had.
 
     Raises:
-        ValueError: no such recording, recordings of two models, or a file made with other settings.
+        ValueError: no such recording, recordings of two models, a file made with other settings, or one that has a layer of
+            theirs from other recordings.
     """
     recordings = [open_recording(path) for path in paths]
     groups = _by_layer(recordings)
@@ -101,7 +103,10 @@ def tune(
     out = Path(out)
     check_outputs({"out": out}, paths)
     layers = _earlier(out, about) if out.exists() and not force else {}
-    about["layers"] = read_about(out).get("layers", {}) if layers else {}
+    about["layers"] = read_about(out)["layers"] if layers else {}
+    marks = {recording.path: file_sha256(recording.path) for recording in recordings}
+    sources = {key: sorted({marks[recording.path] for recording, _ in calls}) for key, calls in groups.items()}
+    _check_sources(out, about["layers"], sources)
     todo = {key: calls for key, calls in groups.items() if key not in layers}
     total = 2 * sum(map(len, todo.values()))
     found: dict[Key, LayerFit] = {}
@@ -115,7 +120,8 @@ def tune(
 
         fit = fit_layer(calls, config, bounds, sampling, device, looked)
         found[key], layers[key] = fit, fit.thresholds
-        about["layers"][f"{key[0]}.{key[1]}"] = {"density": fit.density, "pv_share": fit.pv_share}
+        found_with = {"density": fit.density, "pv_share": fit.pv_share, "recordings": sources[key]}
+        about["layers"][f"{key[0]}.{key[1]}"] = found_with
         with atomic_path(out) as partial:
             save_thresholds(partial, layers, about)
         on_layer(key, fit)
@@ -187,6 +193,17 @@ def _about(recordings: list[Recording], config: SpargeConfig, bounds: Bounds, sa
         **dataclasses.asdict(bounds),
         **dataclasses.asdict(sampling),
     }
+
+
+def _check_sources(out: Path, known: dict[str, Any], sources: dict[Key, list[str]]) -> None:
+    """Refuse to keep a layer's thresholds that were found on other recordings than the given ones."""
+    for (name, layer), marks in sources.items():
+        before = known.get(f"{name}.{layer}")
+        if before is not None and (not isinstance(before, dict) or before.get("recordings") != marks):
+            raise ValueError(
+                f"recordings must be those that {out} has {name} {layer} of, got others: give another --out, or --force to "
+                "start over"
+            )
 
 
 def _earlier(out: Path, about: dict[str, Any]) -> dict[Key, Thresholds]:

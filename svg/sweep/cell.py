@@ -9,12 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from svg.pipelines import GenerationRequest
+from svg.pipelines.fingerprint import file_sha256
 
 from ..config import config_from_dict
-from ..generate.job import Job
+from ..generate.job import Job, read_image
 
 VERSION = 1  # of cells, journal and sweep.json
 ROLES = ("dense", "control", "accelerated")
@@ -29,8 +28,8 @@ class Cell:
         label: short name, such as "svg2 top_p=0.7".
         model: {"name", "preset", "fingerprint"}.
         method: the method's settings, "method" among them; of a control: those of its reference.
-        generation: fields of GenerationRequest, with "image" as a path and "image_sha256"; "thresholds_sha256" where the
-            method reads such a file.
+        generation: fields of GenerationRequest, with "image" as a path and "image_sha256"; "thresholds_sha256" and
+            "layers_sha256" where the method reads such a file.
         run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}.
         reference: id of the dense cell it is compared with, or None for the dense cell.
         control: id of the control cell of its group, or None.
@@ -63,7 +62,7 @@ class Cell:
         """
         generation = {key: value for key, value in self.generation.items() if not key.endswith("_sha256")}
         path = generation.pop("image")
-        image = Image.open(path).convert("RGB") if path is not None else None
+        image = read_image(path) if path is not None else None
         return Job(
             model=self.model["name"],
             preset=self.model["preset"],
@@ -97,10 +96,11 @@ def cell_of(
         OSError: the image or the thresholds cannot be read.
     """
     request = asdict(replace(job.request, image=None))
-    request |= {"image": job.image_path, "image_sha256": _sha256(job.image_path)}
-    thresholds = getattr(job.config, "thresholds", None)
-    if thresholds is not None:  # a file that is made again makes other cells
-        request["thresholds_sha256"] = _sha256(thresholds)
+    request |= {"image": job.image_path, "image_sha256": None if job.image_path is None else file_sha256(job.image_path)}
+    for name in ("thresholds", "layers"):
+        file = getattr(job.config, name, None)
+        if file is not None:  # a file that is made again makes other cells
+            request[f"{name}_sha256"] = file_sha256(file)
     return Cell(
         role=role,
         label=label,
@@ -118,9 +118,3 @@ def cell_of(
         reference=None if reference is None else reference.id,
     )
 
-
-def _sha256(path: str | None) -> str | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

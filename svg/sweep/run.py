@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import traceback
 import zipfile
 from collections import Counter
@@ -307,8 +308,10 @@ def _first_block(cell: Cell) -> dict[str, Any]:
 
 def _describe(error: BaseException) -> dict[str, str]:
     cause = getattr(error, "cause", None) or error  # Ray wraps what a cell raised
-    text = "".join(traceback.format_exception(error))
-    return {"type": type(cause).__name__, "message": " ".join(str(cause).split()), "traceback": text}
+    text = re.sub(r'File "[^"]*?([^/"]*)"', r'File "\1"', "".join(traceback.format_exception(error)))
+    home = str(Path.home())  # whose machine it was is nobody's business: names of folders above the files go
+    message = " ".join(str(cause).split()).replace(home, "~")
+    return {"type": type(cause).__name__, "message": message, "traceback": text.replace(home, "~")}
 
 
 def now() -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from svg.eval.compare import compare
 from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, restore, validate_request
+from svg.pipelines.fingerprint import fingerprint
 
 from ..config import MethodConfig
 from ..environment import versions
@@ -106,6 +107,8 @@ class Worker:
         key = (cell.model["name"], cell.model["fingerprint"], *(v for k, v in cell.run.items() if k != "lpips"))
         if key != self._loaded:
             self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit
+            if fingerprint(job.model) != cell.model["fingerprint"]:
+                raise ValueError(f"{job.model} changed since the sweep began: run the same command again")
             self._pipe = load_pipeline(
                 job.model,
                 device=self._device,
