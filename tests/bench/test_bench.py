@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from svg.bench import elementwise, inputs, layers, report, run, scale, sparge, sweep
+from svg.bench import elementwise, inputs, layers, near, report, run, scale, sparge, sweep
 from svg.cli import main
 from svg.engine.layout import TokenLayout
 
@@ -27,7 +27,7 @@ def small(monkeypatch):
         op()
         return 1.0
 
-    for module in (run, layers, sweep, elementwise, sparge, scale):
+    for module in (run, layers, near, sweep, elementwise, sparge, scale):
         monkeypatch.setattr(module, "median_ms", once)
     monkeypatch.setattr(run, "_require_gpu", lambda: None)
     for name, value in {
@@ -39,6 +39,7 @@ def small(monkeypatch):
         monkeypatch.setattr(scale, name, value)
     monkeypatch.setattr(scale, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(run, "dense_attention", lambda q, k, v, backend: q)
+    monkeypatch.setattr(near, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(run, "recorded", functools.partial(inputs.recorded, size=SMALL_VIDEO))
     monkeypatch.setattr(layers, "wan_layer", functools.partial(layers.wan_layer, heads=2, dim=32, ffn=64))
     monkeypatch.setattr(layers, "hunyuan_layer", functools.partial(layers.hunyuan_layer, heads=2, dim=32))
@@ -47,7 +48,7 @@ def small(monkeypatch):
 def test_every_section_runs_and_every_goal_is_measured(small, video):
     shown, said = [], []
     bench = run.Bench(command="svg bench all", show=lambda key, entry: shown.append(key), say=said.append)
-    for section in ("attention", "kmeans", "permute", "svg1", "svg2", "sparge", "scale", "step"):
+    for section in ("attention", "kmeans", "permute", "near", "svg1", "svg2", "sparge", "scale", "step"):
         run.run([section], bench)
     sizes = {"75600": WAN.total_tokens, "119056": HUNYUAN.total_tokens}
     for goal in (goal for goal in report.GOALS if "int8" not in goal):
