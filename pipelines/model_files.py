@@ -46,6 +46,8 @@ def locate_model(model: str | Path | None) -> str | Path:
     Raises:
         ValueError: it is neither.
     """
+    if model is not None and not isinstance(model, (str, Path)):
+        raise TypeError(f"model must be a path, a hub id or {BUNDLED}, got {model!r}")
     if model is None or str(model) == BUNDLED:
         folder = Path(str(importlib.resources.files("svg.pipelines"))) / BUNDLED
         if not folder.is_dir():
