@@ -144,7 +144,9 @@ def _linear_layers(net):
 
     path = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     if not path.is_file():
-        raise LpipsWeightsError(f"the lpips package lacks {path.name}: pip install --force-reinstall --no-deps lpips==0.1.4")
+        raise LpipsWeightsError(
+            f"the lpips package lacks {path.name}: pip install --force-reinstall --no-deps lpips==0.1.4"
+        )
     _check_hash(path, BACKBONES[net].linear_sha256)
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {**state, **{name.replace("lin", "lins.", 1): value for name, value in state.items()}}

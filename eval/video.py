@@ -26,7 +26,10 @@ _STREAM = re.compile(
 _ALPHA = re.compile(r"^(yuva|gbrap|rgba|argb|bgra|abgr|ya|pal8)")
 _GREY = re.compile(r"^(gray|mono)")
 # Containers and raw streams; none of them is a list of other files, as a playlist is.
-_FORMATS = "mov,matroska,webm,avi,yuv4mpegpipe,gif,mpegts,mpeg,mpegvideo,flv,ogg,nut,asf,h264,hevc,ivf,obu,mxf,m4v,apng,webp_pipe,rawvideo"
+_FORMATS = (
+    "mov,matroska,webm,avi,yuv4mpegpipe,gif,mpegts,mpeg,mpegvideo,flv,ogg,nut,asf,h264,hevc,ivf,obu,mxf,m4v,"
+    "apng,webp_pipe,rawvideo"
+)
 GAP = 4  # pixels between the two halves of a side-by-side picture
 LABEL_HEIGHT = 20
 

@@ -54,7 +54,11 @@ def _run(references, outputs, size, log):
     feeders = [_Feeder(write, frames) for (_, write), frames in zip(pipes, (outputs, references))]
     try:
         process = subprocess.Popen(
-            _command(ends, size, log.name), cwd=log.parent, pass_fds=ends, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+            _command(ends, size, log.name),
+            cwd=log.parent,
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
     finally:
         for end in ends:

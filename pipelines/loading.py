@@ -17,7 +17,15 @@ from .registry import PIPELINES
 OFFLOADS = ("none", "model", "group", "sequential")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_SIZES = {"patch_size", "num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "out_channels", "text_dim"}
+_SIZES = {
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "in_channels",
+    "out_channels",
+    "text_dim",
+}
 
 
 def load_pipeline(
@@ -136,7 +144,7 @@ def _check_configs(source: str | Path) -> None:
     for path in sorted(source.glob("*/config.json")):
         config = read_json(path, MEBIBYTE)
         if not isinstance(config, dict):
-            raise ValueError(f"model must have a config.json with one JSON object a component, got {path}")  # noqa: TRY004
+            raise ValueError(f"model must have a config.json with one JSON object a component, got {path}")
         for name in set(config) & _SIZES:
             values = config[name] if isinstance(config[name], list) else [config[name]]
             if any(type(value) is not int or value < 1 for value in values if value is not None):

@@ -40,7 +40,9 @@ class TokenLayout:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not isinstance(self.text_position, str) or self.text_position not in TEXT_POSITIONS:
-            raise ValueError(f"text_position must be one of {', '.join(TEXT_POSITIONS)}, got {shown(self.text_position)}")
+            raise ValueError(
+                f"text_position must be one of {', '.join(TEXT_POSITIONS)}, got {shown(self.text_position)}"
+            )
         if self.text_tokens < 0 or (self.text_tokens > 0) != (self.text_position != "none"):
             raise ValueError(
                 f"text_tokens must be 0 with text_position 'none' and >= 1 otherwise, "

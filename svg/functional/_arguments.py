@@ -74,7 +74,9 @@ def check_tensors(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}: torch.as_tensor makes one")
         if x.is_nested:
-            raise NotImplementedError(f"{name} must not be nested: nested tensors are not supported, {instead_of_nested}")
+            raise NotImplementedError(
+                f"{name} must not be nested: nested tensors are not supported, {instead_of_nested}"
+            )
         if x.layout != torch.strided:
             raise NotImplementedError(f"{name} must be a dense tensor, got the layout {x.layout}: call .to_dense()")
         if x.is_quantized:
@@ -96,7 +98,9 @@ def check_family(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
             raise ValueError(f"{name} must have a head dim of at least 1, got the shape {tuple(x.shape)}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must share one dtype, got {q.dtype} and {x.dtype} ({name}): convert one with .to()")
+            raise TypeError(
+                f"q, k and v must share one dtype, got {q.dtype} and {x.dtype} ({name}): convert one with .to()"
+            )
         if x.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}: move it with .to()")
         if x.shape[-1] != q.shape[-1]:

@@ -198,7 +198,8 @@ def read_image(path: str) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be a whole picture of at most {Image.MAX_IMAGE_PIXELS} pixels, got {path}: {error}") from error
+        limit = Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"image must be a whole picture of at most {limit} pixels, got {path}: {error}") from error
 
 
 def _preset(name: str | None, model: str | None) -> Preset | None:

@@ -96,7 +96,10 @@ def cell_of(
         OSError: the image or the thresholds cannot be read.
     """
     request = asdict(replace(job.request, image=None))
-    request |= {"image": job.image_path, "image_sha256": None if job.image_path is None else file_sha256(job.image_path)}
+    request |= {
+        "image": job.image_path,
+        "image_sha256": None if job.image_path is None else file_sha256(job.image_path),
+    }
     for name in ("thresholds", "layers"):
         file = getattr(job.config, name, None)
         if file is not None:  # a file that is made again makes other cells
@@ -117,4 +120,3 @@ def cell_of(
         },
         reference=None if reference is None else reference.id,
     )
-

@@ -72,7 +72,7 @@ OPTIONS = {
         **COMMON,
         "attn_mask": MASKS,
         "precision": [*NO_CHOICE, None],
-        **{name: NO_FLAG for name in ("smooth_k", "smooth_v", "return_lse")},
+        **dict.fromkeys(("smooth_k", "smooth_v", "return_lse"), NO_FLAG),
         "smooth_q": ["x", 1, [True]],
         "q_groups": [*NO_CHOICE, None],
         "k_groups": [*NO_CHOICE, None],
@@ -82,7 +82,7 @@ OPTIONS = {
         "cu_seqlens_q": ENDS,
         "cu_seqlens_k": ENDS,
         "precision": [*NO_CHOICE, None, "nvfp4"],
-        **{name: NO_FLAG for name in ("smooth_k", "smooth_v", "return_lse")},
+        **dict.fromkeys(("smooth_k", "smooth_v", "return_lse"), NO_FLAG),
     },
     "sparge_attention": {
         **COMMON,
@@ -94,7 +94,19 @@ OPTIONS = {
         "pv_threshold": [*NO_NUMBER, -1, 1, math.nan],
         "attention_sink": [*NO_FLAG, None],
         "precision": [*NO_CHOICE, None],
-        "grid": ["x", 8, (2, 2), (2, 2, 3), (2, 2, 2, 2), (0, 2, 4), (-2, -2, 2), (2.0, 2, 2), ("2", 2, 2), (True, 2, 4), {}],
+        "grid": [
+            "x",
+            8,
+            (2, 2),
+            (2, 2, 3),
+            (2, 2, 2, 2),
+            (0, 2, 4),
+            (-2, -2, 2),
+            (2.0, 2, 2),
+            ("2", 2, 2),
+            (True, 2, 4),
+            {},
+        ],
     },
     "training_attention": {
         **COMMON,
@@ -129,7 +141,9 @@ def wrong_calls():
 def may_be_right(function, names, kind):
     """Tensors that are fine where all of them are so."""
     empty = ("fp64", "meta", "no head dim", "no heads") if function == "dense_attention" else ()
-    packed = ("rank 2", "batch", "heads", "no heads", "head dim", "no head dim") if function == "attention_varlen" else ()
+    packed = (
+        ("rank 2", "batch", "heads", "no heads", "head dim", "no head dim") if function == "attention_varlen" else ()
+    )
     return kind in packed or (names == "qkv" and kind in ("other dtype", "head dim", "batch", "heads", *empty))
 
 
@@ -153,9 +167,14 @@ def test_wrong_calls_are_refused_in_words(function):
         except (ValueError, TypeError, NotImplementedError) as error:
             words = str(error)
             names = ("q", "k", "v", "frames", "cu_seqlens", "attn_mask", *OPTIONS[function])
-            if "must" not in words and "not supported" not in words and "needs" not in words or not any(x in words for x in names):
+            if (
+                "must" not in words
+                and "not supported" not in words
+                and "needs" not in words
+                or not any(x in words for x in names)
+            ):
                 faults.append(f"{what}: {type(error).__name__}: {words[:150]}")
-        except Exception as error:  # noqa: BLE001 - what is looked for
+        except Exception as error:
             faults.append(f"{what}: {type(error).__name__}: {str(error)[:150]}")
         else:
             faults.append(f"{what}: taken")
