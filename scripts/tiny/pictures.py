@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from svg.eval.video import read_video
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 MARGIN, CAPTION = 6, 20
 
 

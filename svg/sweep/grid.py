@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from svg.pipelines.fingerprint import fingerprint
-from svg.pipelines.loading import BUNDLED, OFFLOADS, locate_model
+from svg.pipelines.loading import OFFLOADS
+from svg.pipelines.model_files import BUNDLED, locate_model
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
 from ..documents import shown

@@ -187,7 +187,7 @@ def damage(folder, change):
         lambda config: {**config, "rope_max_seq_len": "x"},
         lambda config: {**config, "quantization_config": {"quant_method": "no-such"}},
     ],
-    ids=str,
+    ids=map(str, range(9)),
 )
 def test_configs_of_strangers(tmp_path, model, change):
     shutil.copytree(model, tmp_path / "m")
