@@ -207,7 +207,9 @@ def test_settings(settings):
         svg.config_from_dict(settings)
 
 
-@pytest.mark.parametrize("pipe", [None, 3, "x", [], object(), torch.nn.Linear(2, 2), {}], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "pipe", [None, 3, "x", [], object(), torch.nn.Linear(2, 2), {}], ids=lambda x: type(x).__name__
+)
 def test_pipes(pipe):
     with pytest.raises(ValueError, match="must be|must have"):
         svg.accelerate(pipe, "svg2")
