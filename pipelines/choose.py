@@ -10,6 +10,7 @@ LEVELS = ("quality", "balanced", "fast")
 # Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
 # density .25 against cuDNN on an H100 take 3.2 times as long at 7 200 tokens and .88 times at 18 000 (`svg bench scale`).
 DENSE_BELOW = 16_384
+TOO_SHORT = 1024  # on a CPU, where nothing is faster: means and text alone would be most of the map
 # Share of the attention map that is computed, by word.
 _BUDGETS = {"quality": 0.4, "balanced": 0.25, "fast": 0.15}
 _SUFFIXES = tuple(f":{method}" for method in METHODS)
@@ -46,7 +47,7 @@ def resolve(config: MethodConfig | dict | str | None) -> MethodConfig:
 
 
 def _level(level: str) -> MethodConfig:
-    return NearConfig(budget=_BUDGETS[level], min_tokens=DENSE_BELOW if torch.cuda.is_available() else 0)
+    return NearConfig(budget=_BUDGETS[level], min_tokens=DENSE_BELOW if torch.cuda.is_available() else TOO_SHORT)
 
 
 def _preset(text: str) -> MethodConfig:

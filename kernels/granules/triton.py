@@ -34,7 +34,7 @@ class Launch:
 
 # arch -> (element bytes, padded head dim) -> row; smaller head dims take the 64 row.
 LAUNCH = {
-    80: {(2, 64): Launch(64, 64, 4, 3), (2, 128): Launch(64, 64, 8, 3),
+    80: {(2, 64): Launch(64, 64, 4, 2), (2, 128): Launch(64, 32, 4, 3),
          (4, 64): Launch(32, 64, 8, 1), (4, 128): Launch(16, 64, 8, 1)},
     89: {(2, 64): Launch(64, 64, 4, 2), (2, 128): Launch(64, 64, 8, 2),
          (4, 64): Launch(32, 64, 8, 1), (4, 128): Launch(16, 64, 8, 1)},

@@ -224,7 +224,7 @@ BAD = [
     (["--image", "{text}"], ["text.png"]),
     (["--image", "{picture}"], ["image", "text-to-video"]),
     (["--out", "{file}"], ["out", "file"]),
-    (["--out", "{file}/below"], ["out", "file/below"]),
+    (["--out", "{file}/below"], ["out must be in a folder", "which is a file"]),
     (["--out", "/proc/svg-out"], ["out", "writable"]),
     (["--method", "dense", "--no-dense"], ["--no-dense", "dense"]),
     (["--height", "16", "--width", "16"], ["31", "LPIPS", "--lpips none"]),

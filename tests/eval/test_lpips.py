@@ -11,6 +11,7 @@ import torch
 
 from svg.eval import lpips_weights
 from svg.eval.compare import compare
+from svg.eval.lpips_backbones import Backbone
 from svg.eval.lpips_weights import BACKBONES, INSTALL_HINT, LpipsWeightsError, load_lpips, where_weights_are
 from svg.eval.metrics import Lpips
 
@@ -104,7 +105,7 @@ def test_torchvision_cache_is_used_when_there(monkeypatch, tmp_path, networks, c
     torch.save({f"features.{name}": value for name, value in features.items()}, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     file.rename(folder / f"alexnet-{digest[:8]}.pth")
-    from_cache = lpips_weights.Backbone(**{**vars(BACKBONES["alex"]), "hub_name": f"alexnet-{digest[:8]}.pth"})
+    from_cache = Backbone(**{**vars(BACKBONES["alex"]), "hub_name": f"alexnet-{digest[:8]}.pth"})
     expected = networks["alex"](clip[:1], noisy[:1])
     monkeypatch.setattr(lpips_weights, "DISTRIBUTION", "no-such-distribution")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -123,7 +124,7 @@ def test_a_forged_pickle_runs_nothing(tmp_path):
     path = tmp_path / "forged.ckpt"
     path.write_bytes(pickle.dumps(Forged()))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    forged = lpips_weights.Backbone(**{**vars(BACKBONES["alex"]), "sha256": digest})
+    forged = Backbone(**{**vars(BACKBONES["alex"]), "sha256": digest})
     with pytest.raises(LpipsWeightsError, match="numpy arrays only, this one asks for builtins.print"):
         lpips_weights._read_distribution(path, forged)
     with pytest.raises(LpipsWeightsError, match="is not the published file"):

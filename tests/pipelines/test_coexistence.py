@@ -7,7 +7,7 @@ from accelerate import cpu_offload
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 
 import svg
-from svg.config import DenseConfig, SVG1Config, SVG2Config
+from svg.config import DenseConfig, NearConfig, SVG1Config, SVG2Config
 from svg.engine.state import RunState
 from svg.pipelines.attach import attached, transformers_of
 
@@ -44,7 +44,7 @@ def test_accelerating_again_replaces_the_method(load, run):
     torch.testing.assert_close(run(pipe), dense, rtol=0, atol=1e-4)
     assert svg.report(pipe)["config"]["method"] == "svg1"
     svg.accelerate(pipe, "tiny-wan")
-    assert isinstance(attached(pipe)["transformer"].state.config, SVG2Config)
+    assert isinstance(attached(pipe)["transformer"].state.config, NearConfig)
     svg.accelerate(pipe, "tiny-wan:svg1")
     assert isinstance(attached(pipe)["transformer"].state.config, SVG1Config)
     svg.restore(pipe)
