@@ -6,10 +6,9 @@ import numpy as np
 
 from . import metrics
 from .lpips_weights import LpipsWeightsError
+from .names import LPIPS_NETS
 from .video import Video, VideoError, check_frames
 from .vmaf import VmafError, vmaf
-
-LPIPS_NETS = ("alex", "vgg", "none")
 
 
 def compare(reference, output, lpips_net="alex", device="cpu"):

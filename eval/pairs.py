@@ -11,10 +11,11 @@ from typing import Any
 
 from .compare import compare
 from .files import atomic_path, to_json
+from .names import METRICS
 from .video import open_video
 
 SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".y4m", ".gif")
-METRICS = ("psnr", "ssim", "lpips", "vmaf", "temporal_psnr")
+_COLUMNS = ("psnr", "ssim", "lpips", "vmaf", "temporal_psnr")  # of the file
 
 
 def find_pairs(reference: str | Path, output: str | Path) -> list[tuple[str, Path, Path]]:
@@ -115,9 +116,9 @@ def write_csv(path: str | Path, results: list[dict[str, Any]]) -> None:
     """
     with atomic_path(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["video", "frame", *METRICS])
+        writer.writerow(["video", "frame", *_COLUMNS])
         for result in results:
-            columns = [_column(result, metric) for metric in METRICS]
+            columns = [_column(result, metric) for metric in _COLUMNS]
             for frame, values in enumerate(zip(*columns)):
                 writer.writerow([_as_text(result["name"]), frame, *(to_json(value) for value in values)])
 

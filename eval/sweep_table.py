@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from .files import atomic_path
+from .names import METRICS
 
-METRICS = ("psnr", "ssim", "lpips", "temporal_psnr", "vmaf")
 TIMES = ("attention", "transformer", "end_to_end")
 CELL_FIELDS = (
     "label",

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from svg.config.run import DTYPES, OFFLOADS
 from svg.documents import MEBIBYTE, read_json
 
 from .model_files import locate_model, read_index
 from .registry import PIPELINES
 
-OFFLOADS = ("none", "model", "group", "sequential")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
 
 _SIZES = {
     "patch_size",
@@ -109,8 +109,8 @@ def resolve_device(device: str) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    resolved = DTYPES.get(dtype, dtype) if isinstance(dtype, (str, torch.dtype)) else dtype
-    if resolved not in DTYPES.values():
+    resolved = _DTYPES.get(dtype, dtype) if isinstance(dtype, (str, torch.dtype)) else dtype
+    if resolved not in _DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     return resolved
 

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-METRICS = ("psnr", "ssim", "lpips", "temporal_psnr", "vmaf")
+from ..names import METRICS
+
 _MISSING = 255  # byte of a layer that has no value in a step; 0 .. 254 stand for 0 .. 1
 _DIGITS = 4
 _MAIN_SETTINGS = ("density", "top_p", "budget", "topk", "cdf")  # in the label of a method that has them

@@ -1,4 +1,4 @@
-"""The command `svg adapt`. Nothing heavy is imported before it runs."""
+"""`svg adapt`. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import click
 
+from .options import device_option, settings_option
+
 
 @click.command()
 @click.argument("recording", type=click.Path(dir_okay=False))
 @click.option("--method", default="sage2", show_default=True, help="sage2, sage2++ or sage3.")
 @click.option("--min-cosine", type=float, default=0.998, show_default=True, help="Least cosine similarity of a layer.")
-@click.option(
-    "--set", "assignments", multiple=True, help="A setting of the method as NAME=VALUE; several times for several."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+@settings_option
+@device_option
 @click.option("--out", type=click.Path(dir_okay=False), default="layers.json", show_default=True)
 def adapt(recording: str, assignments: tuple[str, ...], **options: Any) -> None:
     """Choose a precision for every layer on RECORDING (`svg record`), for `svg generate --set layers=FILE`.

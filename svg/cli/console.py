@@ -26,7 +26,14 @@ _STAGES = {
     "VAE decoder, s": "vae",
 }
 
-
+# metric -> label and digits, in the order of tables
+METRICS = {
+    "psnr": ("PSNR, dB", 2),
+    "ssim": ("SSIM", 4),
+    "lpips": ("LPIPS", 4),
+    "vmaf": ("VMAF", 2),
+    "temporal_psnr": ("temporal PSNR, dB", 2),
+}
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -185,13 +192,8 @@ def _density(name: str, key: str, report: dict[str, Any]) -> str:
 
 def _metrics(result: dict[str, Any]) -> list[tuple[str, str, int]]:
     """Label, key and digits of each metric of a comparison."""
-    return [
-        ("PSNR, dB", "psnr", 2),
-        ("SSIM", "ssim", 4),
-        (f"LPIPS ({result['lpips']['net']})", "lpips", 4),
-        ("VMAF", "vmaf", 2),
-        ("temporal PSNR, dB", "temporal_psnr", 2),
-    ]
+    net = f" ({result['lpips']['net']})"
+    return [(label + net * (metric == "lpips"), metric, digits) for metric, (label, digits) in METRICS.items()]
 
 
 def _head_kinds(run: dict[str, Any] | None) -> str:

@@ -1,16 +1,57 @@
-"""What is installed, what is missing, and what to do about it."""
+"""`svg doctor`: what is installed, what is missing, and what to do about it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from importlib import metadata, resources
 from typing import Any
 
+import click
+
 from .. import _FOREIGN
 from ..environment import version_problems, versions
 
 TOLERANCE = 0.1  # relative L2 error at nine tenths of a flat random map
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(as_json: bool) -> int:
+    """Tell what is installed, what is missing and what to do, and try attention on every device.
+
+    Exit code 1 if something must be done, else 0.
+
+    \b
+    Example:
+      svg doctor
+    """
+    found = examine()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return 1 if found["problems"] else 0
+    for name, version in found["versions"].items():
+        click.echo(f"{name:<16} {version or 'missing'}")
+    for device in found["devices"]:
+        details = ", ".join(f"{key.replace('_', ' ')} {_plain(device[key])}" for key in device if key != "name")
+        click.echo(f"{'device':<16} {device['name']}: {details}")
+    for name, result in found["self_test"].items():
+        said = result.get("failed") or f"passed in {result['seconds']} s, {result['error']:.4f} away from dense"
+        click.echo(f"{'self-test':<16} {name}: {said}")
+    for net, path in found["lpips"].items():
+        click.echo(f"{'LPIPS ' + net:<16} {path or 'missing'}")
+    click.echo(f"{'ffmpeg':<16} {found['ffmpeg'] or 'missing'}")
+    hub = found["hub"]
+    state = f"{'token' if hub['token'] else 'no token'}{', offline' if hub['offline'] else ''}"
+    click.echo(f"{'hub':<16} {state}, cache {hub['cache']}")
+    click.echo(f"{'free disk':<16} {found['disk_free_gib']} GiB")
+    click.echo(f"{'tiny-wan':<16} {'bundled' if found['bundled_model'] else 'missing'}")
+    click.echo(f"{'presets':<16} {', '.join(found['presets'])}")
+    for kind in ("problems", "hints"):
+        for line in found[kind]:
+            click.echo(f"{kind[:-1]}: {line}")
+    return 1 if found["problems"] else 0
 
 
 def examine() -> dict[str, Any]:
@@ -202,3 +243,7 @@ def _hints(found: dict[str, Any]) -> list[str]:
     if not found["bundled_model"]:
         hints.append("the bundled model tiny-wan is not in this installation: pass --model, or reinstall svg-video")
     return hints
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import METHODS
+from ..config.run import DTYPES, OFFLOADS
 from ..methods.registry import method_flags
-from .options import method_options
+from .options import (
+    device_option,
+    lpips_option,
+    method_options,
+    model_option,
+    preset_option,
+    seed_option,
+    settings_option,
+    size_options,
+)
+from .process import quiet_loading
 
 if TYPE_CHECKING:
     from ..generate.job import Job
 
-LPIPS_NETS = ("alex", "vgg", "none")
-OFFLOADS = ("none", "model", "group", "sequential")
 _GENERATION_FLAGS = (
     *("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "seed"),
     *("negative_prompt", "image", "last_image", "fps"),
@@ -33,31 +42,22 @@ _GENERATION_FLAGS = (
     type=click.Path(exists=True, dir_okay=False),
     help="Text file, a prompt a line: one load, a folder each.",
 )
-@click.option("--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan].")
+@model_option
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Which weights files, such as fp16.")
-@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@preset_option
 @click.option("--method", type=click.Choice(tuple(METHODS)), help="[default: near, or svg2 where a preset has no near]")
 @method_options
-@click.option(
-    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
-)
-@click.option("--height", type=int, help="Pixels.")
-@click.option("--width", type=int, help="Pixels.")
-@click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1.")
-@click.option("--steps", type=int, help="Denoising steps.")
-@click.option("--guidance", type=float, help="Classifier-free guidance scale.")
-@click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1.")
-@click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler (Wan: 3 at 480p, 5 at 720p).")
-@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
+@settings_option
+@size_options
+@seed_option
 @click.option("--negative-prompt", help="What the video must not show.")
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="First frame, for image-to-video models.")
 @click.option(
     "--last-image", type=click.Path(exists=True, dir_okay=False), help="Last frame, for Wan's models that take one."
 )
-@click.option("--fps", type=int, help="Frames per second of the written videos.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: bf16 on a GPU, fp32 on a CPU]")
+@device_option
+@click.option("--dtype", type=click.Choice(DTYPES), help="[default: bf16 on a GPU, fp32 on a CPU]")
 @click.option(
     "--offload", type=click.Choice(OFFLOADS), default="none", show_default=True, help="What waits in CPU memory."
 )
@@ -80,7 +80,7 @@ _GENERATION_FLAGS = (
 @click.option("--fast", is_flag=True, help="The accelerated video alone: no dense video, nothing to compare with.")
 @click.option("--no-dense", is_flag=True, help="Skip the dense baseline, and with it all comparison.")
 @click.option("--no-control", is_flag=True, help="Skip the dense-against-dense control.")
-@click.option("--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True, help="Network of LPIPS.")
+@lpips_option
 def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
     """Generate PROMPT sparse and dense from one seed; write both videos and a report.
 
@@ -191,12 +191,3 @@ def _is_done(job: Job) -> bool:
     except (OSError, ValueError):
         return False
     return not job.force and report.get("state") == "finished" and report.get("command") == command_line(job)
-
-
-def quiet_loading() -> None:
-    """The libraries' own bars for local files say nothing; those of downloads stay."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

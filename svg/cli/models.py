@@ -1,4 +1,4 @@
-"""The command `svg models`. Nothing heavy is imported before it runs."""
+"""`svg models`. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 

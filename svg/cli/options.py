@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
+from svg.eval.names import LPIPS_NETS
+
+from ..config.run import DTYPES, OFFLOADS
 from ..methods.registry import method_flags
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+lpips_option = click.option(
+    "--lpips", type=click.Choice(LPIPS_NETS), default="alex", show_default=True, help="Network of LPIPS."
+)
+model_option = click.option(
+    "--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan]."
+)
+preset_option = click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+seed_option = click.option("--seed", type=int, help="Seed of the noise [default: 0].")
+settings_option = click.option(
+    "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."
+)
 
 
 def method_options(command: Callable) -> Callable:
@@ -16,3 +33,60 @@ def method_options(command: Callable) -> Callable:
         read = click.Path() if kind is Path else kind
         command = click.option(f"--{name.replace('_', '-')}", type=read, help=text)(command)
     return command
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them.
+
+    Args:
+        kind: int or float.
+    """
+
+    name = "numbers"
+
+    def __init__(self, kind: type):
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [self._kind(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
+
+
+def size_options(command: Callable) -> Callable:
+    """Options of a video's size and steps."""
+    for option in (
+        click.option("--fps", type=int, help="Frames per second of the written videos."),
+        click.option(
+            "--flow-shift", type=float, help="Shift of a flow-matching scheduler (Wan: 3 at 480p, 5 at 720p)."
+        ),
+        click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1."),
+        click.option("--guidance", type=float, help="Classifier-free guidance scale."),
+        click.option("--steps", type=int, help="Denoising steps."),
+        click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1."),
+        click.option("--width", type=int, help="Pixels."),
+        click.option("--height", type=int, help="Pixels."),
+    ):
+        command = option(command)
+    return command
+
+
+def run_options(command: Callable) -> Callable:
+    """Options of where and how a model runs."""
+    for option in (
+        click.option("--vae-tiling", is_flag=True, default=None, help="Decode in tiles."),
+        click.option("--offload", type=click.Choice(OFFLOADS), help="[default: none]"),
+        click.option("--dtype", type=click.Choice(DTYPES), help="[default: bf16 on a GPU, fp32 on a CPU]"),
+        click.option("--device", help="auto, cpu, cuda or cuda:<index> [default: auto]."),
+    ):
+        command = option(command)
+    return command
+
+
+def pop_run_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what `run_options` added out of a command's options, with defaults in place."""
+    device, dtype, offload, tiling = (options.pop(name) for name in ("device", "dtype", "offload", "vae_tiling"))
+    return {"device": device or "auto", "dtype": dtype, "offload": offload or "none", "vae_tiling": bool(tiling)}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import ORDERS
+from .options import device_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--attention-sink", is_flag=True, help="Always keep the first key block.")
 @click.option("--blocks", type=int, default=32, show_default=True, help="Query blocks of a head and call to look at.")
 @click.option("--rows", type=int, default=8, show_default=True, help="Rows of each of them.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
+@device_option
 @click.option("--out", type=click.Path(dir_okay=False), default="sparge.safetensors", show_default=True)
 @click.option("--force", is_flag=True, help="Start over, whatever the file holds.")
 def sparge_tune(recordings: tuple[str, ...], out: str, force: bool, **options: Any) -> int:

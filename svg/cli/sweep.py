@@ -1,70 +1,20 @@
-"""`svg sweep` and `svg record`. Nothing heavy is imported before a command runs."""
+"""`svg sweep`. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from svg.eval.names import LPIPS_NETS
+
 from ..config import METHODS
+from .options import Numbers, run_options, size_options
+from .process import command_text, quiet_loading
 
 _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if (axis := one.sweep_field()))
-_LPIPS = ("alex", "vgg", "none")
-_DTYPES = ("bf16", "fp16", "fp32")
-_OFFLOADS = ("none", "model", "group", "sequential")
-
-
-class Numbers(click.ParamType):
-    """Numbers with commas between them.
-
-    Args:
-        kind: int or float.
-    """
-
-    name = "numbers"
-
-    def __init__(self, kind: type):
-        self._kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        if isinstance(value, list):
-            return value
-        try:
-            return [self._kind(part) for part in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
-
-
-def size_options(command: Callable) -> Callable:
-    """Options of a video's size and steps."""
-    for option in (
-        click.option("--fps", type=int, help="Frames per second of the written videos."),
-        click.option("--flow-shift", type=float, help="Shift of a flow-matching scheduler."),
-        click.option("--true-cfg", type=float, help="HunyuanVideo: guidance with the negative prompt, > 1."),
-        click.option("--guidance", type=float, help="Classifier-free guidance scale."),
-        click.option("--steps", type=int, help="Denoising steps."),
-        click.option("--frames", "--num-frames", "frames", type=int, help="Video frames, 4k + 1."),
-        click.option("--width", type=int),
-        click.option("--height", type=int),
-    ):
-        command = option(command)
-    return command
-
-
-def run_options(command: Callable) -> Callable:
-    """Options of where and how a model runs."""
-    for option in (
-        click.option("--vae-tiling", is_flag=True, default=None, help="Decode in tiles."),
-        click.option("--offload", type=click.Choice(_OFFLOADS), help="[default: none]"),
-        click.option("--dtype", type=click.Choice(_DTYPES), help="[default: bf16 on a GPU, fp32 on a CPU]"),
-        click.option("--device", help="auto, cpu, cuda or cuda:<index> [default: auto]."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -77,7 +27,7 @@ def run_options(command: Callable) -> Callable:
 @click.option("--negative-prompt")
 @size_options
 @run_options
-@click.option("--lpips", type=click.Choice(_LPIPS), help="[default: alex]")
+@click.option("--lpips", type=click.Choice(LPIPS_NETS), help="[default: alex]")
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control.")
 @click.option("--keep-frames", is_flag=True, help="Keep raw frames of every cell, not of dense and control alone.")
 @click.option("--ray", "ray_address", help="Spread cells over a Ray cluster: its address, or `local` to start one.")
@@ -95,7 +45,6 @@ def sweep(grid: str | None, **options: Any) -> int:
     GRID is a YAML file; flags win over it. What is finished is never run again: the same command goes on after a kill,
     and a larger grid adds to the folder. Exit code 1 if a cell failed.
     """
-
     from .console import Terminal
 
     console = Terminal()
@@ -108,56 +57,6 @@ def sweep(grid: str | None, **options: Any) -> int:
     return _sweep(console, grid, options)
 
 
-@click.command()
-@click.argument("prompt")
-@click.option("--model", help="Hub id or directory [default: the bundled tiny-wan].")
-@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
-@size_options
-@click.option("--negative-prompt")
-@click.option("--seed", type=int, help="Seed of the noise [default: 0].")
-@run_options
-@click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
-@click.option("--record-layers", type=Numbers(int), help="Layers to record, from 0; -1 is the last [default: all].")
-@click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")
-@click.option("--out", type=click.Path(dir_okay=False), default="qkv.safetensors", show_default=True)
-def record(prompt: str, **options: Any) -> None:
-    """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`."""
-
-    from ..generate.job import resolve
-    from ..recordings.record import record_job
-    from .generate import quiet_loading
-
-    quiet_loading()
-    from .console import Terminal
-
-    console = Terminal()
-    branches = options.pop("record_branches")
-    chosen = {
-        "steps": options.pop("record_steps"),
-        "layers": options.pop("record_layers"),
-        "branches": None if branches is None else branches.split(","),
-    }
-    out, run = options.pop("out"), {key: options.pop(key) for key in ("device", "dtype", "offload", "vae_tiling")}
-    job = resolve(
-        preset=options.pop("preset"),
-        model=options.pop("model"),
-        method="dense",
-        settings={},
-        generation={"prompt": prompt, **options},
-        device=run["device"] or "auto",
-        dtype=run["dtype"],
-        offload=run["offload"] or "none",
-        vae_tiling=bool(run["vae_tiling"]),
-        out=Path(out),
-        force=True,
-        dense=True,
-        control=False,
-        lpips="none",
-    )
-    calls, size = record_job(job, Path(out), **chosen)
-    console.print(f"{calls} attention calls, {size / 2**20:.1f} MiB, written to {out}", highlight=False)
-
-
 def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE, build_page
@@ -167,7 +66,6 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from ..sweep.grid import cells_of, inputs_of, read_grid
     from ..sweep.pool import LocalPool, RayPool
     from ..sweep.run import Results, run_sweep
-    from .generate import quiet_loading
     from .sweep_display import SweepDisplay, print_summary
 
     quiet_loading()
@@ -245,8 +143,3 @@ def _device_of(device: str, address: str | None, resolve_device: Callable) -> st
         raise ValueError(f"--device must be auto, cpu or cuda with --ray, got {device}")
     # What counts is the cluster's GPUs; a local cluster has this machine's.
     return str(resolve_device(device)) if address == "local" else "cuda"
-
-
-def command_text() -> str:
-    """The command line of this process, quoted for a POSIX shell."""
-    return shlex.join(["svg", *sys.argv[1:]])

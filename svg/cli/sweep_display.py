@@ -16,9 +16,9 @@ from rich.table import Table
 from svg.pipelines import StepProgress
 
 from ..sweep.cell import Cell
-from .console import number, visible
+from .console import METRICS, number, visible
 
-_METRICS = (("PSNR, dB", "psnr", 2), ("SSIM", "ssim", 4), ("LPIPS", "lpips", 4), ("VMAF", "vmaf", 1))
+_METRICS = ("psnr", "ssim", "lpips", "vmaf")
 
 
 class TimeLeft:
@@ -105,7 +105,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     title = "means over prompts and seeds, against dense from the same seed"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=18, overflow="fold")  # a long label folds before a number is cut
-    for heading in ("cells", "density", "seconds", "speed-up", *(label for label, _, _ in _METRICS)):
+    for heading in ("cells", "density", "seconds", "speed-up", *(METRICS[metric][0] for metric in _METRICS)):
         table.add_column(heading, justify="right", min_width=min(len(heading), 6))
     groups = defaultdict(list)
     for cell in summary["cells"]:
@@ -120,7 +120,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
             number(_mean([cell["density"]["all_calls"] for cell in cells]), 3),
             number(_mean([cell["seconds"]["end_to_end"] for cell in cells]), 2),
             number(_mean(speedups), 2),
-            *(number(_quality(cells, metric), digits) for _, metric, digits in _METRICS),
+            *(number(_quality(cells, metric), METRICS[metric][1]) for metric in _METRICS),
         )
     console.print(table)
     failed = [cell for cell in summary["cells"] if cell["status"] == "failed"]

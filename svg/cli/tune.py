@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from ..config import METHODS
-from .sweep import Numbers, command_text, run_options, size_options
+from .options import (
+    Numbers,
+    lpips_option,
+    model_option,
+    pop_run_options,
+    preset_option,
+    run_options,
+    settings_option,
+    size_options,
+)
+from .process import command_text, quiet_loading
 
 _TUNABLE = tuple(name for name, config in METHODS.items() if config.head_field)
 _TARGETS = ("min_psnr", "max_lpips", "target_speedup")
@@ -32,14 +42,14 @@ _HELD_OUT = (
 @click.option("--prompt", "prompts", multiple=True, help="Measured and searched on; several times for several.")
 @click.option("--held-out", multiple=True, help="Verified on, never searched on; several times for several.")
 @click.option("--seeds", type=Numbers(int), default="0", show_default=True, help="Seeds of the noise, with commas.")
-@click.option("--model", help="Hub id or directory [default: the bundled tiny-wan].")
-@click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+@model_option
+@preset_option
 @click.option("--method", type=click.Choice(_TUNABLE), default="svg2", show_default=True)
-@click.option("--set", "assignments", multiple=True, help="Any other setting of the method as NAME=VALUE.")
+@settings_option
 @size_options
 @click.option("--negative-prompt")
 @run_options
-@click.option("--lpips", type=click.Choice(("alex", "vgg", "none")), default="alex", show_default=True)
+@lpips_option
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Settings tried in a search.")
 @click.option("--tune-steps", type=Numbers(int), help="Steps to measure, from 0 [default: three of the sparse ones].")
 @click.option("--probe", type=click.Choice(("heads", "layers", "none")), default="layers", show_default=True,
@@ -53,19 +63,16 @@ def tune(**options: Any) -> int:
     videos, verifies it on held-out prompts, and compares with one budget for all heads. The same command goes on after
     a kill. Exit code 1 if the target was not reached.
     """
-
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE
     from svg.pipelines.loading import resolve_device
 
     from ..generate.job import inputs_of
     from ..tune.run import PRESET, Tuner
-    from .generate import quiet_loading
+    from .console import Terminal
     from .tune_display import ConsoleDisplay, print_tuning
 
     quiet_loading()
-    from .console import Terminal
-
     console = Terminal()
     plan = _plan(options)
     check_folder("--out", options["out"], ("sweep.json", "tune.json", PRESET, PAGE), inputs_of(plan.job))
@@ -102,10 +109,7 @@ def _plan(options: dict[str, Any]) -> Any:
         method=options["method"],
         settings=parse_assignments(options["assignments"]),
         generation={"prompt": "-", **{key: options[key] for key in sizes}},
-        device=options["device"] or "auto",
-        dtype=options["dtype"],
-        offload=options["offload"] or "none",
-        vae_tiling=bool(options["vae_tiling"]),
+        **pop_run_options(options),
         out=Path(options["out"]),
         force=False,
         dense=True,

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from svg.eval.names import LPIPS_NETS
 from svg.pipelines.fingerprint import fingerprint
-from svg.pipelines.loading import OFFLOADS
 from svg.pipelines.model_files import BUNDLED, locate_model
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
+from ..config.run import DTYPES, OFFLOADS
 from ..documents import shown
 from ..generate.job import Job, resolve
 from .cell import Cell, cell_of
@@ -28,10 +29,10 @@ KEYS = ("models", "prompts", "seeds", "budgets", "methods", "control", "negative
 _DEFAULTS = {"models": [BUNDLED], "seeds": [0], "methods": ["svg1", "svg2"], "control": True}
 _RUN_DEFAULTS = {"device": "auto", "dtype": None, "offload": "none", "vae_tiling": False, "lpips": "alex"}
 _CHOICES = {
-    "dtype": (None, "bf16", "fp16", "fp32"),
+    "dtype": (None, *DTYPES),
     "offload": OFFLOADS,
     "vae_tiling": (False, True),
-    "lpips": ("alex", "vgg", "none"),
+    "lpips": LPIPS_NETS,
     "control": (False, True),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from svg.eval.files import atomic_path, write_json
-from svg.eval.page.cells import METRICS
+from svg.eval.names import METRICS
 from svg.eval.page.sweep import load_cell
 from svg.eval.video import VideoError, ffmpeg_is_there, write_video
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
-from svg.cli import main
+from svg.cli import cli, main
 from svg.eval.video import read_video, write_video
 from svg.generate.run_job import RESULTS
 
@@ -403,3 +403,8 @@ def test_evaluate_bad_input(clips, capsys, other, words):
     Path("text.mp4").write_text("text" * 100)
     assert main(["evaluate", "a.mp4", other, "--json", "out.json"]) == 2
     assert words in one_error_line(capsys) and not Path("out.json").exists()
+
+
+def test_every_command_has_a_file_of_its_name():
+    for name, command in cli.commands.items():
+        assert command.callback.__module__ == f"svg.cli.{name.replace('-', '_')}"

@@ -1,0 +1,50 @@
+"""`svg evaluate`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from .options import device_option, lpips_option
+
+
+@click.command()
+@click.argument("reference", type=click.Path())
+@click.argument("output", type=click.Path())
+@lpips_option
+@device_option
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every frame's numbers here.")
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write a table of them here, a row a frame.")
+def evaluate(reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None) -> int:
+    """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
+
+    Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
+    """
+    from svg.eval.files import check_outputs, write_json
+    from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv
+    from svg.pipelines.loading import resolve_device
+
+    from .console import Terminal, print_comparison, print_comparisons
+
+    console = Terminal()
+    pairs = find_pairs(reference, output)
+    chosen = resolve_device(device)
+    check_outputs({"--json": json_path, "--csv": csv_path}, [path for _, *both in pairs for path in both])
+    if os.path.isdir(reference):
+        result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"{name} ...", style="dim"))
+        rows = [pair for pair in result["pairs"] if "error" not in pair]
+        print_comparisons(console, reference, output, result)
+        result = {"reference": reference, "output": output, **result}
+        code = 0 if len(rows) == len(pairs) else 1
+    else:
+        result = evaluate_pair(*pairs[0][1:], lpips, chosen)
+        rows, code = [{"name": pairs[0][0], **result}], 0
+        print_comparison(console, reference, output, result)
+        for note in result["notes"]:
+            console.print(f"note: {note}", highlight=False)
+    if json_path:
+        write_json(json_path, result)
+    if csv_path:
+        write_csv(csv_path, rows)
+    return code

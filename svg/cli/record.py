@@ -1,0 +1,55 @@
+"""`svg record`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import Numbers, model_option, pop_run_options, preset_option, run_options, seed_option, size_options
+from .process import quiet_loading
+
+
+@click.command()
+@click.argument("prompt")
+@model_option
+@preset_option
+@size_options
+@click.option("--negative-prompt")
+@seed_option
+@run_options
+@click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
+@click.option("--record-layers", type=Numbers(int), help="Layers to record, from 0; -1 is the last [default: all].")
+@click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")
+@click.option("--out", type=click.Path(dir_okay=False), default="qkv.safetensors", show_default=True)
+def record(prompt: str, **options: Any) -> None:
+    """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`."""
+    from ..generate.job import resolve
+    from ..recordings.record import record_job
+    from .console import Terminal
+
+    quiet_loading()
+    console = Terminal()
+    branches = options.pop("record_branches")
+    chosen = {
+        "steps": options.pop("record_steps"),
+        "layers": options.pop("record_layers"),
+        "branches": None if branches is None else branches.split(","),
+    }
+    out, run = options.pop("out"), pop_run_options(options)
+    job = resolve(
+        preset=options.pop("preset"),
+        model=options.pop("model"),
+        method="dense",
+        settings={},
+        generation={"prompt": prompt, **options},
+        **run,
+        out=Path(out),
+        force=True,
+        dense=True,
+        control=False,
+        lpips="none",
+    )
+    calls, size = record_job(job, Path(out), **chosen)
+    console.print(f"{calls} attention calls, {size / 2**20:.1f} MiB, written to {out}", highlight=False)
