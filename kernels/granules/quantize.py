@@ -203,12 +203,13 @@ def granule_tokens(V: int, size: int, L: int, prompt_tokens: Tensor | None, B: i
     return torch.cat([video, words], 1).to(torch.int32)
 
 
-# Slots of a program, a multiple of the largest granule, and its warps. Not measured:
-# chosen by ahead-of-time compile (no spills, warps a multiprocessor).
-BLOCK, WARPS = 64, {2: 16, 4: 8}  # by bytes an element
+# arch -> bytes an element -> (slots of a program, a multiple of the largest granule; warps). Not measured: chosen by
+# ahead-of-time compile (no spills, warps a multiprocessor).
+ANY = {2: (64, 4), 4: (64, 8)}
+LAUNCH = {80: ANY, 89: ANY, 90: ANY, 100: ANY, 120: ANY}
 
 
-def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave):
+def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave, launch=None):
     B, H, _, D = k.shape
     V, L, block_d, kind = (
         k_order.shape[2],
@@ -231,13 +232,14 @@ def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave
     else:
         values = torch.empty(B, H, slots, D, dtype=pv_dtype(v), device=v.device)
         tail_v = torch.zeros(B, H, means, D, dtype=pv_dtype(v), device=v.device)
+    block, num_warps = launch or target.launch_row(LAUNCH, k.device)[k.element_size()]
     with target.on_device(k):
-        _quantize_granules_kernel[(triton.cdiv(slots, BLOCK), B * H)](
+        _quantize_granules_kernel[(triton.cdiv(slots, block), B * H, 2)](  # keys, then values
             k, v, k_order, text, tokens, stats.k_mean, stats.k_low, stats.k_high, stats.v_mean, stats.v_low, stats.v_high,
             keys, values, tail_k, tail_v, k_scale, v_scale, v_mean, H, V, T, C, slots, means,
             *k.stride()[:3], *v.stride()[:3], *k_order.stride(), *((0, 0) if text is None else text.stride()),
-            D=D, BLOCK_D=block_d, BLOCK=BLOCK, SIZE=size, FP8=kind.fp8, LIMIT=kind.v_range, INTERLEAVE=interleave,
-            num_warps=WARPS[k.element_size()],
+            D=D, BLOCK_D=block_d, BLOCK=block, SIZE=size, FP8=kind.fp8, LIMIT=kind.v_range, INTERLEAVE=interleave,
+            num_warps=num_warps,
         )  # fmt: skip
     return QuantizedGranules(
         k=keys, k_scale=k_scale, k_mean=stats.k_mean, v=values, v_scale=v_scale if kind.fp8 else None,
@@ -280,6 +282,92 @@ def _nearest_bytes(x):
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+@triton.jit
+def _granules_of(tokens, T, NUMBER: tl.constexpr):
+    """A program's granules of the video [16], which there are, and one over their tokens."""
+    offs_n = tl.arange(0, 16)
+    granule = tl.program_id(0) * NUMBER + offs_n
+    averaged = (offs_n < NUMBER) & (granule < T)
+    return granule, averaged, 1.0 / tl.load(tokens + granule, mask=averaged, other=1).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _keys_of(
+    k, order, text, tokens, centre, low, high, keys, tail, scale, V, T, C, slots, stride_s, stride_os, stride_l,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Some keys and their granules' means in INT8, all with one scale."""
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    real = offs_d < D
+    index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_l)
+    rows = tl.load(
+        k + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0
+    )
+    step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, 127.0, True)
+    step = tl.max(tl.where(real, tl.where(step < float("inf"), step, float("inf")), 0.0), 0)  # NaN counts
+    step = tl.where(step < float("inf"), step, float("nan"))
+    if tl.program_id(0) == 0:
+        tl.store(scale, step)
+    inverse = tl.div_rn(1.0 + tl.zeros_like(step), step)
+    away = tl.where(inside[:, None], rows.to(tl.float32) - middle[None, :], 0.0)
+    goal = slot.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(keys + goal, _nearest_bytes(away * inverse), mask=(slot < slots)[:, None])
+    granule, averaged, share = _granules_of(tokens, T, BLOCK // SIZE)
+    mean = _sums_of(rows, SIZE) * share - middle[None, :]
+    goal = granule.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(tail + goal, _nearest_bytes(mean * inverse), mask=averaged[:, None])
+
+
+@triton.jit
+def _values_of(
+    v, order, text, tokens, centre, low, high, values, tail, scale, middle_of, V, T, C, slots, stride_s, stride_os, stride_l,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, FP8: tl.constexpr,
+    LIMIT: tl.constexpr, INTERLEAVE: tl.constexpr,
+):  # fmt: skip
+    """Some values and their granules' means, in FP8 with a scale a channel, or in 16 bits."""
+    first = tl.program_id(0) * BLOCK
+    slot = first + tl.arange(0, BLOCK)
+    offs_d = tl.arange(0, BLOCK_D)
+    real = offs_d < D
+    lies = slot
+    if INTERLEAVE:
+        lies = _interleaved(slot)
+    index, inside = _source(lies, order, text, tokens, V, T, C, SIZE, stride_os, stride_l)
+    rows = tl.load(
+        v + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0
+    )
+    step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, LIMIT, True)
+    if tl.program_id(0) == 0:
+        tl.store(scale + offs_d, step)
+        tl.store(middle_of + offs_d, middle)
+    granule, averaged, share = _granules_of(tokens, T, BLOCK // SIZE)
+    if FP8:
+        # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
+        inverse = tl.div_rn(1.0 + tl.zeros_like(step), step)[None, :]
+        away = tl.where(inside[:, None], rows.to(tl.float32) - middle[None, :], 0.0)
+        small = tl.clamp(away * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
+        small = tl.trans(tl.reshape(small, [BLOCK // 16, 16, BLOCK_D]), (0, 2, 1))  # blocks [D, 16], one after the other
+        block = first // 16 + tl.arange(0, BLOCK // 16)
+        goal = block.to(tl.int64)[:, None, None] * (16 * BLOCK_D) + offs_d[None, :, None] * 16
+        goal += tl.arange(0, 16)[None, None, :]
+        tl.store(values + goal, small, mask=(block < (slots + 15) // 16)[:, None, None])
+        mean = _sums_of(rows, SIZE) * share - middle[None, :]
+        small = tl.clamp(mean * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
+        place = granule
+        if INTERLEAVE:  # where `_interleaved` looks
+            place = granule // 16 * 16 + granule % 8 // 2 * 4 + granule % 16 // 8 * 2 + granule % 2
+        goal = (place // 16).to(tl.int64)[:, None] * (16 * BLOCK_D) + (place % 16)[:, None] + offs_d[None, :] * 16
+        tl.store(tail + goal, small, mask=averaged[:, None])
+    else:
+        goal = slot.to(tl.int64)[:, None] * D + offs_d[None, :]
+        small = rows.to(tl.float32).to(values.dtype.element_ty)
+        tl.store(values + goal, small, mask=(slot < slots)[:, None] & real[None, :])
+        mean = _sums_of(rows, SIZE) * share
+        goal = granule.to(tl.int64)[:, None] * D + offs_d[None, :]
+        tl.store(tail + goal, mean.to(tail.dtype.element_ty), mask=averaged[:, None] & real[None, :])
+
+
 @triton.jit(do_not_specialize=["V", "T", "C", "slots", "means"])
 def _quantize_granules_kernel(
     k, v, order, text, tokens, k_centre, k_low, k_high, v_centre, v_low, v_high, keys, values, tail_k, tail_v,
@@ -288,82 +376,25 @@ def _quantize_granules_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr, FP8: tl.constexpr,
     LIMIT: tl.constexpr, INTERLEAVE: tl.constexpr,
 ):  # fmt: skip
+    """Keys and values apart: few registers, so that many loads are under way."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    NUMBER: tl.constexpr = BLOCK // SIZE
-    first = tl.program_id(0) * BLOCK
-    slot = first + tl.arange(0, BLOCK)
-    offs_d = tl.arange(0, BLOCK_D)
-    real = offs_d < D
     order += b * stride_ob + h * stride_oh
     tokens += b * C
     if text is not None:
         text += b * stride_tb
-    index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
-    mask = inside[:, None] & real[None, :]
-    k_rows = tl.load(
-        k + b * stride_kb + h * stride_kh + index[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0
-    )
-    v_inside, v_mask = inside, mask
-    if INTERLEAVE:
-        index, v_inside = _source(_interleaved(slot), order, text, tokens, V, T, C, SIZE, stride_os, stride_tl)
-        v_mask = v_inside[:, None] & real[None, :]
-    v_rows = tl.load(
-        v + b * stride_vb + h * stride_vh + index[:, None] * stride_vs + offs_d[None, :], mask=v_mask, other=0.0
-    )
-
-    k_step, k_middle = scales_of_channels(k_centre + bh * D, k_low + bh * D, k_high + bh * D, D, BLOCK_D, 127.0, True)
-    k_step = tl.max(tl.where(real, tl.where(k_step < float("inf"), k_step, float("inf")), 0.0), 0)  # NaN counts
-    k_step = tl.where(k_step < float("inf"), k_step, float("nan"))
-    v_step, v_middle = scales_of_channels(v_centre + bh * D, v_low + bh * D, v_high + bh * D, D, BLOCK_D, LIMIT, True)
-    if tl.program_id(0) == 0:
-        tl.store(k_scale + bh, k_step)
-        tl.store(v_scale + bh * BLOCK_D + offs_d, v_step)
-        tl.store(v_mean + bh * BLOCK_D + offs_d, v_middle)
-    offs_n = tl.arange(0, 16)
-    granule = tl.program_id(0) * NUMBER + offs_n
-    averaged = (offs_n < NUMBER) & (granule < T)
-    share = 1.0 / tl.load(tokens + granule, mask=averaged, other=1).to(tl.float32)[:, None]
-
-    inverse = tl.div_rn(1.0 + tl.zeros_like(k_step), k_step)
-    away = tl.where(inside[:, None], k_rows.to(tl.float32) - k_middle[None, :], 0.0)
-    keys += (bh * slots + first) * BLOCK_D
-    goal = tl.arange(0, BLOCK)[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(keys + goal, _nearest_bytes(away * inverse), mask=(slot < slots)[:, None])
-    mean = _sums_of(k_rows, SIZE) * share - k_middle[None, :]
-    tail_k += (bh * means + tl.program_id(0) * NUMBER) * BLOCK_D
-    goal = offs_n[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(tail_k + goal, _nearest_bytes(mean * inverse), mask=averaged[:, None])
-
-    if FP8:
-        # Channels of padding are zero by their load, mean and scale: ptxas 12.8 packs a constant zero with a stale register.
-        inverse = tl.div_rn(1.0 + tl.zeros_like(v_step), v_step)[None, :]
-        away = tl.where(v_inside[:, None], v_rows.to(tl.float32) - v_middle[None, :], 0.0)
-        small = tl.clamp(away * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
-        small = tl.trans(
-            tl.reshape(small, [BLOCK // 16, 16, BLOCK_D]), (0, 2, 1)
-        )  # blocks [D, 16], one after the other
-        block = tl.arange(0, BLOCK // 16)[:, None, None]
-        goal = block * (16 * BLOCK_D) + offs_d[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-        blocks = (slots + 15) // 16
-        values += (bh * blocks + first // 16) * (16 * BLOCK_D)
-        tl.store(values + goal, small, mask=first // 16 + block < blocks)
-        mean = _sums_of(v_rows, SIZE) * share - v_middle[None, :]
-        small = tl.clamp(mean * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
-        place = granule
-        if INTERLEAVE:
-            place = (
-                granule // 16 * 16 + granule % 8 // 2 * 4 + granule % 16 // 8 * 2 + granule % 2
-            )  # where `_interleaved` looks
-        tail_v += bh * means * BLOCK_D
-        goal = (place // 16 * (16 * BLOCK_D) + place % 16)[:, None] + offs_d[None, :] * 16
-        tl.store(tail_v + goal, small, mask=averaged[:, None])
+    channel = bh * D
+    if tl.program_id(2) == 0:
+        _keys_of(
+            k + b * stride_kb + h * stride_kh, order, text, tokens, k_centre + channel, k_low + channel, k_high + channel,
+            keys + bh * slots * BLOCK_D, tail_k + bh * means * BLOCK_D, k_scale + bh, V, T, C, slots,
+            stride_ks, stride_os, stride_tl, D, BLOCK_D, BLOCK, SIZE,
+        )  # fmt: skip
     else:
-        rows = v_rows.to(tl.float32)
-        values += (bh * slots + first) * D
-        goal = tl.arange(0, BLOCK)[:, None] * D + offs_d[None, :]
-        tl.store(values + goal, rows.to(values.dtype.element_ty), mask=(slot < slots)[:, None] & real[None, :])
-        tail_v += bh * means * D
-        mean = _sums_of(v_rows, SIZE) * share
-        goal = granule[:, None] * D + offs_d[None, :]
-        tl.store(tail_v + goal, mean.to(tail_v.dtype.element_ty), mask=averaged[:, None] & real[None, :])
+        row: tl.constexpr = BLOCK_D if FP8 else D
+        held = (slots + 15) // 16 * 16 if FP8 else slots
+        _values_of(
+            v + b * stride_vb + h * stride_vh, order, text, tokens, v_centre + channel, v_low + channel, v_high + channel,
+            values + bh * held * row, tail_v + bh * means * row, v_scale + bh * BLOCK_D, v_mean + bh * BLOCK_D,
+            V, T, C, slots, stride_vs, stride_os, stride_tl, D, BLOCK_D, BLOCK, SIZE, FP8, LIMIT, INTERLEAVE,
+        )  # fmt: skip

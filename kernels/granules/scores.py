@@ -149,15 +149,18 @@ def _pool_kernel(
     q += b * stride_qb + h * stride_qh
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
-    place = p[None, :] * POOL + tl.arange(0, POOL)[:, None]  # [POOL, BP]
-    token = place.to(tl.int64)
     if order is not None:
         order += b * stride_ob + h * stride_oh
-        token = tl.load(order + token * stride_os, mask=place < V, other=0).to(tl.int64)
-    pointer = q + token[:, :, None] * stride_qs + offs_d[None, None, :]
-    tile = tl.load(pointer, mask=(place < V)[:, :, None] & (offs_d < D)[None, None, :], other=0.0)
+    total = tl.zeros([BLOCK_P, BLOCK_D], dtype=tl.float32)
+    for member in tl.static_range(POOL):
+        token = p.to(tl.int64) * POOL + member
+        inside = token < V
+        if order is not None:
+            token = tl.load(order + token * stride_os, mask=inside, other=0).to(tl.int64)
+        pointer = q + token[:, None] * stride_qs + offs_d[None, :]
+        total += tl.load(pointer, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
     number = tl.minimum(tl.maximum(V - p * POOL, 1), POOL).to(tl.float32)
-    mean = (tl.sum(tile.to(tl.float32), 0) / number[:, None]).to(pooled.dtype.element_ty)
+    mean = (total / number[:, None]).to(pooled.dtype.element_ty)
     at = bh * P + p
     tl.store(pooled + at[:, None] * D + offs_d[None, :], mean, mask=(p < P)[:, None] & (offs_d < D)[None, :])
     mean = mean.to(tl.float32)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svg.kernels.common.sums import sums_of
+
 from ..config import MethodConfig
 from ..config.tuned import check_tuned
 from .deferred import DeferredReads
@@ -199,9 +201,7 @@ class RunState:
         Raises:
             FloatingPointError: on a CPU, one of them holds NaN or infinity.
         """
-        # One fp32 sum a tensor turns NaN or infinite with any of its values and costs one read of it.
-        sums = torch.stack([x.detach().sum(dtype=torch.float32) for x in (q, k, v)])
-        self._sums.add(sums, partial(self._refuse_not_finite, layer))
+        self._sums.add(sums_of(q, k, v), partial(self._refuse_not_finite, layer))
         if q.device.type == "cpu":
             self._sums.read()
 
