@@ -1,11 +1,14 @@
 """Imports point one way, and stay relative inside a folder and absolute across folders."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from svg import kernels
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
@@ -18,6 +21,7 @@ LAYERS = (
     {"sweep", "tune", "bench"},
     {"cli", "__main__"},
 )
+LONGEST_FILE, MOST_PARAMETERS = 450, 10
 LIBRARY = set().union(*LAYERS[:3])  # below svg.pipelines; the other layers are a program above it
 
 # package -> project packages it may import from (besides itself); the program is judged apart
@@ -179,3 +183,17 @@ def test_nothing_but_tests_imports_scripts():
     for folder in FOLDERS.values():
         for path in (ROOT / folder).rglob("*.py"):
             assert not any(name.split(".")[0] in ("scripts", "tests") for _, name in imports(path)), path
+
+
+def test_no_file_is_longer_than_a_person_reads():
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", "*.js", "*.sh"],
+                            cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert len(lines) > 300 and not {name: count for name, count in lines.items() if count > LONGEST_FILE}
+
+
+@pytest.mark.parametrize("name", [name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))])
+def test_operations_take_few_parameters(name):
+    """How it is quantised and which blocks are computed are values; their fields may be given by keyword (`**fields`)."""
+    assert len(inspect.signature(getattr(kernels, name)).parameters) <= MOST_PARAMETERS

@@ -1,13 +1,12 @@
 """Every example runs, on tiny random pipelines, and stays short enough to be read."""
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
+from tiny_pipelines import saver
 
 from svg.eval.video import read_video
 
@@ -18,19 +17,8 @@ SIZE = ["--size", "9", "32", "48", "--steps", "3"]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Name of a tiny random pipeline -> its folder."""
-    path = Path(__file__).parent / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    root = tmp_path_factory.mktemp("models")
-
-    def build(name):
-        if not (root / name).exists():
-            torch.manual_seed(0)
-            tiny.BUILDERS[name]().save_pretrained(root / name)
-        return str(root / name)
-
-    return build
+    save = saver(tmp_path_factory.mktemp("models"))
+    return lambda name: str(save(name))
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """README's code is run, its commands are what .ci/run takes, and its names exist."""
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
-import torch
+from tiny_pipelines import saver
 
 from svg.configs import preset_names
 
@@ -19,15 +18,10 @@ def block(opening):
 
 def test_python_lines_run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = ROOT / "tests" / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
-    torch.manual_seed(0)
-    tiny.BUILDERS["wan"]().save_pretrained(tmp_path)
+    model = saver(tmp_path)("wan")
     code = block("python")
     small = {
-        '"Wan-AI/Wan2.1-T2V-14B-Diffusers"': repr(str(tmp_path)),
+        '"Wan-AI/Wan2.1-T2V-14B-Diffusers"': repr(str(model)),
         "torch.bfloat16": "torch.float32",
         '"cuda"': '"cpu"',
         "height=720, width=1280, num_frames=81": "height=32, width=48, num_frames=9, num_inference_steps=3",

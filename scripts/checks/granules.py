@@ -8,68 +8,33 @@ densities with and without a tail, against lists of whole tiles, block-sparse at
 cuDNN. Useful work: pairs of queries and listed keys, and of queries and means. Exits 1 when a check fails.
 """
 
-import argparse
 import dataclasses
 import itertools
-import json
-import math
 import statistics
-import sys
-import time
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
+from harness import DEVICE, begin, command_line, finish, judge_all, poison_memory, quietly, saving
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from svg.kernels import block_sparse_attention
 from svg.kernels.granules import hopper, op, reference, values
 
-DEVICE = "cuda"
 HEADS, TOKENS, HEAD_DIM = 8, 75_600, 128
 DENSITIES = (0.10, 0.25, 0.50)
 STAGES = ((128, 2), (128, 3), (64, 4), (64, 6))  # keys of a stage, stages
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--sweep", action="store_true", help="also time other stages and sizes of granules")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("checks/granules.py needs a CUDA device: the CPU tests cover the reference and the interpreter")
-    torch.manual_seed(args.seed)
-    results = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "seed": args.seed,
-        "checks": [], "timing": [],
-    }  # fmt: skip
-    print(f"{results['gpu']}, torch {results['torch']}, triton {results['triton']}, seed {args.seed}", flush=True)
-    for check in (check_shapes, check_edges, check_graph, check_large):
-        run_check(check, results["checks"])
-        args.out.write_text(json.dumps(results, indent=1))
+    args, machine = begin(command_line(__doc__, sweep="also time other stages and sizes of granules"))
+    results = {**machine, "checks": [], "timing": []}
+    save = saving(args.out, results)
+    judge_all([check_shapes, check_edges, check_graph, check_large], results["checks"], save)
     if not args.no_timing:
         for row in time_all(args.sweep):
             results["timing"].append(row)
-            args.out.write_text(json.dumps(results, indent=1))
-    failed = [c for c in results["checks"] if not c["ok"]]
-    print(f"{len(results['checks']) - len(failed)} checks passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
-
-
-def run_check(check: Callable, rows: list[dict]) -> None:
-    try:
-        for name, measured, allowed in check():
-            row = {"name": name, "measured": float(measured), "allowed": allowed, "ok": bool(measured <= allowed)}
-            rows.append(row)
-            print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<84} {row['measured']:.3g} <= {allowed:.3g}", flush=True)
-    except Exception:
-        traceback.print_exc()
-        rows.append({"name": f"{check.__name__} raised", "measured": math.inf, "allowed": 0, "ok": False})
+            save()
+    finish(results["checks"])
 
 
 def problem(B, H, V, text, D, dtype, *, size=16, rows=128, density=0.3, chosen=None):
@@ -103,12 +68,8 @@ def errors(name, arguments, tail, limit):
         return op.granule_attention(q, granules, lists, q_order=q_order, tail=tail, return_lse=True)
 
     call()  # compile
-    torch.full((64 << 20,), float("nan"), device=DEVICE)  # what freed memory holds: unwritten outputs show
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        out, lse = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    poison_memory()
+    out, lse = quietly(call)
     again = call()
     exact, exact_lse = reference.granule_attention_reference(
         q.double(), in_fp64(granules), lists, q_order=q_order, tail=tail, return_lse=True

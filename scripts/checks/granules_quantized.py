@@ -8,16 +8,11 @@ counted) with and without the tail, the same in whole tiles of 64 keys, everythi
 `block_sparse_attention_quantised` on random tiles and cuDNN's dense attention in bf16. Exits 1 when a check fails.
 """
 
-import argparse
-import json
-import math
-import sys
 import time
-import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from harness import DEVICE, Check, begin, command_line, differences, finish, judge, no_waiting, poison_memory, saving
 
 from svg.bench.timing import median_ms
 from svg.kernels import block_sparse_attention_quantised
@@ -26,8 +21,6 @@ from svg.kernels.granules.quantized import granule_attention_quantized, granule_
 from svg.kernels.granules.reference import cut_granules_reference, granule_attention_reference, lists_of
 from svg.methods.dense import dense_attention
 
-DEVICE = "cuda"
-Check = tuple[str, float, float]  # name, measured, largest allowed
 # batch, heads, video, text, head dim, granule, rows of a list, dtype, precision
 SHAPES = (
     (2, 2, 1000, 77, 128, 16, 128, torch.bfloat16, "int8-fp8"),
@@ -42,42 +35,22 @@ SHAPES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, default=75_600, help="tokens to time at [default: %(default)s]")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("granules_quantized.py needs a CUDA device: the CPU tests cover the references and the interpreter")
-    torch.manual_seed(args.seed)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, seed {args.seed}", flush=True)
-    started, checks, results = time.time(), [], {}
+    args, machine = begin(parser)
+    started, results = time.time(), {**machine, "checks": [], "results": {}}
+    save = saving(args.out, results)
     with torch.inference_mode():
         for shape in SHAPES:
-            checks.extend(judge(check_shape(*shape), f"{shape}"))
-        checks.extend(judge(check_capture(), "capture"))
+            results["checks"].extend(judge(check_shape(*shape), f"{shape}"))
+        results["checks"].extend(judge(check_capture(), "capture"))
+        save()
         if not args.no_timing:
             for key, value in timings(args.tokens):
-                results[key] = value
+                results["results"][key] = value
                 print(f"{key:<64} {value:10.4g}   {time.time() - started:.0f} s", flush=True)
-                args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": results}, indent=1))
-    args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": results}, indent=1))
-    failed = [row["name"] for row in checks if not row["ok"]]
-    print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed, {time.time() - started:.0f} s")
-    sys.exit(1 if failed else 0)
-
-
-def judge(group: Iterator[Check], name: str) -> Iterator[dict]:
-    try:
-        for label, measured, allowed in group:
-            measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
-            row = {"name": label, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
-            print(f"{'ok  ' if row['ok'] else 'FAIL'} {label:<72} {measured:.4g} <= {allowed:.4g}", flush=True)
-            yield row
-    except Exception:
-        traceback.print_exc()
-        yield {"name": f"{name} raised", "measured": math.inf, "allowed": 0, "ok": False}
+                save()
+    finish(results["checks"])
 
 
 def call(B, H, V, L, D, size, rows, dtype, kept=0.3):
@@ -118,10 +91,9 @@ def check_shape(B, H, V, L, D, size, rows, dtype, precision) -> Iterator[Check]:
         failed = torch.zeros(B, H, dtype=torch.int32, device=DEVICE)
         granule_attention_quantized(q, found, lists, **plan)  # compile
         poison_memory()
-        torch.cuda.set_sync_debug_mode("error")
-        out = granule_attention_quantized(q, found, lists, **plan, failed=failed, out=torch.full_like(q, 7.0))
-        again = granule_attention_quantized(q, found, lists, **plan, failed=failed, out=torch.full_like(q, 7.0))
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waiting():
+            out = granule_attention_quantized(q, found, lists, **plan, failed=failed, out=torch.full_like(q, 7.0))
+            again = granule_attention_quantized(q, found, lists, **plan, failed=failed, out=torch.full_like(q, 7.0))
         seven = torch.full_like(q, 7.0)
         spec, spec_lse = granule_attention_quantized_reference(q, found, lists, **plan, return_lse=True, out=seven)
         exact, lse = granule_attention_reference(q.float(), granules, lists, **plan, return_lse=True, out=seven.float())
@@ -156,11 +128,6 @@ def check_capture() -> Iterator[Check]:
     yield "bits that differ in a CUDA graph", differences(out, right), 0
 
 
-def poison_memory() -> None:
-    """Leaves NaN in the caching allocator's free blocks, so that unwritten outputs show."""
-    torch.full((64 << 20,), float("nan"), device=DEVICE)
-
-
 def off(a, b):
     a, b = a.double(), b.double()
     return (a - b).norm() / b.norm().clamp_min(1e-30)
@@ -169,10 +136,6 @@ def off(a, b):
 def row_error(a, b):
     a, b = a.double(), b.double()
     return ((a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-6)).max()
-
-
-def differences(a, b):
-    return int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
 
 
 def timings(tokens: int, heads: int = 8, dim: int = 128, size: int = 16, rows: int = 128):

@@ -8,7 +8,6 @@ keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidat
 its own, all at once, so that a crash of one hides nothing of the others. Exits 1 when a check fails.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -17,12 +16,23 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from harness import (
+    DEVICE,
+    Check,
+    begin,
+    command_line,
+    differences,
+    finish,
+    judge_all,
+    no_waiting,
+    poison_memory,
+    saving,
+    show_result,
+)
 
 import svg
 from svg.attend import attend
@@ -51,45 +61,27 @@ from svg.kernels.block_sparse_quantised.triton import LAUNCH as SPARSE_LAUNCH
 from svg.kernels.common import target
 from svg.kernels.dense_quantised import hopper as quantised_hopper
 
-DEVICE = "cuda"
-Check = tuple[str, float, float]  # name, measured, largest allowed
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes and variants")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
+    parser = command_line(__doc__, sweep="also time other tile sizes and variants")
     parser.add_argument("--groups", default=",".join(GROUPS), help="which checks, with commas [default: %(default)s]")
     parser.add_argument("--here", action="store_true", help="run the groups in this process")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("checks/quantised.py needs a CUDA device: the CPU tests cover the references and the interpreter")
-    torch.manual_seed(args.seed)
-    gpu, triton = torch.cuda.get_device_name(), target.triton.__version__
-    print(f"{gpu}, torch {torch.__version__}, triton {triton}, seed {args.seed}")
+    args, machine = begin(parser)
     bench = Bench(f"python scripts/checks/quantised.py --seed {args.seed}", show_result, print, args.sweep)
-    checks = []
-
-    def save():
-        args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": bench.results}, indent=1))
-
+    results = {**machine, "checks": [], "results": bench.results}
+    save = saving(args.out, results)
     names = args.groups.split(",")
     with torch.inference_mode():
         if args.here:
-            for name in names:
-                checks.extend(judge(GROUPS[name]))
+            judge_all([GROUPS[name] for name in names], results["checks"], save)
         else:
-            checks.extend(run_apart(names, args.seed))
-        save()
+            results["checks"].extend(run_apart(names, args.seed))
+            save()
         if not args.no_timing:
             bench_ceilings(bench)
             bench_quantised(bench)
             save()
-    failed = [row["name"] for row in checks if not row["ok"]]
-    print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
+    finish(results["checks"])
 
 
 def run_apart(names: list[str], seed: int) -> Iterator[dict]:
@@ -112,32 +104,6 @@ def run_apart(names: list[str], seed: int) -> Iterator[dict]:
             else:
                 print(f"FAIL {name}: its process ended with exit code {process.returncode}", flush=True)
                 yield {"name": f"{name} died", "measured": math.inf, "allowed": 0, "ok": False}
-
-
-def show_result(key: str, entry: dict) -> None:
-    print(f"{key:<86} {entry['value']:10.4g} {entry['unit']}", flush=True)
-
-
-def survived(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """A group's rows; one that raises is a failed row, so that the rest still runs."""
-    try:
-        yield from group()
-    except Exception:
-        traceback.print_exc()
-        yield f"{group.__name__} raised", math.inf, 0
-
-
-def judge(group: Callable[[], Iterator[Check]]) -> Iterator[dict]:
-    for name, measured, allowed in survived(group):
-        measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
-        row = {"name": name, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<80} {measured:.4g} <= {allowed:.4g}", flush=True)
-        yield row
-
-
-def poison_memory() -> None:
-    """Leaves NaN in the caching allocator's free blocks, so that unwritten outputs show."""
-    torch.full((256 << 20,), float("nan"), device=DEVICE)
 
 
 def precisions() -> list[str]:
@@ -170,10 +136,6 @@ def exact(q, k, v, is_causal=False, seen=None):
 def lost_cosine(a, b):
     a, b = a.double().flatten(), b.double().flatten()
     return 1 - a @ b / (a.norm() * b.norm())
-
-
-def differences(a, b):
-    return int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
 
 
 def check_quantisation() -> Iterator[Check]:
@@ -242,9 +204,8 @@ def check_sparse() -> Iterator[Check]:
         call = (q, k, v, block_map, q_sizes, k_sizes)
         block_sparse_attention_quantised(*call, **plan, precision=precision)
         poison_memory()
-        torch.cuda.set_sync_debug_mode("error")
-        out = block_sparse_attention_quantised(*call, **plan, precision=precision)
-        torch.cuda.set_sync_debug_mode("default")
+        with no_waiting():
+            out = block_sparse_attention_quantised(*call, **plan, precision=precision)
         seen = torch.empty(1, 2, S, S, dtype=torch.bool, device=DEVICE)
         for h, m in enumerate((1, 0)):
             tokens = block_map[m].repeat_interleave(q_sizes[m], 0).repeat_interleave(k_sizes[m], 1)
@@ -435,16 +396,6 @@ def check_varlen() -> Iterator[Check]:
         name = f"varlen {precision}{' causal' if causal else ''}"
         yield f"{name}: 1 - cosine", lost_cosine(out, right[0]), 5e-4
         yield f"{name}: lse", (lse - right_lse[0]).abs().mean(), 0.01
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Raises where the host would wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def check_guard() -> Iterator[Check]:

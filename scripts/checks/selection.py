@@ -8,23 +8,18 @@ bf16, with pools of 1, 2, 4 and 8 queries and groups of 64 and 128 rows, each ke
 the rest of a plan: k-means and the sort of its labels. Exits 1 when a check fails.
 """
 
-import argparse
-import json
 import math
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from harness import DEVICE, Check, begin, command_line, finish, judge_all, quietly, saving
 
 from svg.bench.inputs import synthetic
 from svg.bench.timing import median_ms
 from svg.engine.layout import TokenLayout
 from svg.kernels.clustering.kmeans import kmeans
 from svg.kernels.clustering.permute import sort_labels
-from svg.kernels.common import target
 from svg.kernels.granules import cut, scores, select
 from svg.kernels.granules.reference import (
     cut_granules_reference,
@@ -33,57 +28,33 @@ from svg.kernels.granules.reference import (
 )
 from svg.kernels.granules.scores import Launch
 
-DEVICE = "cuda"
 WAN_720P = TokenLayout(21, 45, 80)
 BUDGET, FLOOR = 0.19, 0.5
-Check = tuple[str, float, float]  # name, measured, largest allowed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
-    parser.add_argument("--sweep", action="store_true", help="also time other launches of the scores")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("checks/selection.py needs a CUDA device: the CPU tests cover the references and the interpreter")
-    torch.manual_seed(args.seed)
-    results = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": target.triton.__version__,
-        "seed": args.seed, "checks": [], "timing": {},
-    }  # fmt: skip
-    print(f"{results['gpu']}, torch {results['torch']}, triton {results['triton']}, seed {args.seed}", flush=True)
-    groups = [check_cut, check_scores, check_lists, check_graph, check_large]
-    groups += [] if args.no_timing else [time_operations, time_kernels, time_clustering]
-    groups += [time_launches] if args.sweep else []
+    args, machine = begin(command_line(__doc__, sweep="also time other launches of the scores"))
+    results = {**machine, "checks": [], "timing": {}}
+    save = saving(args.out, results)
+    timings = [] if args.no_timing else [time_operations, time_kernels, time_clustering]
+    timings += [time_launches] if args.sweep else []
     with torch.inference_mode():
-        for group in groups:
-            record(group, results)
-            args.out.write_text(json.dumps(results, indent=1))
-    failed = [row["name"] for row in results["checks"] if not row["ok"]]
-    print(f"{len(results['checks']) - len(failed)} checks passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
+        judge_all([check_cut, check_scores, check_lists, check_graph, check_large], results["checks"], save)
+        judge_all([in_turn(timing, results["timing"]) for timing in timings], results["checks"], save)
+    finish(results["checks"])
 
 
-def record(group: Callable[[], Iterator], results: dict) -> None:
-    """A group's rows; one that raises is a failed row, so that the rest still runs."""
-    torch.full((256 << 20,), float("nan"), device=DEVICE)  # stays in the allocator's blocks: unwritten outputs show
-    begin = time.perf_counter()
-    try:
-        for name, *numbers in group():
-            if len(numbers) == 1:
-                results["timing"][name] = numbers[0]
-                print(f"     {name:<84} {numbers[0]:8.4f} ms", flush=True)
-            else:
-                measured = float(torch.as_tensor(numbers[0]).double().nan_to_num(torch.inf))
-                row = {"name": name, "measured": measured, "allowed": numbers[1], "ok": measured <= numbers[1]}
-                results["checks"].append(row)
-                print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<84} {measured:.3g} <= {numbers[1]:.3g}", flush=True)
-    except Exception:
-        traceback.print_exc()
-        results["checks"].append({"name": f"{group.__name__} raised", "measured": math.inf, "allowed": 0, "ok": False})
-    print(f"     {group.__name__}: {time.perf_counter() - begin:.1f} s", flush=True)
+def in_turn(timing: Callable[[], Iterator[tuple[str, float]]], milliseconds: dict[str, float]) -> Callable:
+    """A timing as a check: it notes what it takes, and is a failed row where it raises."""
+
+    def take() -> Iterator[Check]:
+        for name, ms in timing():
+            milliseconds[name] = ms
+            print(f"     {name:<84} {ms:8.4f} ms", flush=True)
+        yield f"{timing.__name__} ran", 0, 0
+
+    take.__name__ = timing.__name__
+    return take
 
 
 def problem(B, H, V, L, D, dtype):
@@ -213,9 +184,7 @@ def check_graph() -> Iterator[Check]:
     inputs = [x.contiguous() for x in problem(2, 3, 3_111, 100, 128, torch.bfloat16)]
     planned(*inputs)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    planned(*inputs)
-    torch.cuda.set_sync_debug_mode("default")
+    quietly(planned, *inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = planned(*inputs)

@@ -7,17 +7,12 @@ bit, a plan and its attention in a CUDA graph, the filter of P V against a simul
 position of the text against their plans, and thresholds found within their bound. Exits 1 when a check fails.
 """
 
-import argparse
 import contextlib
-import json
-import math
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
+from harness import DEVICE, Check, begin, command_line, finish, judge_all, quietly, saving, show_result
 
 from svg.attend import attend, dense_attention
 from svg.bench.inputs import synthetic
@@ -42,65 +37,24 @@ from svg.methods.sparge import plan as sparge
 from svg.recordings import sparge_fit
 from svg.recordings.sparge_fit import Sampling
 
-DEVICE = "cuda"
 WAN_720P = TokenLayout(21, 45, 80)
 ALWAYS = {"warmup_steps": 0.0, "warmup_layers": 0.0}
 LOG2_E = 1.4426950408889634
-Check = tuple[str, float, float]  # name, measured, largest allowed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("checks/sparge.py needs a CUDA device: the CPU tests cover the references and the interpreter")
-    torch.manual_seed(args.seed)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {target.triton.__version__}, seed {args.seed}"
-    )
+    args, machine = begin(command_line(__doc__))
     bench = Bench(f"python scripts/checks/sparge.py --seed {args.seed}", show_result, print)
-    checks = []
+    results = {**machine, "checks": [], "results": bench.results}
+    save = saving(args.out, results)
+    checks = [check_statistics, check_selection, check_graph, check_filter, check_calls, check_tuning]
     with torch.inference_mode():
-        for group in (check_statistics, check_selection, check_graph, check_filter, check_calls, check_tuning):
-            checks.extend(judge(group))
-            args.out.write_text(json.dumps({"seed": args.seed, "checks": checks}, indent=1))
+        judge_all(checks, results["checks"], save)
         if not args.no_timing:
             bench_ceilings(bench)
             bench_sparge(bench)
-    args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": bench.results}, indent=1))
-    failed = [row["name"] for row in checks if not row["ok"]]
-    print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
-
-
-def show_result(key: str, entry: dict) -> None:
-    print(f"{key:<70} {entry['value']:10.4g} {entry['unit']}", flush=True)
-
-
-def survived(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """A group's rows; one that raises is a failed row, so that the rest still runs."""
-    try:
-        yield from group()
-    except Exception:
-        traceback.print_exc()
-        yield f"{group.__name__} raised", math.inf, 0
-
-
-def judge(group: Callable[[], Iterator[Check]]) -> Iterator[dict]:
-    poison_memory()
-    for name, measured, allowed in survived(group):
-        measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
-        row = {"name": name, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<80} {measured:.4g} <= {allowed:.4g}", flush=True)
-        yield row
-
-
-def poison_memory() -> None:
-    """Leaves NaN in the caching allocator's free blocks, so that unwritten outputs show."""
-    torch.full((256 << 20,), float("nan"), device=DEVICE)
+            save()
+    finish(results["checks"])
 
 
 def tokens(S, dim, dtype, heads=3, batch=2):
@@ -160,9 +114,7 @@ def check_graph() -> Iterator[Check]:
 
         call()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        call()
-        torch.cuda.set_sync_debug_mode("default")
+        quietly(call)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = call()

@@ -7,96 +7,56 @@ values far from 1, NaN, torch.compile, a call without a wait for the device, off
 the keys of docs/benchmarks; with --sweep also every row of the kernels' candidates. Exits 1 when a check fails.
 """
 
-import argparse
-import json
-import math
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from harness import (
+    DEVICE,
+    Check,
+    begin,
+    command_line,
+    finish,
+    judge,
+    judge_all,
+    poison_memory,
+    quietly,
+    saving,
+    show_result,
+)
 
 import svg
 from svg.bench.run import Bench, bench_ceilings, bench_training
-from svg.kernels.common import target
 from svg.kernels.training import forward_hopper as training_hopper
 
-DEVICE = "cuda"
 # Of the relative l2 error at N(0, 1), for gradients summed in INT8 and in bf16: a fifth above the references' own.
 BARS = {
     "int8": {"out": 0.0195, "dq": 0.020, "dk": 0.024, "dv": 0.018},
     "bf16": {"out": 0.0195, "dq": 0.0145, "dk": 0.0145, "dv": 0.0125},
 }
 HOPPER_BARS = dict.fromkeys(BARS, BARS["bf16"] | {"out": 0.0115})  # P V, too, in bf16; the same kernels for both
-Check = tuple[str, float, float]  # name, measured, largest allowed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="where to write the results (JSON)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: a new one, printed")
-    parser.add_argument("--sweep", action="store_true", help="also time other tile sizes")
-    parser.add_argument("--no-timing", action="store_true", help="checks only")
+    parser = command_line(__doc__, sweep="also time other tile sizes")
     parser.add_argument("--no-checks", action="store_true", help="timing only")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("checks/training.py needs a CUDA device: the CPU tests cover the references and the interpreter")
-    torch.manual_seed(args.seed)
+    args, machine = begin(parser)
     if training_hopper.takes(torch.device(DEVICE)):
         BARS.update(HOPPER_BARS)
-    gpu, triton = torch.cuda.get_device_name(), target.triton.__version__
-    print(f"{gpu}, torch {torch.__version__}, triton {triton}, seed {args.seed}")
     bench = Bench(f"python scripts/checks/training.py --seed {args.seed}", show_result, print, args.sweep)
-    checks = []
-
-    def save():
-        args.out.write_text(json.dumps({"seed": args.seed, "checks": checks, "results": bench.results}, indent=1))
-
-    groups = (check_errors, check_shapes, check_packed, check_values, check_compile, check_large)
-    for group in () if args.no_checks else groups:
-        checks.extend(judge(group))
+    results = {**machine, "checks": [], "results": bench.results}
+    save = saving(args.out, results)
+    checks = [check_errors, check_shapes, check_packed, check_values, check_compile, check_large]
+    judge_all([] if args.no_checks else checks, results["checks"], save)
+    for section in () if args.no_timing else (bench_ceilings, bench_training):
+        results["checks"].extend(judge(timed(section, bench), section.__name__))
         save()
-    if not args.no_timing:
-        for section in (bench_ceilings, bench_training):
-            checks.extend(judge(lambda section=section: timed(section, bench)))
-            save()
-    failed = [row["name"] for row in checks if not row["ok"]]
-    print(f"{len(checks) - len(failed)} checks passed, {len(failed)} failed")
-    sys.exit(1 if failed else 0)
+    finish(results["checks"])
 
 
 def timed(section: Callable[[Bench], None], bench: Bench) -> Iterator[Check]:
     section(bench)
     yield f"{section.__name__} ran", 0, 0
-
-
-def show_result(key: str, entry: dict) -> None:
-    print(f"{key:<86} {entry['value']:10.4g} {entry['unit']}", flush=True)
-
-
-def survived(group: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """A group's rows; one that raises is a failed row, so that the rest still runs."""
-    try:
-        yield from group()
-    except Exception:
-        traceback.print_exc()
-        yield f"{group.__name__} raised", math.inf, 0
-
-
-def judge(group: Callable[[], Iterator[Check]]) -> Iterator[dict]:
-    for name, measured, allowed in survived(group):
-        measured = float(torch.as_tensor(measured).double().nan_to_num(torch.inf))
-        row = {"name": name, "measured": measured, "allowed": float(allowed), "ok": measured <= allowed}
-        print(f"{'ok  ' if row['ok'] else 'FAIL'} {name:<80} {measured:.4g} <= {allowed:.4g}", flush=True)
-        yield row
-
-
-def poison_memory() -> None:
-    """Leaves NaN in the caching allocator's free blocks, so that unwritten outputs show."""
-    torch.full((256 << 20,), float("nan"), device=DEVICE)
 
 
 def normal(S, Sk=None, D=128, dtype=torch.bfloat16, B=1, H=2, kv_heads=2):
@@ -197,9 +157,7 @@ def check_values() -> Iterator[Check]:
     _, dq, dk, dv = computed(qkv, broken)
     shown = all(x[0, 0].isnan().any() for x in (dq, dk, dv)) and all(x[0, 1].isfinite().all() for x in (dq, dk, dv))
     yield "one NaN in the gradient shows in its head only: not so", float(not shown), 0
-    torch.cuda.set_sync_debug_mode("error")
-    computed(qkv, grad)
-    torch.cuda.set_sync_debug_mode("default")
+    quietly(computed, qkv, grad)
     yield "a call without a wait for the device", 0, 0
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from autoencoder import LATENT_CHANNELS, build_vae, compile_norms, decode_clip, encode_moments, run_whole_clips
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders import autoencoder_kl_wan as wan_vae
+from muon import make_optimizers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from world import captions, render, sample_scenes
@@ -37,18 +38,9 @@ CHAIN = ("start", "small", "dit", "long")  # a stage begins with the weights of 
 STAGE_RATE = {"small": 1.0, "dit": 0.7, "long": 0.4}
 TEXT_TOKENS = 512  # WanPipeline pads prompts with zero vectors up to here
 FLOW_SHIFT = 3.0
-LATENT_CHANNELS = 16
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
-
-
-def build_vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
-        base_dim=32, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
-        is_residual=True, scale_factor_spatial=4, scale_factor_temporal=4, latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-    )  # fmt: skip
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -80,89 +72,6 @@ def build_text(corpus: list[str]) -> tuple[PreTrainedTokenizerFast, UMT5EncoderM
                    pad_token_id=0, eos_token_id=1)
     )  # fmt: skip
     return fast, encoder
-
-
-# --- the autoencoder over a whole clip at once -------------------------------------------------------------------------
-# AutoencoderKLWan runs clips in chunks of four frames with cached features, which is launch-bound. Zero-padded causal convolutions
-# over the whole clip compute the same; only resampling in time has to know that the first frame is left alone.
-
-
-def _conv_forward(self, x, cache_x=None):
-    if self._padding[4]:
-        x = F.pad(x, (0, 0, 0, 0, self._padding[4], 0))
-    return F.conv3d(x, self.weight, self.bias, self.stride, (0, self._padding[2], self._padding[0]))
-
-
-def _norm_silu(x, gamma, scale):
-    # channels lie innermost (channels_last_3d), so this is one pass when compiled
-    norm = x.float().square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)
-    return F.silu((x.float() / norm).to(x.dtype) * scale * gamma)
-
-
-_fused_norm_silu = _norm_silu
-
-
-def _residual_forward(self, x, feat_cache=None, feat_idx=None):
-    h = self.conv_shortcut(x)
-    x = self.conv1(_fused_norm_silu(x, self.norm1.gamma, self.norm1.scale))
-    x = self.conv2(_fused_norm_silu(x, self.norm2.gamma, self.norm2.scale))
-    return x + h
-
-
-def _resample_forward(self, x, feat_cache=None, feat_idx=None):
-    if self.mode == "upsample3d" and x.shape[2] > 1:
-        b, c, t, h, w = x.shape
-        rest = self.time_conv(x[:, :, 1:]).unflatten(1, (2, c))  # [B, 2, C, T-1, H, W]
-        rest = rest.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        x = torch.cat([x[:, :, :1], rest], 2)
-    b, c, t, h, w = x.shape
-    y = self.resample(x.permute(0, 2, 1, 3, 4).reshape(b * t, c, h, w))
-    y = y.unflatten(0, (b, t)).permute(0, 2, 1, 3, 4)
-    if self.mode == "downsample3d" and t > 1:
-        y = torch.cat([y[:, :, :1], self.time_conv(y)], 2)
-    return y
-
-
-def _upsample_forward(self, x):
-    return F.interpolate(x, scale_factor=self.scale_factor, mode=self.mode)
-
-
-def _shortcut_up_forward(self, x, first_chunk=False):
-    assert self.in_channels == self.out_channels  # then repeating channels and folding them is nearest upsampling
-    x = F.interpolate(x, scale_factor=(float(self.factor_t), float(self.factor_s), float(self.factor_s)))
-    return x[:, :, self.factor_t - 1 :]
-
-
-def _fused_head(self, x):
-    return _fused_norm_silu(x, self.gamma, self.scale)
-
-
-def run_whole_clips(vae: AutoencoderKLWan) -> None:
-    """Make `vae.encoder` and `vae.decoder` of this instance compute whole clips in one pass, without feature caches."""
-    for parameter in vae.parameters():
-        if parameter.ndim == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    forwards = {
-        wan_vae.WanCausalConv3d: _conv_forward,
-        wan_vae.WanResidualBlock: _residual_forward,
-        wan_vae.WanResample: _resample_forward,
-        wan_vae.WanUpsample: _upsample_forward,
-        wan_vae.DupUp3D: _shortcut_up_forward,
-    }
-    for module in vae.modules():
-        if type(module) in forwards:
-            module.forward = forwards[type(module)].__get__(module)
-    for half in (vae.encoder, vae.decoder):
-        half.norm_out.forward = _fused_head.__get__(half.norm_out)
-        half.nonlinearity = torch.nn.Identity()
-
-
-def encode_moments(vae, video):
-    return vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)
-
-
-def decode_clip(vae, z):
-    return vae.decoder(vae.post_quant_conv(z), first_chunk=True)
 
 
 # --- state on disk ----------------------------------------------------------------------------------------------------
@@ -254,10 +163,9 @@ def random_clips(batch: int, generator: torch.Generator, frames: int, size: int,
 
 
 def train_vae(work: Path, steps: int, batch: int, seed: int, device: str, max_seconds: float) -> None:
-    global _fused_norm_silu
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 3
-    _fused_norm_silu = torch.compile(_norm_silu, dynamic=True)
+    compile_norms()
     vae = build_vae().to(device)
     run_whole_clips(vae)
     average = copy.deepcopy(vae)
@@ -363,63 +271,6 @@ class PromptEncoder(torch.nn.Module):
         mask = ids != self.padding_id
         hidden = self.encoder(ids, mask).last_hidden_state * mask[..., None]
         return F.pad(hidden, (0, 0, 0, TEXT_TOKENS - ids.shape[1]))
-
-
-class BatchedMuon(torch.optim.Optimizer):
-    """Muon (orthogonalised momentum) over stacks of equal shapes.
-
-    `torch.optim.Muon` takes the matrices one by one: some 2 000 small kernels a step here, more host time than the model's own.
-    Same arithmetic: Nesterov momentum, five Newton-Schulz iterations in bf16, update scaled to AdamW's typical size.
-    """
-
-    COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes: dict = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for matrices in shapes.values():
-                self._update(matrices, group)
-
-    def _update(self, matrices, group):
-        for p in matrices:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta, grads = [self.state[p]["momentum"] for p in matrices], [p.grad for p in matrices]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # [N, rows, columns]
-        rows, columns = update.shape[1:]
-        update = self._orthogonalise(update) * (0.2 * math.sqrt(max(rows, columns)))
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-group["lr"])
-
-    def _orthogonalise(self, x):
-        a, b, c = self.COEFFICIENTS
-        tall = x.shape[1] > x.shape[2]
-        x = x.mT if tall else x
-        x = x.bfloat16()
-        x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7).view(-1, 1, 1)
-        for _ in range(5):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return x.mT if tall else x
-
-
-def make_optimizers(transformer, prompts) -> list:
-    """Muon for the blocks' matrices, AdamW for everything else."""
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for m in (transformer, prompts) for p in m.parameters() if id(p) not in chosen]
-    muon = BatchedMuon(matrices, lr=1.5e-3, weight_decay=0.02)
-    adam = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    for optimizer in (muon, adam):
-        optimizer.param_groups[0]["base_lr"] = optimizer.param_groups[0]["lr"]
-    return [muon, adam]
 
 
 def flow_loss(transformer, prompts, latents, ids, generator) -> torch.Tensor:

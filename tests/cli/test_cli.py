@@ -1,6 +1,5 @@
 """The command line, end to end on tiny random pipelines, and every bad input as one line with exit code 2."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny_pipelines import saver
 
 from svg.cli import cli, main
 from svg.eval.video import read_video, write_video
@@ -24,21 +24,12 @@ SIZE = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "3"]
 CLUSTERS = ["--num-q-clusters", "3", "--num-k-clusters", "5"]
 
 
-def builders():
-    path = Path(__file__).parents[1] / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.BUILDERS
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folders of random pipelines by name."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("wan", "wan_2_2", "wan_i2v"):
-        torch.manual_seed(0)
-        builders()[name]().save_pretrained(folder / name)
+        saver(folder)(name)
     return folder
 
 

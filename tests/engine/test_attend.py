@@ -2,13 +2,13 @@ from functools import partial
 
 import pytest
 import torch
+from sparge_blocks import sparge_blocks
 
 from svg.attend import attend, dense_attention
 from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 from svg.kernels.common import target
-from svg.methods.sparge import plan as sparge
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
 SPARSE = {
@@ -20,14 +20,7 @@ SPARSE = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """SpargeAttn's blocks as small as these videos."""
-    monkeypatch.setattr(sparge, "Q_BLOCK", 8)
-    monkeypatch.setattr(sparge, "K_BLOCK", 4)
-    sparge.video_blocks.cache_clear()
-    yield
-    sparge.video_blocks.cache_clear()
+small_blocks = sparge_blocks(8, 4)
 
 
 @pytest.fixture(params=SPARSE.values(), ids=SPARSE.keys())

@@ -1,10 +1,7 @@
 """`svg generate` in an empty folder, on tiny random pipelines."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-import torch
+from tiny_pipelines import saver
 
 from svg.cli import main
 
@@ -28,26 +25,10 @@ SIZE = [
 ]
 
 
-def builders():
-    path = Path(__file__).parents[1] / "pipelines" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.BUILDERS
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Name of a tiny random pipeline -> its folder."""
-    root = tmp_path_factory.mktemp("models")
-
-    def build(name):
-        if not (root / name).exists():
-            torch.manual_seed(0)
-            builders()[name]().save_pretrained(root / name)
-        return root / name
-
-    return build
+    return saver(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from attention_fixtures import dense_output
 
-from svg.attend import attend, dense_attention
+from svg.attend import attend
 from svg.config import SVG1Config
 from svg.engine.execute import execute
 from svg.engine.layout import TokenLayout
@@ -12,6 +13,14 @@ from svg.kernels.selection import probe
 from svg.methods.svg1 import plan as svg1
 
 CPU = torch.device("cpu")
+
+
+def plan_of(maps, index):
+    """The plan of heads [B, H] with these indices into the maps."""
+    return svg1.Plan(
+        q_permutation=maps.q_permutation[index], k_permutation=maps.k_permutation[index], q_sizes=maps.q_sizes,
+        k_sizes=maps.k_sizes, block_map=maps.block_map, map_index=index.int(), visible_keys=maps.visible_keys,
+    )  # fmt: skip
 
 
 def brute_force_map(layout, kind, width, block_size, prompt):
@@ -100,15 +109,7 @@ def test_both_kinds_occur_and_execute_as_their_maps_say(layout, make_mask, make_
         maps = svg1.band_maps(layout, 0.6, 4, CPU, mask)
         samples = 0 if mask is None else torch.arange(2)[:, None]
         index = torch.full(shape, kind) + 2 * samples
-        plan = svg1.Plan(
-            q_permutation=maps.q_permutation[index],
-            k_permutation=maps.k_permutation[index],
-            q_sizes=maps.q_sizes,
-            k_sizes=maps.k_sizes,
-            block_map=maps.block_map,
-            map_index=index.int(),
-            visible_keys=maps.visible_keys,
-        )
+        plan = plan_of(maps, index)
         out = execute(plan, q, k, v)
         for b in range(2):
             for h in range(3):
@@ -124,15 +125,7 @@ def test_profiled_mask_is_the_executed_mask(layout, make_mask, token_map):
     for n in range(profiled.shape[0]):
         for kind in (svg1.SPATIAL, svg1.TEMPORAL):
             index = torch.full((1, 1), 2 * n + kind)
-            plan = svg1.Plan(
-                q_permutation=maps.q_permutation[index],
-                k_permutation=maps.k_permutation[index],
-                q_sizes=maps.q_sizes,
-                k_sizes=maps.k_sizes,
-                block_map=maps.block_map,
-                map_index=index,
-                visible_keys=maps.visible_keys,
-            )
+            plan = plan_of(maps, index)
             assert torch.equal(profiled[n, kind], token_map(plan, 0, 0)[layout.video_slice])
 
 
@@ -222,12 +215,7 @@ def test_density_one_is_dense(layout, side, make_mask, make_qkv, make_state):
     mask, qkv = make_mask(layout, side=side), make_qkv(layout)
     state = make_state(SVG1Config(density=1.0, block_size=4), layout)
     out = attend(*qkv, state, 2, mask)
-    seen = None
-    if mask is not None:
-        seen = torch.ones(2, layout.total_tokens, dtype=torch.bool)
-        seen[:, layout.text_slice] = mask
-    expected = dense_attention(*(x.transpose(1, 2) for x in qkv), seen).transpose(1, 2)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out, dense_output(qkv, layout, mask), atol=1e-5, rtol=0)
     assert state.records[-1].density.eq(1).all() and not state.records[-1].dense
 
 

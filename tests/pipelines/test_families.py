@@ -3,11 +3,11 @@
 import diffusers
 import pytest
 import torch
+from sparge_blocks import sparge_blocks
 from tiny_transformers import FAMILIES
 
 import svg
 from svg.config import DenseConfig, NearConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
-from svg.methods.sparge import plan as sparge
 from svg.pipelines.attach import attached
 from svg.pipelines.refused import REFUSED
 from svg.pipelines.registry import MODELS
@@ -33,14 +33,7 @@ SIZE = (5, 4, 6)
 ODD = [(3, 4, 10), (7, 6, 4), (2, 14, 6)]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """SpargeAttn's blocks as small as these videos."""
-    monkeypatch.setattr(sparge, "Q_BLOCK", 6)
-    monkeypatch.setattr(sparge, "K_BLOCK", 3)
-    sparge.video_blocks.cache_clear()
-    yield
-    sparge.video_blocks.cache_clear()
+small_blocks = sparge_blocks(6, 3)
 
 
 def made(name, size=SIZE):

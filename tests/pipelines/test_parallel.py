@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import ulysses_worker as worker
+from sparge_blocks import sparge_blocks
 from tiny_transformers import FAMILIES
 
 import svg
 from svg.config import DenseConfig, SVG2Config
-from svg.methods.sparge import plan as sparge
 from svg.pipelines.parallel import Ulysses
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -53,13 +53,7 @@ def together(tmp_path_factory):
     return run
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(sparge, "Q_BLOCK", 6)
-    monkeypatch.setattr(sparge, "K_BLOCK", 3)
-    sparge.video_blocks.cache_clear()
-    yield
-    sparge.video_blocks.cache_clear()
+small_blocks = sparge_blocks(6, 3)
 
 
 @pytest.mark.parametrize("method", worker.METHODS)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from sparge_blocks import sparge_blocks
 
 import svg
 from svg.config import DenseConfig, SpargeConfig, SVG1Config, SVG2Config
-from svg.methods.sparge import plan as sparge
 from svg.pipelines.attach import attached
 
 FULL = {
@@ -26,14 +26,7 @@ PROMPTS = ["a red ball moves right", "a blue cat and a green dog moves slowly le
 NAMES = ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5"]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """SpargeAttn's blocks as small as these videos."""
-    monkeypatch.setattr(sparge, "Q_BLOCK", 6)
-    monkeypatch.setattr(sparge, "K_BLOCK", 3)
-    sparge.video_blocks.cache_clear()
-    yield
-    sparge.video_blocks.cache_clear()
+small_blocks = sparge_blocks(6, 3)
 
 
 @pytest.mark.parametrize("method", FULL)

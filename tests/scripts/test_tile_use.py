@@ -1,11 +1,10 @@
 """scripts/bench/tile_use.py: tile use and the table, against their definitions."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts_support import load_script
 
 from svg.engine.plan import Plan
 from svg.pipelines import GenerationRequest, load_pipeline
@@ -14,11 +13,7 @@ from svg.recordings.record import record
 
 @pytest.fixture(scope="module")
 def script():
-    path = Path(__file__).parents[2] / "scripts" / "bench" / "tile_use.py"
-    spec = importlib.util.spec_from_file_location("tile_use", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/tile_use.py")
 
 
 def plan():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from svg.attend import dense_attention
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
@@ -10,6 +11,15 @@ LAYOUTS = {
     "text last": TokenLayout(3, 3, 3, 5, "last"),
     "one frame": TokenLayout(1, 3, 4, 3, "last"),
 }
+
+
+def dense_output(qkv, layout, mask):
+    """Dense attention [B, S, H, D] over the video and the text that a mask [2, T], or None, shows."""
+    seen = None
+    if mask is not None:
+        seen = torch.ones(2, layout.total_tokens, dtype=torch.bool)
+        seen[:, layout.text_slice] = mask
+    return dense_attention(*(x.transpose(1, 2) for x in qkv), seen).transpose(1, 2)
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import websocket
 
+BOTH_LOADED = "[...document.querySelectorAll('video')].every((v) => v.readyState >= 3)"  # of the page's players
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),

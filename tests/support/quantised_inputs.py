@@ -23,6 +23,17 @@ def exact(q, k, v, is_causal=False, sm_scale=None, mask=None):
     return scores.softmax(-1).nan_to_num(0) @ v, scores.logsumexp(-1)
 
 
+def assert_accurate(found, right, spec, q, at_least, lse_within):
+    """Output and log-sum-exp against fp64: within the bars, and within 1.2 times the error of the specification."""
+    (out, lse), (right, right_lse) = found, right
+    assert out.shape == q.shape and out.dtype == q.dtype and out.stride() == q.stride()
+    assert cosine(out, right) >= at_least
+    assert (out - right).norm() <= 1.2 * (spec - right).norm() + 1e-6
+    assert lse.dtype == torch.float32
+    finite = right_lse.isfinite()
+    assert torch.equal(finite, lse.isfinite()) and (lse - right_lse)[finite].abs().mean() < lse_within
+
+
 def cosine(a, b):
     """Cosine similarity of two tensors, flattened, in fp64."""
     return torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()

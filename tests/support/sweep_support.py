@@ -43,6 +43,15 @@ def start(arguments, *, command="sweep", die_at_replace=None, after=False, file_
     return process
 
 
+def killed(child, seconds):
+    """Kill a child after so many seconds; False where it had ended well before."""
+    child.join(seconds)
+    child.kill()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
 def _run(arguments, die_at_replace, after, file_limit):
     from svg.cli import main
 

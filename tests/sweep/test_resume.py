@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sweep_support import results_of, start, summary_of
+from sweep_support import killed, results_of, start, summary_of
 
 from svg.cli import main
 
@@ -36,12 +36,8 @@ def test_killed_at_random_moments(undisturbed, write_grid):
         while not Path("out/journal").exists():
             time.sleep(0.01)
         kills.append(moments.uniform(0.1, 1.5))
-        child.join(kills[-1])
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            break  # done before it could be killed
-        assert child.exitcode == -signal.SIGKILL
+        if not killed(child, kills[-1]):
+            break  # done before
         assert_kept(before, "out")
         before = journal("out")
     child = start([grid, "--out", "out"])

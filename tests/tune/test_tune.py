@@ -4,13 +4,12 @@ import dataclasses
 import importlib
 import json
 import random
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from sweep_support import start
+from sweep_support import killed, start
 
 from svg.cli import main
 from svg.config import SVG2Config
@@ -108,12 +107,8 @@ def test_killed_at_random_moments(undisturbed, here):
         while not Path("out/curves").exists():
             time.sleep(0.01)
         kills.append(random.Random().uniform(0.2, 2.5))
-        child.join(kills[-1])
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            break  # done before it could be killed
-        assert child.exitcode == -signal.SIGKILL
+        if not killed(child, kills[-1]):
+            break  # done before
         assert before.items() <= journals("out").items()
         before = journals("out")
     assert main(["tune", *arguments, "--out", "out"]) == 0

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from chromium import Chromium
+from chromium import BOTH_LOADED, Chromium
 
 from svg.eval.files import write_json
+from svg.eval.page import build_page
 from svg.eval.video import write_video
 
 FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 8
@@ -178,3 +179,20 @@ def run_folder(tmp_path_factory):
 def browser():
     with Chromium() as chromium:
         yield chromium
+
+
+def opened(browser, folder):
+    browser.open(build_page(folder))
+    browser.wait(BOTH_LOADED)
+    yield browser
+    assert browser.errors == []
+
+
+@pytest.fixture
+def sweep(browser, sweep_folder):
+    yield from opened(browser, sweep_folder)
+
+
+@pytest.fixture
+def run(browser, run_folder):
+    yield from opened(browser, run_folder)

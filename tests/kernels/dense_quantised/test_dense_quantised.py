@@ -1,4 +1,5 @@
 import pytest
+import quantised_inputs
 import torch
 from quantised_inputs import cosine, exact, outliers
 
@@ -12,19 +13,11 @@ in_interpreter = pytest.mark.skipif(not target.INTERPRETED, reason="a limit of t
 
 
 def assert_accurate(arguments, at_least, **options):
-    """Against fp64, within the bar and within 1.2 times the error of the specification."""
-    out, lse = quantised_attention(*arguments, return_lse=True, **options)
+    found = quantised_attention(*arguments, return_lse=True, **options)
     given = {name: options[name] for name in ("is_causal", "sm_scale", "mask") if name in options}
-    right, right_lse = exact(*arguments, **given)
     spec = quantised_attention_reference(*arguments, **options)
-    q = arguments[0]
-    assert out.shape == q.shape and out.dtype == q.dtype and out.stride() == q.stride()
-    assert cosine(out, right) >= at_least
-    assert (out - right).norm() <= 1.2 * (spec - right).norm() + 1e-6
-    assert lse.dtype == torch.float32
-    seen = right_lse.isfinite()
-    assert torch.equal(seen, lse.isfinite())
-    assert (lse - right_lse)[seen].abs().mean() < (0.01 if "int8" in options["precision"] else 0.1)
+    lse_within = 0.01 if "int8" in options["precision"] else 0.1
+    quantised_inputs.assert_accurate(found, exact(*arguments, **given), spec, arguments[0], at_least, lse_within)
 
 
 @pytest.mark.parametrize("S", [1, 63, 65, 127, 129])
