@@ -193,7 +193,12 @@ def test_no_file_is_longer_than_a_person_reads():
     assert len(lines) > 300 and not {name: count for name, count in lines.items() if count > LONGEST_FILE}
 
 
-@pytest.mark.parametrize("name", [name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))])
-def test_operations_take_few_parameters(name):
+OPERATIONS = {name: getattr(room, name) for room in (kernels, kernels.granules) for name in room.__all__}
+
+
+@pytest.mark.parametrize(
+    "operation", [pytest.param(op, id=n) for n, op in OPERATIONS.items() if inspect.isfunction(op)]
+)
+def test_operations_take_few_parameters(operation):
     """How it is quantised and which blocks are computed are values; their fields may be given by keyword (`**fields`)."""
-    assert len(inspect.signature(getattr(kernels, name)).parameters) <= MOST_PARAMETERS
+    assert len(inspect.signature(operation).parameters) <= MOST_PARAMETERS
