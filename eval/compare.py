@@ -1,14 +1,16 @@
 """One video against another: every metric, streamed, as a plain dict for report.json."""
 
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
 from . import metrics
-from .lpips_weights import LpipsWeightsError
-from .names import LPIPS_NETS
+from .names import LPIPS_NETS, METRICS
 from .video import Video, VideoError, check_frames
-from .vmaf import VmafError, vmaf
+from .vmaf import vmaf
+
+_NOT_ASKED = "not asked for"
 
 
 def compare(reference, output, lpips_net="alex", device="cpu"):
@@ -23,52 +25,96 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         dict with `frames`, `height`, `width` and, each with `mean` and `per_frame`: `psnr` (dB), `ssim`, `lpips`,
         `vmaf` (0 to 100) and `temporal_psnr` (dB, of frame-to-frame changes). A mean PSNR is over the frames that
         differ, `identical_frames` counts the others, and `pooled` is the PSNR of the whole video's mean squared error.
-        Identical videos give infinite PSNR. Without LPIPS weights `lpips.mean` is None and `lpips.note` says how to
-        get them; so for VMAF without ffmpeg or on frames too small for it.
+        Identical videos give infinite PSNR. A metric that fails, whatever the reason, has a `mean` of None and a `note`
+        that says why: LPIPS without its weights, VMAF without ffmpeg, frames too small, no memory left. The others stay.
 
     Raises:
         VideoError: sizes or lengths differ, or frames of a wrong type.
-        ValueError: unknown lpips_net, or frames too small for a metric.
+        ValueError: unknown lpips_net.
     """
     if lpips_net not in LPIPS_NETS:
         raise ValueError(f"lpips_net must be one of {', '.join(LPIPS_NETS)}, got {lpips_net!r}")
-    lpips, note = _lpips(lpips_net, device)
-    errors, changes, similarities, distances = [], [], [], []
-    shape = None
+    taken = {
+        "psnr": _Taken(metrics.squared_error),
+        "ssim": _Taken(lambda a, b: metrics.ssim(a, b, device)),
+        "lpips": _Taken(_lpips(lpips_net, device)),
+        "temporal_psnr": _Taken(metrics.difference_error),
+    }
+    frames, shape = 0, None
     for a, b, previous in _pairs(reference, output):
-        shape = a.shape
-        errors.append(metrics.squared_error(a, b))
-        changes.append(metrics.difference_error(*_with_previous(a, b, previous)))
-        similarities.append(metrics.ssim(a, b, device))
-        if lpips:
-            distances.append(lpips(a, b))
-    errors = np.concatenate(errors)
+        frames, shape = frames + len(a), a.shape
+        for name, metric in taken.items():
+            metric.add(*(_with_previous(a, b, previous) if name == "temporal_psnr" else (a, b)))
     return {
-        "frames": len(errors),
+        "frames": frames,
         "height": shape[1],
         "width": shape[2],
-        "psnr": _psnr(errors),
-        "ssim": _mean(np.concatenate(similarities)),
-        "lpips": {"net": lpips_net, **(_mean(np.concatenate(distances)) if lpips else {"mean": None, "note": note})},
+        "psnr": taken["psnr"].result(_psnr),
+        "ssim": taken["ssim"].result(_mean),
+        "lpips": {"net": lpips_net, **taken["lpips"].result(_mean)},
         "vmaf": _vmaf(reference, output),
-        "temporal_psnr": _psnr(np.concatenate(changes)),
+        "temporal_psnr": taken["temporal_psnr"].result(_psnr),
     }
+
+
+class _Taken:
+    """The values of one metric, pass by pass; its first failure ends it and becomes its note.
+
+    Args:
+        measure: two arrays of frames -> a value each; a text: why it is not taken at all.
+    """
+
+    def __init__(self, measure):
+        self._measure, self._values = measure, []
+        self._note = measure if isinstance(measure, str) else None
+
+    def add(self, a, b):
+        if self._note is None:
+            try:
+                self._values.append(self._measure(a, b))
+            except Exception as error:
+                self._note = _reason(error)
+
+    def result(self, summarise):
+        return summarise(np.concatenate(self._values)) if self._note is None else {"mean": None, "note": self._note}
+
+
+def failures(result):
+    """What could not be measured, and why.
+
+    Args:
+        result: of `compare`.
+
+    Returns:
+        One line each, for a reader.
+    """
+    failed = [(name, result[name]["note"]) for name in METRICS if "per_frame" not in result[name]]
+    return [f"{name} was not measured: {note}" for name, note in failed if note != _NOT_ASKED]
 
 
 def _lpips(net, device):
     if net == "none":
-        return None, "not asked for"
+        return _NOT_ASKED
     try:
-        return metrics.Lpips(net, device), None
-    except LpipsWeightsError as error:
-        return None, str(error)
+        return metrics.Lpips(net, device)
+    except Exception as error:
+        return _reason(error)
 
 
 def _vmaf(reference, output):
     try:
         return _mean(vmaf(reference, output))
-    except VmafError as error:
-        return {"mean": None, "note": str(error)}
+    except VideoError:
+        raise
+    except Exception as error:
+        return {"mean": None, "note": _reason(error)}
+
+
+def _reason(error):
+    """A failure in one line; errors of ours say enough, others with their kind, and no folder of the user's."""
+    text = " ".join(str(error).split()).replace(str(Path.home()), "~")
+    ours = type(error).__module__.startswith("svg.") or isinstance(error, ValueError)
+    return text if ours and text else f"{type(error).__name__}: {text}"
 
 
 def _pairs(reference, output):

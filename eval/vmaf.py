@@ -1,10 +1,8 @@
 """VMAF through ffmpeg's libvmaf filter, fed with the very frames that the other metrics see."""
 
 import json
-import os
 import subprocess
 import tempfile
-import threading
 from itertools import chain
 from pathlib import Path
 
@@ -32,6 +30,7 @@ def vmaf(reference, output):
 
     Raises:
         VmafError: no ffmpeg with libvmaf, frames too small, or ffmpeg failed.
+        ValueError: one video is longer than the other.
 
     Source: Netflix, VMAF v0.6.1 (the default model, made for 1080p seen from three times its height).
     """
@@ -42,45 +41,51 @@ def vmaf(reference, output):
         raise VmafError(f"VMAF needs frames of at least {SMALLEST} x {SMALLEST} pixels, got {height} x {width}")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "vmaf.json"
-        _run(chain([first], references), outputs, (width, height), log)
+        _run(zip(chain([first], references), outputs, strict=True), (width, height), log)
         frames = json.loads(log.read_text())["frames"]
     return np.array([frame["metrics"]["vmaf"] for frame in frames], np.float64)
 
 
-def _run(references, outputs, size, log):
-    pipes = [os.pipe() for _ in range(2)]
-    ends = [read for read, _ in pipes]
-    # The filter takes the distorted video first.
-    feeders = [_Feeder(write, frames) for (_, write), frames in zip(pipes, (outputs, references))]
-    try:
+def _run(pairs, size, log):
+    """Let ffmpeg measure pairs of frames, which reach it through its standard input, one above the other."""
+    with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(
-            _command(ends, size, log.name),
-            cwd=log.parent,
-            pass_fds=ends,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            _command(size, log.name), cwd=log.parent, stdin=subprocess.PIPE, stderr=messages, stdout=subprocess.DEVNULL
         )
-    finally:
-        for end in ends:
-            os.close(end)
-        for feeder in feeders:
-            feeder.start()
-    message = process.communicate()[1].decode(errors="replace").strip()
-    for feeder in feeders:
-        feeder.finish()
-    if process.returncode:
-        reason = message.splitlines()[-1] if message else f"code {process.returncode}"
+        try:
+            _feed(process.stdin, pairs)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        messages.seek(0)
+        message = messages.read().decode(errors="replace").strip()
+    if code:
+        reason = message.splitlines()[-1] if message else f"code {code}"
         if "No such filter" in message:
             reason = f"it was built without libvmaf; {_INSTALL}"
         raise VmafError(f"VMAF could not be taken, ffmpeg failed: {reason}")
 
 
-def _command(ends, size, log):
-    sources = []
-    for end in ends:
-        sources += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[0]}x{size[1]}", "-i", f"pipe:{end}"]
-    graph = f"[0:v]{_TO_YUV}[d];[1:v]{_TO_YUV}[r];[d][r]libvmaf=model=version={MODEL}:log_fmt=json:log_path={log}"
-    return [_executable(), "-hide_banner", "-nostats", "-v", "error", *sources, "-lavfi", graph, "-f", "null", "-"]
+def _feed(pipe, pairs):
+    try:
+        with pipe:
+            for reference, output in pairs:
+                pipe.write(np.ascontiguousarray(reference).data)
+                pipe.write(np.ascontiguousarray(output).data)
+    except BrokenPipeError:  # ffmpeg has gone; its message says why
+        return
+
+
+def _command(size, log):
+    width, height = size
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{2 * height}", "-i", "-"]
+    upper, lower = (f"crop={width}:{height}:0:{top}:exact=1,{_TO_YUV}" for top in (0, height))
+    # The filter takes the distorted video first.
+    graph = (
+        f"[0:v]split[a][b];[a]{lower}[d];[b]{upper}[r];[d][r]libvmaf=model=version={MODEL}:log_fmt=json:log_path={log}"
+    )
+    return [_executable(), "-hide_banner", "-nostats", "-v", "error", *source, "-lavfi", graph, "-f", "null", "-"]
 
 
 def _executable():
@@ -89,27 +94,3 @@ def _executable():
     except ModuleNotFoundError as error:
         raise VmafError(f"VMAF needs ffmpeg with libvmaf: {_INSTALL}") from error
     return imageio_ffmpeg.get_ffmpeg_exe()
-
-
-class _Feeder(threading.Thread):
-    """Writes frames into a pipe that ffmpeg reads; two of them, for ffmpeg reads by turns."""
-
-    def __init__(self, descriptor, frames):
-        super().__init__(daemon=True)
-        self._descriptor, self._frames = descriptor, frames
-        self._error = None
-
-    def run(self):
-        try:
-            with os.fdopen(self._descriptor, "wb") as pipe:
-                for frame in self._frames:
-                    pipe.write(np.ascontiguousarray(frame).data)
-        except BrokenPipeError:  # ffmpeg has gone; its message says why
-            return
-        except (OSError, ValueError) as error:
-            self._error = error
-
-    def finish(self):
-        self.join()
-        if self._error:
-            raise self._error

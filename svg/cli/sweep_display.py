@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from svg.eval.compare import failures
 from svg.pipelines import StepProgress
 
 from ..sweep.cell import Cell
@@ -127,8 +128,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     for cell in failed:
         console.print(f"failed: {_where(cell)}: {cell['error']['message']}", highlight=False, markup=False)
     measured = [cell["quality"] for cell in summary["cells"] if cell["status"] == "finished" and cell["quality"]]
-    metrics = ("lpips", "vmaf") if summary["lpips"] != "none" else ("vmaf",)
-    for note in dict.fromkeys(quality[m]["note"] for quality in measured for m in metrics if "note" in quality[m]):
+    for note in dict.fromkeys(note for quality in measured for note in failures(quality)):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     counts = summary["counts"]
     kept = "videos" if any(cell["video"] for cell in summary["cells"]) else "frames"

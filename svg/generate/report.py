@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from svg.eval.compare import failures
 from svg.pipelines import GenerationResult
 from svg.pipelines.model_files import BUNDLED
 
@@ -128,11 +129,10 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     if density and density["sparse_calls"] is None:
         notes.append("no attention call was sparse: warm-up covers every step or layer; lower --warmup-steps")
     quality = report["quality"]
-    for part in list(quality.values())[:1]:
-        if part["lpips"].get("note") and job.lpips != "none":
-            notes.append(part["lpips"]["note"])
+    notes += dict.fromkeys(note for part in quality.values() for note in failures(part))
     psnr = {name: part["psnr"]["mean"] for name, part in quality.items()}
-    if psnr.keys() == {"accelerated", "control"} and psnr["accelerated"] >= psnr["control"]:
+    known = None not in psnr.values() and psnr.keys() == {"accelerated", "control"}
+    if known and psnr["accelerated"] >= psnr["control"]:
         notes.append("the accelerated video is as close to dense as dense is on another backend")
     return notes
 

@@ -19,9 +19,11 @@ _MATH_LIMIT = 4 * 2**30  # bytes of scores that the "math" backend may hold
 
 
 def warm_up(pipe: Any, job: Job, config: MethodConfig) -> GenerationResult:
-    """Compile and allocate, untimed: both steps run the method itself, in every layer."""
+    """Compile and allocate, untimed: every step runs the method itself, in every layer."""
     accelerate(pipe, replace(config, warmup_steps=0.0, warmup_layers=0.0))
-    return generate(pipe, replace(job.request, steps=WARMUP_STEPS), lambda progress: None)
+    # Plain code on a CPU compiles nothing: its first step touches all memory, and a second one would only take time.
+    steps = 1 if pipe._execution_device.type == "cpu" and not job.compiled else WARMUP_STEPS
+    return generate(pipe, replace(job.request, steps=steps), lambda progress: None)
 
 
 def warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:

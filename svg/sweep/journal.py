@@ -1,6 +1,5 @@
 """A journal of finished work: one file an entry, whole or not there, so that a kill at any moment loses nothing else."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -8,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svg.eval.files import atomic_path, remove_partials, to_json
+from svg.eval.locks import try_lock, unlock
 
 from ..documents import MEBIBYTE, read_json
 
@@ -44,18 +44,19 @@ class Journal:
         """
         self.check_version()
         self.entries.mkdir(parents=True, exist_ok=True)
-        with open(self.entries / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, killed or not
-            except BlockingIOError as error:
-                raise JournalError(
-                    f"another sweep is writing to {self.folder}: wait for it to end, or choose another folder"
-                ) from error
+        lock = try_lock(self.entries / "lock")
+        if lock is None:
+            raise JournalError(
+                f"another sweep is writing to {self.folder}: wait for it to end, or choose another folder"
+            )
+        try:
             if (self.entries / "format.json").exists():  # else the folder is not ours to clear up
                 for folder in (self.folder, *(path for path in self.folder.iterdir() if path.name in self._FOLDERS)):
                     remove_partials(folder)
             self._write(self.entries / "format.json", {"format": self.FORMAT, "version": self.version})
             yield self
+        finally:
+            unlock(lock, remove=False)
 
     def check_version(self):
         """Raise JournalError if the folder's journal, where there is one, has another version."""
@@ -142,11 +143,12 @@ class Journal:
             file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename is all there is
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _digest_of(record):

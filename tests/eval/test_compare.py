@@ -1,12 +1,14 @@
 import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from svg.eval import metrics
-from svg.eval.compare import compare
+from svg.eval.compare import compare, failures
 from svg.eval.files import atomic_path, to_json, write_json
+from svg.eval.names import METRICS
 from svg.eval.video import Video, VideoError, open_video, write_video
 
 
@@ -104,3 +106,23 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
         raise KeyboardInterrupt
     assert json.loads((tmp_path / "a.json").read_text())["x"][0] == 1.5
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["squared_error", "difference_error", "ssim", "vmaf", "lpips"])
+def test_a_metric_that_fails_is_a_note_and_the_others_stay(monkeypatch, clip, noisy, name):
+    def broken(*args, **options):
+        raise RuntimeError(f"no memory in {Path.home()} for\nthis")
+
+    clip, noisy = (frames.repeat(2, 1).repeat(2, 2) for frames in (clip, noisy))
+    if name == "vmaf":
+        monkeypatch.setattr("svg.eval.compare.vmaf", broken)
+    elif name == "lpips":
+        monkeypatch.setattr(metrics.Lpips, "__call__", broken)
+    else:
+        monkeypatch.setattr(metrics, name, broken)
+    result = compare(clip, noisy, "alex")
+    key = {"squared_error": "psnr", "difference_error": "temporal_psnr"}.get(name, name)
+    assert result[key]["mean"] is None and result[key]["note"] == "RuntimeError: no memory in ~ for this"
+    assert failures(result) == [f"{key} was not measured: RuntimeError: no memory in ~ for this"]
+    assert all(result[other]["mean"] is not None for other in set(METRICS) - {key})
+    json.dumps(to_json(result), allow_nan=False)

