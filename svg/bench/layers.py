@@ -81,7 +81,7 @@ def wan_layer(layout: TokenLayout, device: str, dtype: torch.dtype, heads: int =
     width = heads * dim
     block = _random(lambda: WanTransformerBlock(width, ffn, heads, cross_attn_norm=True), device, dtype)
     block.scale_shift_table.data = block.scale_shift_table.data.float()
-    hidden = _hidden(layout, heads, dim, device, dtype)
+    hidden = structured_hidden_states(layout, heads, dim, device, dtype)
     text = torch.randn(1, TEXT, width, device=device, dtype=dtype)
     modulation = torch.randn(1, 6, width, device=device) / width**0.5
     latents = torch.empty(1, 1, layout.frames, 2 * layout.height, 2 * layout.width, device=device)
@@ -103,7 +103,7 @@ def hunyuan_layer(layout: TokenLayout, device: str, dtype: torch.dtype, heads: i
 
     width = heads * dim
     block = _random(lambda: HunyuanVideoSingleTransformerBlock(heads, dim), device, dtype)
-    hidden = _hidden(layout, heads, dim, device, dtype)
+    hidden = structured_hidden_states(layout, heads, dim, device, dtype)
     video, text = hidden[:, layout.video_slice], hidden[:, layout.text_slice]
     embedding = torch.randn(1, width, device=device, dtype=dtype)
     latents = torch.empty(1, 1, layout.frames, 2 * layout.height, 2 * layout.width, device=device)
@@ -119,6 +119,7 @@ def _random(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> 
         return build().to(dtype).eval().requires_grad_(False)
 
 
-def _hidden(layout: TokenLayout, heads: int, dim: int, device: str, dtype: torch.dtype) -> Tensor:
+def structured_hidden_states(layout: TokenLayout, heads: int, dim: int, device: str, dtype: torch.dtype) -> Tensor:
+    """Hidden states [1, S, heads * dim] of moving objects, as large as a norm would leave them; arguments as `synthetic`."""
     hidden = synthetic(layout, heads, dim, device, dtype).q.flatten(2)  # [1, S, H * D]
     return hidden / math.sqrt(hidden.float().square().mean())

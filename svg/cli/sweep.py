@@ -31,7 +31,11 @@ _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control.")
 @click.option("--keep-frames", is_flag=True, help="Keep raw frames of every cell, not of dense and control alone.")
 @click.option("--ray", "ray_address", help="Spread cells over a Ray cluster: its address, or `local` to start one.")
-@click.option("--workers", type=click.IntRange(1), help="With --ray: how many actors [default: one a GPU].")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes, each on a GPU of its own; with --ray actors [default: one a GPU].",
+)
 @click.option(
     "--recorded", type=click.Path(dir_okay=False), help="Sweep recorded q, k, v (`svg record`), no generation."
 )
@@ -48,8 +52,6 @@ def sweep(grid: str | None, **options: Any) -> int:
     from .console import Terminal
 
     console = Terminal()
-    if options["workers"] is not None and options["ray_address"] is None:
-        raise ValueError("--workers must come with --ray: without it one process runs one cell at a time")
     if options["no_run"]:
         return _finish(console, options)
     if options["recorded"] is not None:
@@ -64,23 +66,24 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from svg.pipelines.loading import resolve_device
 
     from ..sweep.grid import cells_of, inputs_of, read_grid
-    from ..sweep.pool import LocalPool, RayPool
+    from ..sweep.pool import LocalPool, ProcessPool, RayPool
     from ..sweep.run import Results, run_sweep
     from .sweep_display import SweepDisplay, print_summary
 
     quiet_loading()
     plan = read_grid(grid, _flags(options))
     address = options["ray_address"]
-    device = _device_of(plan.run["device"], address, resolve_device)
+    device = _device_of(plan.run["device"], address, options["workers"], resolve_device)
     check_folder("--out", options["out"], ("sweep.json", "sweep.csv", "paired.csv", PAGE), [grid, *inputs_of(plan)])
     header = {"command": command_text(), "lpips": plan.run["lpips"]}
     results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
     with SweepDisplay(console) as display:
 
         def pool() -> Any:
-            if address is None:
-                return LocalPool(device, display.step)
-            return RayPool(address, device, options["workers"])
+            workers = options["workers"]
+            if address is not None:
+                return RayPool(address, device, workers)
+            return LocalPool(device, display.step) if workers is None else ProcessPool(device, workers)
 
         try:
             summary = run_sweep(results, pool, display)
@@ -136,10 +139,13 @@ def _flags(options: dict[str, Any]) -> dict[str, Any]:
     return {**{key: options[key] for key in plain}, **lists, "methods": methods, "control": control}
 
 
-def _device_of(device: str, address: str | None, resolve_device: Callable) -> str:
-    if address is None or device == "cpu":
+def _device_of(device: str, address: str | None, workers: int | None, resolve_device: Callable) -> str:
+    alone = address is None and workers is None
+    if alone or device == "cpu":
         return str(resolve_device(device))
     if device not in ("auto", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda with --ray, got {device}")
+        raise ValueError(f"--device must be auto, cpu or cuda with --ray or --workers, got {device}")
+    if address is None:
+        return str(resolve_device(device)).split(":")[0]
     # What counts is the cluster's GPUs; a local cluster has this machine's.
     return str(resolve_device(device)) if address == "local" else "cuda"

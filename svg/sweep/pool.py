@@ -1,10 +1,13 @@
-"""Where cells run: in this process, or in the actors of a Ray cluster. Both give futures and never touch a folder."""
+"""Where cells run: in this process, in several of this machine, or in a Ray cluster. All give futures; none touches a folder."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +59,65 @@ class LocalPool:
     def close(self) -> None:
         self._worker.stop.set()
         self._thread.shutdown(cancel_futures=True)
+
+
+class ProcessPool:
+    """Processes of this machine, one a GPU or `workers` on its CPU; each loads a model once.
+
+    Args:
+        device: "cuda" or "cpu".
+        workers: how many.
+        threads: CPU threads of a process; None: this process' share for each of them.
+
+    Raises:
+        ValueError: the machine has fewer GPUs than workers.
+    """
+
+    def __init__(self, device: str, workers: int, threads: int | None = None):
+        there = torch.cuda.device_count()
+        if device != "cpu" and workers > there:
+            raise ValueError(
+                f"workers must be at most {there}, this machine's GPUs, got {workers}: give fewer --workers"
+            )
+        self.size = workers
+        self._device, self._threads = device, threads or max(1, torch.get_num_threads() // workers)
+        self._context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+        self._stop = self._context.Event()
+        self._executors = [self._start(slot) for slot in range(workers)]
+
+    def submit(self, slot: int, cell: Cell, reference: np.ndarray | None) -> Future:
+        return self._executors[slot].submit(_run_here, cell, reference)
+
+    def lost(self, slot: int, error: BaseException) -> bool:
+        if not isinstance(error, BrokenProcessPool):
+            return False
+        self._executors[slot].shutdown(wait=False)
+        self._executors[slot] = self._start(slot)
+        return True
+
+    def close(self) -> None:
+        self._stop.set()
+        for executor in self._executors:
+            executor.shutdown(cancel_futures=True)
+
+    def _start(self, slot: int) -> ProcessPoolExecutor:
+        device = "cpu" if self._device == "cpu" else f"cuda:{slot}"
+        return ProcessPoolExecutor(1, self._context, _start_here, (device, self._threads, self._stop))
+
+
+_here: Worker | None = None
+
+
+def _start_here(device: str, threads: int, stop: Any) -> None:
+    """Make this process' worker; an interrupt is its parent's to handle."""
+    global _here
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _here = Worker(device, threads)
+    _here.stop = stop
+
+
+def _run_here(cell: Cell, reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+    return _here.run(cell, reference)
 
 
 class RayPool:

@@ -33,6 +33,9 @@ class Worker:
         device: "cpu", "cuda" or "cuda:<index>": which one of the kind that cells ask for.
         threads: CPU threads of torch, or None to leave them.
         on_step: told about every step, or None.
+
+    Attributes:
+        stop: an event; once it is set, a cell breaks off at its next step.
     """
 
     def __init__(

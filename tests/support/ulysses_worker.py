@@ -7,14 +7,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
-from diffusers.hooks import context_parallel
 from tiny_transformers import FAMILIES
 
 import svg
 from svg.config import DenseConfig, NearConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
 from svg.methods.sparge import plan as sparge
 from svg.pipelines.attach import attached
+from svg.pipelines.processes import join, split_sequence
 
 PARALLEL = ("wan", "hunyuan_video", "minimax_h3", "ltx", "ltx2", "ltx2_3", "chronoedit")
 WARMUP = dict(warmup_steps=0.25, warmup_layers=0.0)
@@ -42,9 +41,7 @@ def outputs(name, config, degree=1):
     ):  # Diffusers repeats the text's mask for all heads, and a rank of its own code has not all
         inputs |= {key: None for key in inputs if key.endswith("encoder_attention_mask")}
     if degree > 1:
-        plan = svg.context_parallel_plan(transformer)
-        parallel = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=True)
-        transformer.enable_parallelism(config=parallel, cp_plan=plan)
+        split_sequence(transformer)
     svg.accelerate(transformer, config)
     found = []
     for step in range(2):
@@ -55,18 +52,9 @@ def outputs(name, config, degree=1):
     return torch.stack(found), [record.density.mean(0) for record in records]
 
 
-def gather_uneven(tensor, dim, group):
-    """In the place of Diffusers' own, whose all_gather of unequal parts NCCL has and gloo has not."""
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor, group=group)
-    return torch.cat(parts, dim)
-
-
 def main(path):
     sparge.Q_BLOCK, sparge.K_BLOCK = 6, 3
-    torch.accelerator.device_count = lambda: 1  # Diffusers divides by it, and a CPU counts as none
-    context_parallel._all_gather_anything = gather_uneven
-    dist.init_process_group("cpu:gloo")
+    join("cpu")
     degree = dist.get_world_size()
     results = {}
     for name in PARALLEL:

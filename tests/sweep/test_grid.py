@@ -107,7 +107,7 @@ def test_wrong_files(text, words, tmp_path, monkeypatch, capsys):
     [
         ("--prompt a --seeds 1,x", ["--seeds", "'1,x'"]),
         ("--prompt a --methods svg1,svg9", ["svg9"]),
-        ("--prompt a --workers 2", ["--workers must come with --ray"]),
+        ("--prompt a --workers 2 --device cuda:1", ["--device must be auto, cpu or cuda with --ray or --workers"]),
         ("", ["prompts", "--prompt"]),
         ("missing.yaml", ["missing.yaml"]),
         ("--no-run --out nothing", ["nothing without sweep.json"]),

@@ -1,0 +1,76 @@
+"""Processes that make one video together: their group, and the split of a transformer's sequence over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.hooks import context_parallel
+from torch import Tensor, nn
+
+from .parallel import context_parallel_plan
+
+
+def join(device: str) -> torch.device:
+    """Join the processes that torchrun started, unless this one has.
+
+    Args:
+        device: "cuda" or "cpu".
+
+    Returns:
+        This process' device: the GPU of its local rank, or the CPU.
+    """
+    here = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device("cpu")
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "cpu:gloo")
+    return here
+
+
+def split_sequence(transformer: nn.Module) -> nn.Module:
+    """Split a transformer's sequence over all processes, through Diffusers' hooks; uneven numbers are fine.
+
+    Args:
+        transformer: a Diffusers transformer of a family that has a plan for it, accelerated or not.
+
+    Returns:
+        The same transformer.
+
+    Raises:
+        NotImplementedError: it has no plan.
+
+    Example:
+        split_sequence(pipe.transformer)
+    """
+    plan = context_parallel_plan(transformer)
+    config = ContextParallelConfig(ulysses_degree=dist.get_world_size(), ulysses_anything=True)
+    with _a_cpu_counts_as_one():
+        transformer.enable_parallelism(config=config, cp_plan=plan)
+    return transformer
+
+
+@contextmanager
+def _a_cpu_counts_as_one() -> Iterator[None]:
+    """Diffusers divides by the number of accelerators; and it gathers unequal parts as NCCL can and gloo cannot."""
+    if torch.accelerator.is_available():
+        yield
+        return
+    context_parallel._all_gather_anything = _gather_unequal
+    count = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: 1
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = count
+
+
+def _gather_unequal(tensor: Tensor, dim: int, group: Any) -> Tensor:
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, tensor, group=group)
+    return torch.cat(parts, dim)
