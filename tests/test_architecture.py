@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from svg import kernels
+from svg.kernels import granules
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
@@ -193,7 +194,7 @@ def test_no_file_is_longer_than_a_person_reads():
     assert len(lines) > 300 and not {name: count for name, count in lines.items() if count > LONGEST_FILE}
 
 
-OPERATIONS = {name: getattr(room, name) for room in (kernels, kernels.granules) for name in room.__all__}
+OPERATIONS = {name: getattr(room, name) for room in (kernels, granules) for name in room.__all__}
 
 
 @pytest.mark.parametrize(
