@@ -7,9 +7,10 @@ from typing import Any
 import click
 
 from .options import device_option, settings_option
+from .panels import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("recording", type=click.Path(dir_okay=False))
 @click.option("--method", default="sage2", show_default=True, help="sage2, sage2++ or sage3.")
 @click.option("--min-cosine", type=float, default=0.998, show_default=True, help="Least cosine similarity of a layer.")
@@ -20,6 +21,10 @@ def adapt(recording: str, assignments: tuple[str, ...], **options: Any) -> None:
     """Choose a precision for every layer on RECORDING (`svg record`), for `svg generate --set layers=FILE`.
 
     The fastest whose output is close enough to unquantised attention: the method's own, then P V in 16 bits, then none.
+
+    \b
+    Example:
+      svg adapt qkv.safetensors --method sage2 --out layers.json
     """
     from rich.table import Table
 

@@ -19,6 +19,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .models import models
 from .page import page
+from .panels import SETTINGS, Group
 from .presets import presets
 from .record import record
 from .signals import end_as_interrupted
@@ -29,12 +30,16 @@ from .tune import tune
 _LONGEST = 1500  # characters of an error's line: what was given may be a megabyte
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], **SETTINGS})
 @click.version_option(__version__, prog_name="svg")
 def cli() -> None:
     """Sparse attention for video diffusion transformers: the same video, faster, no retraining.
 
     Set SVG_TRACEBACK=1 to see where an error came from.
+
+    \b
+    Example:
+      svg generate "a large red circle moving right, the camera is still"
     """
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .panels import Command
+
 BENCHES = (
     "attention",
     "kmeans",
@@ -22,13 +24,20 @@ BENCHES = (
 )
 
 
-@click.command()
-@click.argument("what", type=click.Choice(BENCHES), nargs=-1)
+@click.command(cls=Command)
+@click.argument("what", metavar="[PART]...", type=click.Choice(BENCHES), nargs=-1)
 @click.option("--save", is_flag=True, help="Write docs/benchmarks/<gpu>.json and docs/benchmarks.md.")
 @click.option("--docs", type=click.Path(file_okay=False), default="docs", show_default=True, help="Folder of --save.")
 @click.option("--sweep", is_flag=True, help="Also time other tile sizes, which takes minutes.")
 def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
-    """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named."""
+    """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named.
+
+    Parts: attention, kmeans, permute, near, svg1, svg2, quantised, sparge, training, scale, step.
+
+    \b
+    Example:
+      svg bench near svg2 --save
+    """
     from ..bench import report
     from ..bench.run import Bench, gpu_name, run
     from .console import Terminal, bench_line

@@ -12,11 +12,12 @@ import click
 
 from .. import _FOREIGN
 from ..environment import version_problems, versions
+from .panels import Command
 
 TOLERANCE = 0.1  # relative L2 error at nine tenths of a flat random map
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> int:
     """Tell what is installed, what is missing and what to do, and try attention on every device.

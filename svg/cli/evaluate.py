@@ -7,9 +7,10 @@ import os
 import click
 
 from .options import device_option, lpips_option
+from .panels import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", type=click.Path())
 @click.argument("output", type=click.Path())
 @lpips_option
@@ -20,6 +21,10 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
     """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
 
     Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
+
+    \b
+    Example:
+      svg evaluate dense.mp4 accelerated.mp4 --csv frames.csv
     """
     from svg.eval.files import check_outputs, write_json
     from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv

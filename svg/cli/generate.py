@@ -23,6 +23,7 @@ from .options import (
     settings_option,
     size_options,
 )
+from .panels import Command
 from .process import quiet_loading
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _GENERATION_FLAGS = (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompt", required=False)
 @click.option(
     "--prompts",
@@ -46,7 +47,12 @@ _GENERATION_FLAGS = (
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--variant", help="Which weights files, such as fp16.")
 @preset_option
-@click.option("--method", type=click.Choice(tuple(METHODS)), help="[default: near, or svg2 where a preset has no near]")
+@click.option(
+    "--method",
+    type=click.Choice(tuple(METHODS)),
+    metavar="NAME",
+    help=f"Of {', '.join(METHODS)} [default: near, or svg2 where a preset has no near].",
+)
 @method_options
 @settings_option
 @size_options

@@ -6,13 +6,20 @@ from typing import Any
 
 import click
 
+from .panels import Command
+
 HEADINGS = ("transformer", "layout", "pipelines", "weights", "tested")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--markdown", is_flag=True, help="Print the table of docs/models.md.")
 def models(markdown: bool) -> None:
-    """List the transformer classes that can be accelerated, and those that are refused, with the reason."""
+    """List the transformer classes that can be accelerated, and those that are refused, with the reason.
+
+    \b
+    Example:
+      svg models
+    """
     from svg.pipelines.registry import supported_models
 
     rows = supported_models()

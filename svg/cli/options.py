@@ -20,7 +20,18 @@ lpips_option = click.option(
 model_option = click.option(
     "--model", help="Hub id or directory of a Diffusers pipeline [default: the bundled tiny-wan]."
 )
-preset_option = click.option("--preset", help="Name (see `svg presets`) or YAML file; flags win over it.")
+
+
+def _presets(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What a shell completes after --preset."""
+    from svg.configs import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+preset_option = click.option(
+    "--preset", shell_complete=_presets, help="Name (see `svg presets`) or YAML file; flags win over it."
+)
 seed_option = click.option("--seed", type=int, help="Seed of the noise [default: 0].")
 settings_option = click.option(
     "--set", "assignments", multiple=True, help="Any setting of the method as NAME=VALUE; several times for several."

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import click
 
+from .panels import Command
 
-@click.command()
+
+@click.command(cls=Command)
 @click.argument("name", required=False)
 def presets(name: str | None) -> None:
-    """List the presets, or show one."""
+    """List the presets, or show one.
+
+    \b
+    Example:
+      svg presets wan2.1-t2v-720p
+    """
     import yaml
 
     from svg.configs import load_preset, preset_names

@@ -8,15 +8,16 @@ from typing import Any
 import click
 
 from .options import Numbers, model_option, pop_run_options, preset_option, run_options, seed_option, size_options
+from .panels import Command
 from .process import quiet_loading
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prompt")
 @model_option
 @preset_option
 @size_options
-@click.option("--negative-prompt")
+@click.option("--negative-prompt", help="What the videos must not show.")
 @seed_option
 @run_options
 @click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
@@ -24,7 +25,12 @@ from .process import quiet_loading
 @click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")
 @click.option("--out", type=click.Path(dir_okay=False), default="qkv.safetensors", show_default=True)
 def record(prompt: str, **options: Any) -> None:
-    """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`."""
+    """Run PROMPT dense and keep q, k, v of chosen steps and layers, for `svg sweep --recorded`.
+
+    \b
+    Example:
+      svg record "a red ball" --record-steps 4,12 --out qkv.safetensors
+    """
     from ..generate.job import resolve
     from ..recordings.record import record_job
     from .console import Terminal

@@ -10,6 +10,7 @@ import click
 
 from ..config import ORDERS
 from .options import device_option
+from .panels import Command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..recordings.sparge_tune import Key, LayerFit
 
 
-@click.command("sparge-tune")
+@click.command("sparge-tune", cls=Command)
 @click.argument("recordings", nargs=-1, required=True, type=click.Path(dir_okay=False))
 @click.option("--l1", type=float, default=0.07, show_default=True,
               help="Relative L1 that the selection may cost "
@@ -35,6 +36,10 @@ def sparge_tune(recordings: tuple[str, ...], out: str, force: bool, **options: A
 
     Layers that the file has are skipped: the same command goes on after a kill, and recordings of other layers add to
     the file. Use it with `svg generate --method sparge --thresholds FILE`.
+
+    \b
+    Example:
+      svg sparge-tune qkv.safetensors --l1 0.07 --out sparge.safetensors
     """
     from rich.progress import Progress
 

@@ -12,19 +12,20 @@ from svg.eval.names import LPIPS_NETS
 
 from ..config import METHODS
 from .options import Numbers, run_options, size_options
+from .panels import Command
 from .process import command_text, quiet_loading
 
 _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if (axis := one.sweep_field()))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("grid", required=False, type=click.Path(dir_okay=False))
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
 @click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
 @click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
 @click.option("--budgets", type=Numbers(float), help=f"With commas: {_BUDGETS}.")
 @click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
-@click.option("--negative-prompt")
+@click.option("--negative-prompt", help="What the videos must not show.")
 @size_options
 @run_options
 @click.option("--lpips", type=click.Choice(LPIPS_NETS), help="[default: alex]")
@@ -48,6 +49,10 @@ def sweep(grid: str | None, **options: Any) -> int:
 
     GRID is a YAML file; flags win over it. What is finished is never run again: the same command goes on after a kill,
     and a larger grid adds to the folder. Exit code 1 if a cell failed.
+
+    \b
+    Example:
+      svg sweep --prompt "a red ball" --methods near,svg2 --budgets 0.2,0.3 --seeds 0,1 --out grid
     """
     from .console import Terminal
 

@@ -18,6 +18,7 @@ from .options import (
     settings_option,
     size_options,
 )
+from .panels import Command
 from .process import command_text, quiet_loading
 
 _TUNABLE = tuple(name for name, config in METHODS.items() if config.head_field)
@@ -34,7 +35,7 @@ _HELD_OUT = (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--min-psnr", type=float, help="Target: PSNR of the videos against dense, in dB.")
 @click.option("--max-lpips", type=float, help="Target: LPIPS of the videos against dense.")
 @click.option("--target-speedup", type=float, help="Target: attention so many times as fast (by density on a CPU).")
@@ -47,7 +48,7 @@ _HELD_OUT = (
 @click.option("--method", type=click.Choice(_TUNABLE), default="svg2", show_default=True)
 @settings_option
 @size_options
-@click.option("--negative-prompt")
+@click.option("--negative-prompt", help="What the videos must not show.")
 @run_options
 @lpips_option
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Settings tried in a search.")
@@ -62,6 +63,10 @@ def tune(**options: Any) -> int:
     Measures what each head loses at which density, spends where the error per cost is largest, searches the target on
     videos, verifies it on held-out prompts, and compares with one budget for all heads. The same command goes on after
     a kill. Exit code 1 if the target was not reached.
+
+    \b
+    Example:
+      svg tune --min-psnr 35 --method near --out tuned
     """
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE
