@@ -6,6 +6,7 @@ if __name__ == "kernels":
         "import `svg.kernels`, and run `pytest` rather than `python -m pytest` from the repository root"
     )
 
+from .activations import activate, activate_reference
 from .block_sparse.op import block_sparse_attention
 from .block_sparse.reference import block_sparse_attention_reference
 from .block_sparse_quantised.op import block_sparse_attention_quantised
@@ -34,7 +35,10 @@ from .elementwise import (
     modulate_reference,
     norm_rope,
     norm_rope_reference,
+    residual_modulate,
+    residual_modulate_reference,
 )
+from .linears import QuantizedRows, fp8_linear, fp8_linear_reference, quantize_rows, quantize_rows_reference
 from .quantize.channels import quantize_channels, quantize_channels_reference, statistics, statistics_reference
 from .quantize.nvfp4 import quantize_nvfp4, quantize_nvfp4_reference
 from .quantize.tokens import quantize_tokens, quantize_tokens_reference
@@ -53,6 +57,9 @@ from .training.reference import training_attention_backward_reference, training_
 __all__ = [
     "BlockStatistics",
     "Clustering",
+    "QuantizedRows",
+    "activate",
+    "activate_reference",
     "block_sparse_attention",
     "block_sparse_attention_quantised",
     "block_sparse_attention_quantised_reference",
@@ -63,6 +70,8 @@ __all__ = [
     "cluster_means_reference",
     "fp4_attention",
     "fp4_attention_reference",
+    "fp8_linear",
+    "fp8_linear_reference",
     "gate_residual",
     "gate_residual_reference",
     "gather_tokens",
@@ -87,8 +96,12 @@ __all__ = [
     "quantize_channels_reference",
     "quantize_nvfp4",
     "quantize_nvfp4_reference",
+    "quantize_rows",
+    "quantize_rows_reference",
     "quantize_tokens",
     "quantize_tokens_reference",
+    "residual_modulate",
+    "residual_modulate_reference",
     "scatter_tokens",
     "scatter_tokens_reference",
     "sort_labels",

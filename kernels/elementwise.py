@@ -1,17 +1,22 @@
 """Elementwise work around attention, one read and one write each: norm + RoPE, norm + modulation, gate + residual.
 
-    norm_rope:      y = rotate(norm(x) * weight + bias)       pairs (2i, 2i + 1) of a head turn by their angle
-    modulate:       y = layer_norm(x) * (1 + scale) + shift
-    gate_residual:  y = x + gate * update
+    norm_rope:          y = rotate(norm(x) * weight + bias)       pairs (2i, 2i + 1) of a head turn by their angle
+    modulate:           y = layer_norm(x) * (1 + scale) + shift
+    gate_residual:      y = x + gate * update
+    residual_modulate:  both, one after the other; the norm is of the sum as it is rounded
 
-Arithmetic is fp32; norm_rope rounds to x's dtype between norm and rotation, as separate modules do.
+Arithmetic is fp32; norm_rope rounds to x's dtype between norm and rotation, as separate modules do. What goes into a linear in
+8 bits can leave as FP8 rows.
 fp16, bf16 and fp32, sm80 and newer. They do not know whether attention is dense or sparse: both profit alike.
 """
+
+import dataclasses
 
 import torch
 
 from .common import target
 from .common.target import tl, triton
+from .linears.rows import QuantizedRows, empty_rows, quantize_rows_reference, store_quantized
 
 MAX_WIDTH = 16384
 
@@ -101,43 +106,109 @@ def norm_rope_reference(
     return out
 
 
-def modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+def modulate(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, *, affine: bool = False, fp8: bool = False
+) -> torch.Tensor | QuantizedRows:
     """Layer norm without parameters, then scale and shift given by the timestep.
 
     Args:
         x: [B, S, C] fp16, bf16 or fp32, last dim contiguous.
         scale, shift: [B, 1, C] or [B, S, C].
         eps: added to the variance.
+        affine: scale is the whole factor, as a norm's own weight is, not what comes on top of 1.
+        fp8: quantise the result instead of rounding it to x's dtype.
 
     Returns:
-        Contiguous [B, S, C] of x's dtype: layer_norm(x) * (1 + scale) + shift.
+        Contiguous [B, S, C] of x's dtype, layer_norm(x) * (1 + scale) + shift; with `fp8` its quantised rows.
 
     Raises:
         ValueError: shapes disagree.
-        TypeError, NotImplementedError: as `norm_rope`.
+        TypeError, NotImplementedError: as `norm_rope`; with `fp8` also as `quantize_rows`.
 
     Source: DiT (arXiv 2212.09748), section 3.2 (adaLN).
     """
-    _check_rows(x, scale=scale, shift=shift)
-    if not target.use_triton(x):
-        return modulate_reference(x, scale, shift, eps)
-    _check_triton("modulate", x.shape[-1], x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    B, S, C = x.shape
-    with target.on_device(x):
-        _modulate_kernel[(S, B)](
-            x, scale, shift, out, eps, S, *x.stride()[:2], *_row_strides(scale), *_row_strides(shift),
-            C=C, BLOCK_C=triton.next_power_of_2(C), num_warps=_warps(C),
-        )  # fmt: skip
-    return out
+    return residual_modulate(x, None, None, scale, shift, eps, affine=affine, fp8=fp8)[1]
 
 
-def modulate_reference(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
+def modulate_reference(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, *, affine: bool = False, fp8: bool = False
+) -> torch.Tensor | QuantizedRows:
     """Specification of `modulate` in plain torch; same arguments and result (fp64 stays fp64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * (1 + scale.to(wide.dtype)) + shift.to(wide.dtype)).to(x.dtype)
+    factor = scale.to(wide.dtype) if affine else 1 + scale.to(wide.dtype)
+    wide = wide * factor + shift.to(wide.dtype)
+    return dataclasses.replace(quantize_rows_reference(wide), dtype=x.dtype) if fp8 else wide.to(x.dtype)
+
+
+def residual_modulate(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    affine: bool = False,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | QuantizedRows]:
+    """`gate_residual`, then `modulate` of its result, in one pass.
+
+    Args:
+        x: [B, S, C] fp16, bf16 or fp32, last dim contiguous.
+        update: [B, S, C], last dim contiguous, or None: nothing is added.
+        gate: [B, 1, C] or [B, S, C], or None: the update counts whole.
+        scale, shift, eps, affine, fp8: as `modulate`.
+
+    Returns:
+        x + gate * update, contiguous [B, S, C] of x's dtype (x itself without an update), and what `modulate` makes of it.
+
+    Raises:
+        ValueError: shapes disagree, or a gate without an update.
+        TypeError, NotImplementedError: as `modulate`.
+
+    Source: DiT (arXiv 2212.09748), section 3.2 (adaLN-Zero).
+    """
+    _check_rows(x, scale=scale, shift=shift, **({} if gate is None else {"gate": gate}))
+    if (update is None and gate is not None) or (update is not None and update.shape != x.shape):
+        given = None if update is None else tuple(update.shape)
+        raise ValueError(f"update must be {tuple(x.shape)} as x, got {given}: give it with its gate")
+    if not target.use_triton(x):
+        return residual_modulate_reference(x, update, gate, scale, shift, eps, affine=affine, fp8=fp8)
+    B, S, C = x.shape
+    tensors = [x] if update is None else [x, update]
+    _check_triton("modulate", C, *tensors)
+    if fp8:
+        target.require_fp8(x.device)
+    total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, size = empty_rows(x) if fp8 else (torch.empty(x.shape, dtype=x.dtype, device=x.device), None)
+    with target.on_device(x):
+        _modulate_kernel[(S, B)](
+            x, update, gate, total, scale, shift, out, size, eps, S, *x.stride()[:2],
+            *((0, 0) if update is None else update.stride()[:2]), *((0, 0) if gate is None else _row_strides(gate)),
+            *_row_strides(scale), *_row_strides(shift), AFFINE=affine,
+            C=C, BLOCK_C=triton.next_power_of_2(C), num_warps=_warps(C),
+        )  # fmt: skip
+    return total, QuantizedRows(out, size, x.dtype) if fp8 else out
+
+
+def residual_modulate_reference(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    affine: bool = False,
+    fp8: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | QuantizedRows]:
+    """Specification of `residual_modulate` in plain torch; same arguments and result (fp64 stays fp64)."""
+    total = x
+    if update is not None:
+        total = gate_residual_reference(x, update, torch.ones_like(x[:, :1]) if gate is None else gate)
+    return total, modulate_reference(total, scale, shift, eps, affine=affine, fp8=fp8)
 
 
 def gate_residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -243,18 +314,32 @@ def _norm_rope_kernel(
 
 @triton.jit(do_not_specialize=["S", "eps"])
 def _modulate_kernel(
-    x, scale, shift, out, eps, S, stride_xb, stride_xs, stride_cb, stride_cs, stride_hb, stride_hs,
-    C: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, update, gate, total, scale, shift, out, out_scale, eps, S,
+    stride_xb, stride_xs, stride_ub, stride_us, stride_gb, stride_gs, stride_cb, stride_cs, stride_hb, stride_hs,
+    AFFINE: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = b * S + token
     offs = tl.arange(0, BLOCK_C)
     mask = offs < C
     y = tl.load(x + b * stride_xb + token * stride_xs + offs, mask=mask, other=0.0).to(tl.float32)
+    if update is not None:
+        u = tl.load(update + b * stride_ub + token * stride_us + offs, mask=mask, other=0.0).to(tl.float32)
+        if gate is not None:
+            u = u * tl.load(gate + b * stride_gb + token * stride_gs + offs, mask=mask, other=0.0).to(tl.float32)
+        added = (y + u).to(total.dtype.element_ty)
+        tl.store(total + row * C + offs, added, mask=mask)
+        y = added.to(tl.float32)
     y = tl.where(mask, y - tl.sum(y, 0) / C, 0.0)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / C + eps)
-    grown = 1 + tl.load(scale + b * stride_cb + token * stride_cs + offs, mask=mask, other=0.0).to(tl.float32)
-    y = y * grown + tl.load(shift + b * stride_hb + token * stride_hs + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + (b * S + token) * C + offs, y.to(out.dtype.element_ty), mask=mask)
+    factor = tl.load(scale + b * stride_cb + token * stride_cs + offs, mask=mask, other=0.0).to(tl.float32)
+    if not AFFINE:
+        factor = 1 + factor
+    y = y * factor + tl.load(shift + b * stride_hb + token * stride_hs + offs, mask=mask, other=0.0).to(tl.float32)
+    if out_scale is not None:
+        store_quantized(y, out, out_scale, row, offs, C)
+    else:
+        tl.store(out + row * C + offs, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])

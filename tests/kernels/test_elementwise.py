@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from svg.kernels import gate_residual, modulate, norm_rope
+from svg.kernels import gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -61,6 +61,29 @@ def test_gate_and_residual(dtype, tokens):
     assert ((gate_residual(x, update, gate) - exact).abs() <= rounding).all()
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_and_norm_in_one_pass(dtype, affine, gated):
+    x, update = torch.randn(2, 2, 9, 96).to(dtype).unbind(0)
+    gate, scale, shift = torch.randn(3, 2, 1, 96).unbind(0)
+    total, out = residual_modulate(x, update, gate if gated else None, scale, shift, 1e-6, affine=affine)
+    assert torch.equal(total, gate_residual(x, update, gate if gated else torch.ones_like(gate)))
+    exact = F.layer_norm(total.double(), (96,), eps=1e-6) * (scale if affine else 1 + scale) + shift
+    assert ((out - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 2e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_as_fp8_rows(dtype):
+    x, update = torch.randn(2, 2, 9, 96).to(dtype).unbind(0)
+    gate, scale, shift = torch.randn(3, 2, 1, 96).unbind(0)
+    total, rows = residual_modulate(x, update, gate, scale, shift, 1e-6, fp8=True)
+    wanted = quantize_rows(modulate(total.float(), scale, shift, 1e-6))
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows.scale, wanted.scale, rtol=1e-6, atol=0)
+    assert (rows.values.float() != wanted.values.float()).float().mean() < 0.01
+
+
 def test_wrong_arguments_are_named():
     x, (cos, sin) = torch.zeros(1, 5, 2, 8), angles(5, 8)
     with pytest.raises(ValueError, match="cos and sin must be"):
@@ -69,5 +92,8 @@ def test_wrong_arguments_are_named():
         norm_rope(x, torch.ones(16), None, 1e-6, cos, sin, rms=True)
     with pytest.raises(ValueError, match=r"gate must be \[B, 1, C\]"):
         gate_residual(x[:, :, 0], x[:, :, 0], torch.zeros(1, 8))
+    row = torch.zeros(1, 1, 8)
+    with pytest.raises(ValueError, match="update must be .* give it with its gate"):
+        residual_modulate(x[:, :, 0], None, row, row, row, 1e-6)
     with pytest.raises(ValueError, match="update must be"):
         gate_residual(x[:, :, 0], x[:, :2, 0], torch.zeros(1, 1, 8))
