@@ -16,6 +16,7 @@ from svg.engine.summary import summarise
 
 from .choose import resolve
 from .hook import HOOK_NAME, RunHook
+from .linears import find_linears
 from .processor import check_original, check_parallel, dense_backend
 from .registry import MODELS, find_spec
 from .spec import ModelSpec
@@ -104,6 +105,8 @@ def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> Non
         check_parallel(attn.processor, spec, config)
         dense_backend(attn.processor, config)
         check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
+    if hook is None or not hook.linears:
+        find_linears(transformer, spec, config.linears)
 
 
 def restore(pipe: Pipe) -> Pipe:

@@ -37,7 +37,7 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # [B, text + video, C]
         q, k, v = project_qkv(attn, joint, self.fused_projections)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S, H, D]
-        if self.fused and image_rotary_emb is not None and attn.norm_q is not None:
+        if image_rotary_emb is not None and self.fuses(q, attn.norm_q, attn.norm_k):
             norms = (q, attn.norm_q), (k, attn.norm_k)
             q, k = (norm_and_rotate(x, norm, *image_rotary_emb, first=text) for x, norm in norms)
             image_rotary_emb = None

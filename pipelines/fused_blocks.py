@@ -1,7 +1,8 @@
-"""Forwards of transformer blocks with their elementwise work in single kernels, for configs with `fused` on.
+"""Forwards of transformer blocks with their elementwise work in single kernels.
 
-Same modules, same order, same result within rounding: norm + modulation and gate + residual are one read and one write each
-instead of four to six. Dense and sparse attention profit alike.
+Same modules, same order, same result within rounding: gate + residual + norm + modulation is one pass over the tokens instead of
+eight. What goes into linears in 8 bits leaves these passes quantised, and is quantised once for q, k and v. Dense and sparse
+attention profit alike.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from diffusers.models.activations import GEGLU, GELU, SwiGLU
 from torch import Tensor, nn
 
-from svg.kernels import gate_residual, modulate
+from svg.kernels import QuantizedRows, activate, gate_residual, modulate, residual_modulate
+
+from .linears import is_untouched, takes_rows
+from .processor import VideoAttnProcessor, is_readable
 
 
 def wan_block(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb) -> Tensor:
@@ -32,16 +37,22 @@ def wan_block(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: 
         modulation = modulation.unsqueeze(1)  # [B, 1, 6, C]
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
     x = hidden_states
-    x = gate_residual(x, self.attn1(modulate(x, scale, shift, self.norm1.eps), None, None, rotary_emb), gate)
-    x = x + self.attn2(_affine_norm(self.norm2, x), encoder_hidden_states, None, None)
-    return gate_residual(x, self.ffn(modulate(x, ffn_scale, ffn_shift, self.norm3.eps)), ffn_gate)
+    attended = self.attn1(
+        modulate(x, scale, shift, self.norm1.eps, fp8=_projects_rows(self.attn1)), None, None, rotary_emb
+    )
+    x, normed = _residual_norm(x, attended, gate, self.norm2)
+    attended = self.attn2(normed, encoder_hidden_states, None, None)
+    x, normed = residual_modulate(x, attended, None, ffn_scale, ffn_shift, self.norm3.eps, fp8=_takes_rows(self.ffn))
+    return gate_residual(x, self.ffn(normed), ffn_gate)
 
 
-def _affine_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    if isinstance(norm, nn.Identity):
-        return x
-    rows = (x.shape[0], 1, x.shape[2])
-    return modulate(x, (norm.weight.float() - 1).expand(rows), norm.bias.float().expand(rows), norm.eps)
+def _residual_norm(x: Tensor, update: Tensor, gate: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Gate and residual, then a norm with its own weight and bias, or none: both results."""
+    if not (isinstance(norm, nn.LayerNorm) and norm.weight is not None and is_readable(norm, x)):
+        x = gate_residual(x, update, gate)
+        return x, x if isinstance(norm, nn.Identity) else norm(x.float()).type_as(x)
+    weight, bias = (one.expand(x.shape[0], 1, -1) for one in (norm.weight, norm.bias))
+    return residual_modulate(x, update, gate, weight, bias, norm.eps, affine=True)
 
 
 def hunyuan_video_single_block(
@@ -59,59 +70,136 @@ def hunyuan_video_single_block(
     Returns:
         [B, S, C] and [B, text, C].
     """
-    video = hidden_states.shape[1]
+    video, text = hidden_states.shape[1], encoder_hidden_states.shape[1]
     x = torch.cat([hidden_states, encoder_hidden_states], 1)
     shift, scale, gate = self.norm.linear(self.norm.silu(temb)).unsqueeze(1).chunk(3, -1)
-    normed = modulate(x, scale, shift, self.norm.norm.eps)
-    attended = self.attn(
-        hidden_states=normed[:, :video],
-        encoder_hidden_states=normed[:, video:],
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
-    )
-    both = torch.cat([torch.cat(attended, 1), self.act_mlp(self.proj_mlp(normed))], 2)
+    direct = _is_ours(self.attn) and hasattr(self.attn.processor, "single_stream")
+    fp8 = direct and _projects_rows(self.attn) and takes_rows(self.proj_mlp)
+    normed = modulate(x, scale, shift, self.norm.norm.eps, fp8=fp8)
+    if direct:
+        attended = self.attn.processor.single_stream(self.attn, normed, text, attention_mask, image_rotary_emb)
+    else:
+        attended = self.attn(
+            hidden_states=normed[:, :video],
+            encoder_hidden_states=normed[:, video:],
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+        )
+        attended = torch.cat(attended, 1)
+    both = self.proj_mlp(normed)
+    if is_untouched(self.act_mlp):
+        both = activate(both, _gelu(self.act_mlp), before=attended, fp8=takes_rows(self.proj_out))
+    else:
+        both = torch.cat([attended, self.act_mlp(both)], 2)
     x = gate_residual(x, self.proj_out(both), gate)
     return x[:, :video], x[:, video:]
+
+
+def feed_forward(self, hidden_states: Tensor | QuantizedRows, *args, **kwargs) -> Tensor:
+    """A feed-forward whose second linear is in 8 bits: its input is quantised as the activation writes it.
+
+    Args:
+        self: the feed-forward.
+        hidden_states: [B, S, C], or its quantised rows; what follows is ignored, as by the module.
+
+    Returns:
+        [B, S, C].
+    """
+    kind = _activation(self)
+    if kind is None or len(hidden_states.shape) != 3 or not takes_rows(self.net[2]):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    return self.net[2](activate(self.net[0].proj(hidden_states), kind, fp8=True))
+
+
+def _activation(ffn: nn.Module) -> str | None:
+    """Which of `activate`'s kinds a feed-forward has between its two linears, or None: another one, or somebody listens."""
+    net = ffn.net
+    quiet = len(net) == 3 and not (ffn.training and net[1].p) and all(is_untouched(module) for module in net)
+    if not quiet:
+        return None
+    if type(net[0]) is GELU:
+        return "gelu_tanh" if net[0].approximate == "tanh" else "gelu"
+    return {GEGLU: "geglu", SwiGLU: "swiglu"}.get(type(net[0]))
+
+
+def _takes_rows(ffn: nn.Module) -> bool:
+    """Whether a feed-forward can be given quantised rows."""
+    fused = isinstance(vars(ffn).get("forward"), FusedForward) and not (ffn._forward_hooks or ffn._forward_pre_hooks)
+    return fused and _activation(ffn) is not None and takes_rows(ffn.net[0].proj, ffn.net[2])
+
+
+def _gelu(module: nn.GELU) -> str:
+    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+
+
+def _is_ours(attn: nn.Module) -> bool:
+    """Whether an attention module does nothing but call our processor."""
+    return is_untouched(attn) and isinstance(attn.processor, VideoAttnProcessor)
+
+
+def _projects_rows(attn: nn.Module) -> bool:
+    """Whether an attention module can be given quantised rows."""
+    fused = getattr(attn, "fused_projections", False)
+    return _is_ours(attn) and not fused and takes_rows(attn.to_q, attn.to_k, attn.to_v)
 
 
 FORWARDS: dict[str, Callable] = {
     "WanTransformerBlock": wan_block,
     "HunyuanVideoSingleTransformerBlock": hunyuan_video_single_block,
+    "FeedForward": feed_forward,
 }
 
 
 class FusedForward:
     """The forward of a block until `unfuse`; from then on the block's own, wherever somebody still holds this one.
 
+    The block's own, too, where gradients are on: the kernels have none.
+
     Args:
         block: a block of a known class.
+        everywhere: on CPUs too, where nothing is gained.
     """
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, everywhere: bool = True):
         self.block = block
+        self.everywhere = everywhere
         self.active = True
 
     def __call__(self, *args, **kwargs):
         kind = type(self.block)
-        forward = FORWARDS[kind.__name__] if self.active else kind.forward
+        fused = self.active and not torch.is_grad_enabled() and (self.everywhere or _on_gpu(args, kwargs))
+        forward = FORWARDS[kind.__name__] if fused else kind.forward
         return forward(self.block, *args, **kwargs)
 
 
-def fuse(modules: Iterable[nn.Module]) -> list[FusedForward]:
+def _on_gpu(args: tuple, kwargs: dict) -> bool:
+    x = args[0] if args else kwargs["hidden_states"]
+    return x.values.is_cuda if isinstance(x, QuantizedRows) else x.is_cuda
+
+
+def fuse(modules: Iterable[nn.Module], everywhere: bool = True) -> list[FusedForward]:
     """Give every block of a known class its fused forward; blocks whose forward somebody else wrapped keep it.
 
     Args:
         modules: any modules.
+        everywhere: on CPUs too.
 
     Returns:
         The new forwards, for `unfuse`.
     """
     made = []
     for block in modules:
-        if type(block).__name__ in FORWARDS and "forward" not in vars(block):
-            block.forward = FusedForward(block)
+        if _gains(block) and "forward" not in vars(block):
+            block.forward = FusedForward(block, everywhere)
             made.append(block.forward)
     return made
+
+
+def _gains(block: nn.Module) -> bool:
+    kind = type(block)
+    if kind.__name__ not in FORWARDS or not kind.__module__.startswith("diffusers."):
+        return False
+    return kind.__name__ != "FeedForward" or takes_rows(block.net[-1])
 
 
 def unfuse(forwards: Iterable[FusedForward]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
+from .linears import find_linears, quantize_linears, restore_linears
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -50,6 +51,7 @@ class RunHook(ModelHook):
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._made_registry = False
         self._fused: list[FusedForward] = []
+        self.linears: list[str] = []  # those in 8 bits
 
     def attach(self, transformer: nn.Module) -> None:
         """Replace the processors and start listening to the transformer's forward."""
@@ -57,8 +59,9 @@ class RunHook(ModelHook):
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(original, processor)
             _put(attn, processor)
-        if self.state.config.fused:
-            self._fused = fuse(transformer.modules())
+        self.linears = quantize_linears(transformer, find_linears(transformer, self.spec, self.state.config.linears))
+        if self.state.config.fused is not False:
+            self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))
         self._made_registry = not hasattr(transformer, "_diffusers_hook")
         registry = HookRegistry.check_if_exists_or_initialize(transformer)
         # `register_hook` would wrap `forward`, and Accelerate's offloading unwraps it again after every run. The
@@ -87,6 +90,7 @@ class RunHook(ModelHook):
         if isinstance(kept, dict):
             transformer.original_attn_processors = {name: ours.get(id(found), found) for name, found in kept.items()}
         unfuse(self._fused)
+        restore_linears(transformer, self.linears)
         for handle in self._handles:
             handle.remove()
         registry = transformer._diffusers_hook

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from svg.kernels import QuantizedRows
+
 from .layouts import channels_first, patches
 from .parallel import JOINT_PLAN
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
@@ -23,21 +25,11 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        text = encoder_hidden_states.shape[1]
-        video = hidden_states.shape[1]
+        text, video = encoder_hidden_states.shape[1], hidden_states.shape[1]
         dual_stream = attn.add_q_proj is not None
         if not dual_stream:
             hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-
-        q, k, v = project_qkv(attn, hidden_states, fused=False)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, S or video, H, D]
-        if self.fused and image_rotary_emb is not None and attn.norm_q is not None:
-            q, k = (norm_and_rotate(x, norm, *image_rotary_emb) for x, norm in ((q, attn.norm_q), (k, attn.norm_k)))
-            image_rotary_emb = None
-        else:
-            q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
-        if image_rotary_emb is not None:
-            q, k = self.rotate(q, image_rotary_emb, video), self.rotate(k, image_rotary_emb, video)
+        q, k, v = self._qkv(attn, hidden_states, image_rotary_emb, video)
         if dual_stream:
             q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), _text_qkv(attn, encoder_hidden_states)))
 
@@ -48,6 +40,32 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         if getattr(attn, "to_add_out", None) is not None:
             encoder_hidden_states = attn.to_add_out(encoder_hidden_states)
         return hidden_states, encoder_hidden_states
+
+    def single_stream(
+        self,
+        attn: nn.Module,
+        both: Tensor | QuantizedRows,
+        text: int,
+        attention_mask: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The same for a block whose video and text are one sequence, as it is: [B, video + text, C] -> [B, ..., H * D]."""
+        video = both.shape[1] - text
+        q, k, v = self._qkv(attn, both, rotary, video)
+        return self.joint(q, k, v, self.mask_of_text(attention_mask, video), text)
+
+    def _qkv(
+        self, attn: nn.Module, x: Tensor | QuantizedRows, rotary: tuple[Tensor, Tensor] | None, video: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, normalised and, the first `video` tokens, rotated: three [B, S, H, D]."""
+        q, k, v = project_qkv(attn, x, fused=False)
+        q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
+        if rotary is not None and self.fuses(q, attn.norm_q, attn.norm_k):
+            return norm_and_rotate(q, attn.norm_q, *rotary), norm_and_rotate(k, attn.norm_k, *rotary), v
+        q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
+        if rotary is not None:
+            q, k = self.rotate(q, rotary, video), self.rotate(k, rotary, video)
+        return q, k, v
 
     def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], video: int) -> Tensor:
         """RoPE on the first `video` of x's tokens."""

@@ -22,7 +22,8 @@ class HunyuanVideo15SparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
 class MochiSparseAttnProcessor(HunyuanVideo15SparseAttnProcessor):
     """As HunyuanVideo's dual-stream blocks, with angles of each head's own; padding text is hidden, not cut out."""
 
-    fused = False
+    def fuses(self, x: Tensor, *norms: nn.Module | None) -> bool:
+        return False
 
     def rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], video: int) -> Tensor:
         return apply_rope(x, *(table.repeat_interleave(2, dim=-1) for table in rotary))  # [video, H, D / 2]

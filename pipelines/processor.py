@@ -15,7 +15,8 @@ from torch.overrides import _get_current_function_mode_stack
 from svg.attend import attend
 from svg.config import MethodConfig
 from svg.engine.state import RunState
-from svg.kernels.elementwise import norm_rope
+from svg.kernels import QuantizedRows
+from svg.kernels.elementwise import MAX_WIDTH, norm_rope
 
 from .parallel import Ulysses, ulysses_group
 
@@ -50,10 +51,15 @@ class VideoAttnProcessor:
         self.state = state
         self.layer = layer
 
-    @property
-    def fused(self) -> bool:
-        """Whether QK-norm and RoPE run in one kernel."""
-        return self.state.config.fused
+    def fuses(self, x: Tensor, *norms: nn.Module | None) -> bool:
+        """Whether QK-norm and RoPE run in one kernel: as the config says, where norms can be read and no gradient is kept.
+
+        Args:
+            x: float [B, S, ...], what is normalised.
+            norms: the modules.
+        """
+        wanted = x.is_cuda if self.state.config.fused is None else self.state.config.fused
+        return wanted and not torch.is_grad_enabled() and all(is_readable(norm, x) for norm in norms)
 
     @property
     def parallel(self) -> bool:
@@ -209,12 +215,12 @@ def refuse_mask(attention_mask: Tensor | None, family: str) -> None:
         )
 
 
-def project_qkv(attn: nn.Module, hidden_states: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attn: nn.Module, hidden_states: Tensor | QuantizedRows, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Project to queries, keys and values through the module's own layers, so that LoRA and offloading see the call.
 
     Args:
         attn: attention module with `to_q`, `to_k`, `to_v`, or `to_qkv` if fused.
-        hidden_states: float [B, S, C].
+        hidden_states: float [B, S, C], or its quantised rows where all three layers take them.
         fused: whether to use `to_qkv`.
 
     Returns:
@@ -245,30 +251,27 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+def is_readable(norm: nn.Module | None, x: Tensor) -> bool:
+    """Whether a kernel can do a norm's work on x: one it knows, with its weight where x is, as not all offloading has it."""
+    known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm, RMSNorm)) and x.shape[-1] <= MAX_WIDTH
+    return known and (norm.weight is None or norm.weight.device == x.device)
+
+
 def norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
-    """QK-norm and RoPE in one kernel, for configs with `fused` on.
+    """QK-norm and RoPE in one kernel.
 
     Args:
         x: float [B, S, G, W], each of the G groups normalised by itself.
-        norm: the attention module's own norm, RMSNorm or LayerNorm.
+        norm: the attention module's own norm, one that `is_readable`.
         cos, sin: float, T x D numbers, each frequency twice in a row.
         first: first of the T rotated tokens.
 
     Returns:
         Float [B, S, G, W], dtype of x.
-
-    Raises:
-        NotImplementedError: another norm, or its weight is not where x is, as under sequential offloading.
     """
-    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, RMSNorm)):
-        raise NotImplementedError(f"fused needs RMSNorm or LayerNorm, got {type(norm).__name__}: turn fused off")
-    weight, bias = norm.weight, getattr(norm, "bias", None)
-    if weight is not None and weight.device != x.device:
-        raise NotImplementedError(
-            f"fused reads norm weights on {x.device}, got {weight.device}: turn fused off, or use another offload"
-        )
     cos, sin = (angle.to(x.device, torch.float32).reshape(-1, angle.shape[-1]) for angle in (cos, sin))  # [T, D]
-    return norm_rope(x, weight, bias, norm.eps, cos, sin, rms=not isinstance(norm, nn.LayerNorm), first=first)
+    rms = not isinstance(norm, nn.LayerNorm)
+    return norm_rope(x, norm.weight, getattr(norm, "bias", None), norm.eps, cos, sin, rms=rms, first=first)
 
 
 def register_skip(processor: type[VideoAttnProcessor], output) -> None:

@@ -26,7 +26,7 @@ class WanSparseAttnProcessor(VideoAttnProcessor):
         if encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states must be None in Wan self-attention; only attn1 may be replaced")
         q, k, v = project_qkv(attn, hidden_states, attn.fused_projections)  # [B, S, H * D]
-        if self.fused and rotary_emb is not None:
+        if rotary_emb is not None and self.fuses(q, attn.norm_q, attn.norm_k):
             q = norm_and_rotate(q.unsqueeze(2), attn.norm_q, *rotary_emb).flatten(2)
             k = norm_and_rotate(k.unsqueeze(2), attn.norm_k, *rotary_emb).flatten(2)
             rotary_emb = None

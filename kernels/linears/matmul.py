@@ -1,6 +1,6 @@
 """A linear layer in FP8: a scale a row of activations and an output channel of weights, torch's own scaled product.
 
-    out = scale_x scale_w (values_x values_w^T) + bias
+out = scale_x scale_w (values_x values_w^T) + bias
 """
 
 import torch

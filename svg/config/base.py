@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
+LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
 PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")  # of a sparse method
 
 
@@ -37,8 +38,11 @@ class MethodConfig:
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
         dense_backend: SDPA backend of dense attention: "auto" (best present), "cudnn", "flash", "efficient", "math".
         check_finite: raise FloatingPointError when q, k or v hold NaN or infinity.
-        fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, and in Wan's and
-            HunyuanVideo's single-stream blocks norm with modulation and gate with residual.
+        fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, in Wan's and
+            HunyuanVideo's single-stream blocks gate with residual, norm and modulation, and activations with the
+            quantisation for linears in 8 bits. None: on GPUs, and where gradients are off; there the result is exact to rounding.
+        linears: which linears of the blocks run in 8 bits: "none", "feed_forward", or "all" (the video attention's too).
+            The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
 
     Raises:
         ValueError: a value is outside its range.
@@ -64,7 +68,8 @@ class MethodConfig:
     seed: int = 0
     dense_backend: str = setting("auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}.")
     check_finite: bool = True
-    fused: bool = False
+    fused: bool | None = None
+    linears: str = setting("none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}.")
 
     def __post_init__(self):
         share(self, "warmup_steps")
@@ -73,9 +78,11 @@ class MethodConfig:
         integer(self, "seed", least=0)
         if self.dense_backend not in DENSE_BACKENDS:
             raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
-        for name in ("check_finite", "fused"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        choice(self, "linears", LINEARS)
+        if not isinstance(self.check_finite, bool):
+            raise TypeError(f"check_finite must be true or false, got {self.check_finite!r}")
+        if self.fused is not None and not isinstance(self.fused, bool):
+            raise TypeError(f"fused must be true, false or null, got {self.fused!r}")
 
     def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
         """Whether a layer stays dense in a step.

@@ -34,7 +34,9 @@ def test_within_one_rounding(kind, dtype, width):
 def test_as_fp8_rows(kind, before):
     x, other = torch.randn(1, 6, 96), torch.randn(1, 6, 32) if before else None
     got = activate(x.bfloat16(), kind, before=None if other is None else other.bfloat16(), fp8=True)
-    wanted = quantize_rows(activate(x.bfloat16().float(), kind, before=None if other is None else other.bfloat16().float()))
+    wanted = quantize_rows(
+        activate(x.bfloat16().float(), kind, before=None if other is None else other.bfloat16().float())
+    )
     assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
     torch.testing.assert_close(got.scale, wanted.scale, rtol=1e-6, atol=0)
     difference = (got.dequantize() - wanted.dequantize()).abs()  # sums in another order may round to the neighbour

@@ -9,6 +9,7 @@ from tiny_transformers import FAMILIES
 import svg
 from svg.config import DenseConfig, NearConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
 from svg.pipelines.attach import attached
+from svg.pipelines.linears import QuantizedLinear
 from svg.pipelines.refused import REFUSED
 from svg.pipelines.registry import MODELS
 
@@ -88,6 +89,22 @@ def test_density_one_equals_stock_and_restore_is_exact(name, method):
     svg.restore(transformer)
     after = {key: module.processor for key, module in transformer.named_modules() if hasattr(module, "processor")}
     assert after == before and torch.equal(outputs(transformer, inputs), stock)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name not in ("allegro", "minimax_h3")]
+)  # widths of no 16
+def test_linears_in_8_bits_and_back(name):
+    transformer, inputs = made(name)
+    stock = outputs(transformer, inputs)
+    found = {}
+    for which in ("feed_forward", "all"):
+        svg.accelerate(transformer, DenseConfig(linears=which, fused=True))
+        found[which] = {key for key, module in transformer.named_modules() if isinstance(module, QuantizedLinear)}
+        assert 0 < (outputs(transformer, inputs) - stock).norm() < 0.04 * stock.norm()
+    assert found["feed_forward"] < found["all"] and not any("norm" in key or "cross" in key for key in found["all"])
+    svg.restore(transformer)
+    assert torch.equal(outputs(transformer, inputs), stock)
 
 
 @pytest.mark.parametrize("method", SPARSE)

@@ -18,6 +18,7 @@ def randomised(block):
     return block.requires_grad_(False)
 
 
+@torch.no_grad()
 def both(block, *inputs):
     stock = block(*inputs)
     forwards = fused_blocks.fuse([block])
@@ -46,6 +47,16 @@ def test_hunyuan_video_single_block():
         torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_run_the_block_itself(monkeypatch):
+    block = randomised(WanTransformerBlock(C, 32, 2)).requires_grad_(True)
+    (forward,) = fused_blocks.fuse([block])
+    monkeypatch.setitem(fused_blocks.FORWARDS, "WanTransformerBlock", None)
+    angle = torch.randn(1, S, 1, C // 2)
+    x = torch.randn(B, S, C, requires_grad=True)
+    block(x, torch.randn(B, TEXT, C), torch.randn(B, 6, C), (angle.cos(), angle.sin())).sum().backward()
+    assert x.grad is not None and block.scale_shift_table.grad is not None
+
+
 def test_a_forward_that_somebody_wrapped_is_left_alone():
     block = WanTransformerBlock(C, 32, 2)
     block.forward = wrapped = lambda *args: args
@@ -62,7 +73,7 @@ def test_accelerate_fuses_the_blocks_and_restore_undoes_it(load):
     blocks = [m for m in pipe.transformer.modules() if type(m) is WanTransformerBlock]
     svg.accelerate(pipe, DenseConfig(fused=True))
     assert blocks and all(isinstance(block.forward, fused_blocks.FusedForward) for block in blocks)
-    svg.accelerate(pipe, DenseConfig())
+    svg.accelerate(pipe, DenseConfig(fused=False))
     assert not any("forward" in vars(block) for block in blocks)
     svg.accelerate(pipe, DenseConfig(fused=True))
     svg.restore(pipe)

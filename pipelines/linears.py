@@ -1,0 +1,249 @@
+"""Linears of a transformer's blocks in 8 bits, in the place of Diffusers' own.
+
+Weights are quantised once, one layer after the other, and the 16-bit ones wait in CPU memory: what the GPU holds falls by half
+of them, and `restore_linears` brings back the same parameters, bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
+from svg.kernels.linears.rows import MAX_WIDTH
+
+from .spec import ModelSpec
+
+# Names of linears in a video attention, and of what holds the linears of a feed-forward, in Diffusers' families. Text's own
+# are too short to gain, and modulation, embedders and the last layer are left out by not being named.
+_PROJECTIONS = re.compile(r"(to_(q|k|v|qkv|query|key|value)|to_out(\.0)?|out_layer)(\.base_layer)?")
+_FEED_FORWARD = re.compile(r"(ff|ffn|mlp|mlp_moe_gen|feed_forward)\..+|proj_mlp(\.base_layer)?")
+_JOINT_OUT = re.compile(r"proj_out(\.base_layer)?")  # of attention and feed-forward together, where there is a proj_mlp
+_NOT = re.compile(r"(^|\.)(lora_|norm)")
+ALIKE = ("to_q", "to_k", "to_v", "to_query", "to_key", "to_value")  # which take the same input
+EDGES_FROM = 4  # blocks from which on the first and the last stay in 16 bits
+
+
+class SharedInput:
+    """What several linears take alike (q, k and v), quantised by the first of them.
+
+    Args:
+        users: how many linears take it.
+    """
+
+    def __init__(self, users: int):
+        self.users = users
+        self._forget()
+
+    def rows(self, x: Tensor) -> QuantizedRows:
+        """The quantised rows of x: those made for the linear before, if that was given the same tensor."""
+        if torch.compiler.is_compiling():  # which finds equal operations by itself
+            return quantize_rows(x)
+        if self._source is None or self._source() is not x:
+            self._rows, self._source, self._taken = quantize_rows(x), weakref.ref(x, self._forget), 0
+        rows, self._taken = self._rows, self._taken + 1
+        if self._taken == self.users:
+            self._forget()
+        return rows
+
+    def _forget(self, gone: Any = None) -> None:
+        self._source, self._rows, self._taken = None, None, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"users": self.users, "_source": None, "_rows": None, "_taken": 0}
+
+
+class QuantizedLinear(nn.Module):
+    """A linear whose weight and inputs are in FP8, with a scale an output channel and a row.
+
+    Args:
+        linear: the linear in whose place it is; its weight moves to CPU memory.
+        shared: what quantises its input, where others take the same.
+    """
+
+    def __init__(self, linear: nn.Linear, shared: SharedInput | None = None):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.shared = shared
+        self.bias = linear.bias
+        with torch.no_grad():
+            rows = quantize_rows(linear.weight)
+        self.register_buffer("values", rows.values, persistent=False)
+        self.register_buffer("scale", rows.scale, persistent=False)
+        self._kept = (linear,)  # in a tuple: no submodule, which would be moved to the GPU
+        linear.weight.data = linear.weight.data.cpu()
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        """[..., K], or its quantised rows -> [..., N] of the same dtype."""
+        if not isinstance(x, QuantizedRows):
+            if torch.is_grad_enabled() and x.requires_grad:
+                raise NotImplementedError(
+                    "linears in 8 bits have no backward pass, and an input requires a gradient: run under "
+                    "torch.no_grad(), call svg.restore(pipe), or train with svg.int8_training"
+                )
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            x = quantize_rows(x) if self.shared is None else self.shared.rows(x)
+        return fp8_linear(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The 16-bit weight, in CPU memory."""
+        return self._kept[0].weight
+
+    def original(self) -> nn.Linear:
+        """The linear in whose place this is, with its weight where the quantised one is."""
+        linear = self._kept[0]
+        linear.weight.data = linear.weight.data.to(self.values.device)
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Moves go with the model; casts change bias and kept weight alone."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if self._buffers[name].dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(self._buffers[name].device)
+        kept = self.weight
+        kept.data = kept.data.to(fn(kept.data.new_empty(0)).dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A checkpoint holds the 16-bit weight, as without us."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors = args[-1]
+        errors.append(f"{prefix}weight is in 8 bits: call svg.restore(pipe), load the weights, and accelerate again")
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, fp8"
+
+
+def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[str]:
+    """Names of the linears that a policy puts in 8 bits.
+
+    Only plain nn.Linear counts: what a user quantised with torchao or bitsandbytes, wrapped, or gave hooks, stays as it is.
+
+    Args:
+        transformer: the transformer.
+        spec: its family.
+        which: "none", "feed_forward" or "all" (projections of the video attention too). The first and the last block stay
+            in 16 bits where there are at least four, and so does all that is outside of blocks.
+
+    Returns:
+        Names in the transformer, in its order.
+
+    Raises:
+        NotImplementedError: there are none, though some are wanted.
+    """
+    if which == "none":
+        return []
+    attentions = {id(module) for module in spec.attention_modules(transformer)}
+    paths = [name for name, module in transformer.named_modules() if id(module) in attentions]
+    blocks = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in _in_order(transformer, spec, paths)}
+    chosen = list(blocks)[1:-1] if len(blocks) >= EDGES_FROM else list(blocks)
+    found = [
+        f"{block}.{name}" if block else name
+        for block in chosen
+        for name in _of_block(transformer.get_submodule(block), blocks[block], which)
+    ]
+    if not found:
+        raise NotImplementedError(
+            f"linears must be none for this {type(transformer).__name__}, got {which!r}: it has no plain linears in its "
+            f"blocks (quantised, wrapped, or offloaded one by one ones are left alone)"
+        )
+    return found
+
+
+def _in_order(transformer: nn.Module, spec: ModelSpec, paths: list[str]) -> list[str]:
+    """Paths of the attention modules in the order of their layers."""
+    place = {id(module): index for index, module in enumerate(spec.attention_modules(transformer))}
+    return sorted(paths, key=lambda path: place[id(transformer.get_submodule(path))])
+
+
+def _of_block(block: nn.Module, attention: str, which: str) -> Iterator[str]:
+    joint = any(name.startswith("proj_mlp") for name, _ in block.named_modules())
+    for name, module in block.named_modules():
+        if not _is_plain(module) or _NOT.search(name):
+            continue
+        inside = name.removeprefix(attention + ".") if name.startswith(attention + ".") else None
+        if inside is not None:
+            if which == "all" and _PROJECTIONS.fullmatch(inside):
+                yield name
+        elif _FEED_FORWARD.fullmatch(name) or (joint and _JOINT_OUT.fullmatch(name)):
+            yield name
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or not is_untouched(module):
+        return False
+    weight = module.weight
+    fits = module.in_features % 16 == module.out_features % 16 == 0 and module.in_features <= MAX_WIDTH
+    plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.device.type != "meta"
+    return fits and plain and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody listens to a module's calls or has replaced its forward."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "parametrizations")
+    return not (
+        hooked or "forward" in vars(module) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    )
+
+
+def takes_rows(*linears: Any) -> bool:
+    """Whether linears can be called with quantised rows, past whatever else would see the call."""
+    return all(type(linear) is QuantizedLinear and is_untouched(linear) for linear in linears)
+
+
+def quantize_linears(transformer: nn.Module, names: Iterable[str]) -> list[str]:
+    """Put linears in 8 bits, one after the other.
+
+    Args:
+        transformer: the transformer.
+        names: of plain linears in it.
+
+    Returns:
+        The names, for `restore_linears`.
+    """
+    names = list(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.removesuffix(".base_layer").rpartition(".")
+        if own in ALIKE:
+            groups.setdefault(parent, []).append(name)
+    shared = {}
+    for group in groups.values():
+        shared |= dict.fromkeys(group, SharedInput(len(group)))
+    for name in names:
+        _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), shared.get(name)))
+    return names
+
+
+def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:
+    """Undo `quantize_linears`, one after the other; what somebody put in the place of one since stays.
+
+    Args:
+        transformer: the transformer.
+        names: what `quantize_linears` returned.
+    """
+    for name in names:
+        try:
+            module = transformer.get_submodule(name)
+        except AttributeError:  # removed with what held it, as unfused projections are
+            continue
+        if isinstance(module, QuantizedLinear):
+            _put(transformer, name, module.original())
+
+
+def _put(transformer: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    transformer.get_submodule(parent)._modules[own] = module

@@ -1,0 +1,181 @@
+"""Linears in 8 bits: which ones, that they compute what they say, and that they leave nothing behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import svg
+from svg.config import DenseConfig
+from svg.kernels import fp8_linear_reference, quantize_rows_reference
+from svg.pipelines import linears
+from svg.pipelines.linears import QuantizedLinear, find_linears, quantize_linears, restore_linears
+from svg.pipelines.registry import find_spec
+
+ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
+FEED_FORWARD = ["ffn.net.0.proj", "ffn.net.2"]
+
+
+def quantized(module):
+    return [name for name, one in module.named_modules() if isinstance(one, QuantizedLinear)]
+
+
+def bits(module):
+    return {name: (id(parameter), parameter.detach().clone()) for name, parameter in module.named_parameters()}
+
+
+def test_which_linears_of_wan(load):
+    transformer = load("wan").transformer
+    spec = find_spec(transformer)
+    assert find_linears(transformer, spec, "none") == []
+    blocks = [f"blocks.{i}." for i in range(3)]
+    assert find_linears(transformer, spec, "feed_forward") == [b + name for b in blocks for name in FEED_FORWARD]
+    assert sorted(find_linears(transformer, spec, "all")) == sorted(
+        b + n for b in blocks for n in ATTENTION + FEED_FORWARD
+    )
+
+
+def test_edge_blocks_of_longer_models_stay(load):
+    transformer = load("wan").transformer
+    transformer.blocks = nn.ModuleList([*transformer.blocks, copy.deepcopy(transformer.blocks[0])])
+    found = find_linears(transformer, find_spec(transformer), "all")
+    assert {name.split(".")[1] for name in found} == {"1", "2"}
+
+
+def test_which_linears_of_hunyuan_video(load):
+    transformer = load("hunyuan").transformer
+    found = find_linears(transformer, find_spec(transformer), "all")
+    dual = [name for name in found if name.startswith("transformer_blocks.1.")]
+    single = [name for name in found if name.startswith("single_transformer_blocks.0.")]
+    assert {name.split(".", 2)[2] for name in dual} == {
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"
+    }  # fmt: skip
+    assert {name.split(".", 2)[2] for name in single} == {
+        "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out"
+    }  # fmt: skip
+    assert not [name for name in found if name.startswith("transformer_blocks.0.")]  # the first block
+
+
+def test_what_a_user_changed_stays(load):
+    class Theirs(nn.Linear):
+        pass
+
+    transformer = load("wan").transformer
+    transformer.blocks[0].ffn.net[2] = Theirs(32, 32)
+    transformer.blocks[1].ffn.net[2].register_forward_hook(lambda *args: None)
+    transformer.blocks[2].ffn.net[2] = nn.Linear(24, 32)  # no multiple of 16
+    found = find_linears(transformer, find_spec(transformer), "feed_forward")
+    assert found == [f"blocks.{i}.ffn.net.0.proj" for i in range(3)]
+    for block in transformer.blocks:
+        block.ffn.net[0].proj.register_forward_pre_hook(lambda *args: None)
+    with pytest.raises(
+        NotImplementedError, match="linears must be none for this WanTransformer3DModel, got 'feed_forward'"
+    ):
+        find_linears(transformer, find_spec(transformer), "feed_forward")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_accelerate_and_restore(load, run, name, fused):
+    pipe = load(name)
+    before, stock = bits(pipe.transformer), run(pipe, steps=2)
+    out = run(svg.accelerate(pipe, DenseConfig(linears="all", fused=fused)), steps=2)
+    assert quantized(pipe.transformer) and not torch.equal(out, stock)
+    assert (out - stock).norm() < 0.1 * stock.norm()
+    state = pipe.transformer.state_dict()
+    assert state.keys() >= before.keys()
+    svg.restore(pipe)
+    after = bits(pipe.transformer)
+    assert not quantized(pipe.transformer) and list(after) == list(before)
+    for key, (identity, values) in before.items():
+        assert after[key][0] == identity and torch.equal(after[key][1], values) and torch.equal(state[key], values)
+    assert torch.equal(run(pipe, steps=2), stock)
+
+
+def test_fused_passes_give_what_single_ones_give(load, run):
+    outs = [run(svg.accelerate(load("wan"), DenseConfig(linears="all", fused=f)), steps=2) for f in (False, True)]
+    stock = run(load("wan"), steps=2)
+    assert (outs[0] - outs[1]).norm() < 0.25 * (outs[0] - stock).norm()
+
+
+def test_q_k_and_v_share_one_quantisation(load, run, monkeypatch):
+    pipe, calls = load("wan"), []
+    real = linears.quantize_rows
+    svg.accelerate(pipe, DenseConfig(linears="all"))
+    monkeypatch.setattr(linears, "quantize_rows", lambda x: calls.append(x.shape) or real(x))
+    run(pipe, steps=1)
+    forwards = svg.report(pipe)["transformers"]["transformer"]["calls"]["total"]  # of attention layers
+    assert len(calls) == 4 * forwards  # q k v; out; both of the feed-forward
+    assert all(m.shared._rows is None for m in pipe.transformer.modules() if getattr(m, "shared", None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_linear_is_its_specification(dtype):
+    torch.manual_seed(1)
+    linear = nn.Linear(64, 48).to(dtype)
+    x = torch.randn(2, 5, 64).to(dtype)
+    mine = QuantizedLinear(linear)
+    with torch.no_grad():
+        wanted = fp8_linear_reference(quantize_rows_reference(x), quantize_rows_reference(linear.weight), linear.bias)
+        assert torch.equal(mine(x), wanted) and mine(x).dtype == dtype
+    assert mine.weight is linear.weight and mine.original() is linear
+    assert [name for name, _ in mine.named_parameters()] == ["bias"]
+
+
+def test_casts_and_moves_keep_the_eight_bits():
+    linear = nn.Linear(64, 48)
+    kept = linear.weight.detach().clone()
+    mine = QuantizedLinear(linear)
+    values, scale = mine.values.clone(), mine.scale.clone()
+    mine.to(torch.bfloat16)
+    assert mine.values.dtype == values.dtype and torch.equal(mine.values.float(), values.float())
+    assert torch.equal(mine.scale, scale) and mine.bias.dtype == torch.bfloat16
+    assert mine.original().weight.dtype == torch.bfloat16 and torch.equal(mine.weight, kept.bfloat16())
+    again = copy.deepcopy(mine)
+    with torch.no_grad():
+        x = torch.randn(3, 64)
+        assert torch.equal(again(x), mine(x))
+
+
+def test_autocast():
+    mine = QuantizedLinear(nn.Linear(32, 16))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert mine(torch.randn(2, 32)).dtype == torch.bfloat16
+
+
+def test_gradients_and_loading_are_refused_in_words(load):
+    transformer = load("wan").transformer
+    names = quantize_linears(transformer, ["blocks.0.ffn.net.2"])
+    linear = transformer.get_submodule(names[0])
+    with pytest.raises(NotImplementedError, match="linears in 8 bits have no backward pass"):
+        linear(torch.randn(1, 32, requires_grad=True))
+    with pytest.raises(RuntimeError, match=r"blocks.0.ffn.net.2.weight is in 8 bits: call svg.restore\(pipe\)"):
+        transformer.load_state_dict(transformer.state_dict())
+    transformer.blocks[0].ffn.net[2] = theirs = nn.Linear(32, 32)
+    restore_linears(transformer, names)
+    assert transformer.blocks[0].ffn.net[2] is theirs
+
+
+def test_nothing_is_quantised_when_something_is_refused(load):
+    pipe = load("wan")
+    for block in pipe.transformer.blocks:
+        for module in block.modules():
+            if type(module) is nn.Linear:
+                module.register_forward_hook(lambda *args: None)
+    with pytest.raises(NotImplementedError, match="linears must be none"):
+        svg.accelerate(pipe, DenseConfig(linears="all"))
+    assert not svg.pipelines.attach.is_accelerated(pipe)
+    with pytest.raises(ValueError, match="linears must be one of none, feed_forward, all"):
+        DenseConfig(linears="some")
+
+
+def test_accelerating_again_keeps_or_drops_them(load, run):
+    pipe = load("wan")
+    before = bits(pipe.transformer)
+    svg.accelerate(pipe, DenseConfig(linears="all"))
+    svg.accelerate(pipe, DenseConfig(linears="feed_forward"))
+    assert {name.split(".", 2)[2] for name in quantized(pipe.transformer)} == set(FEED_FORWARD)
+    svg.accelerate(pipe, DenseConfig())
+    assert not quantized(pipe.transformer)
+    assert all(torch.equal(values, before[key][1]) for key, (_, values) in bits(pipe.transformer).items())
