@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import svg.kernels.granules  # noqa: F401
 from svg import kernels
 from svg.kernels import granules
 
