@@ -18,28 +18,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 import triton
+from aot_linears import linears
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from svg.kernels import (
-    activate,
     block_sparse_attention,
     block_sparse_attention_quantised,
     block_statistics,
-    gate_residual,
     gather_tokens,
     kmeans,
     kmeans_update,
-    modulate,
     neighbour_order,
-    norm_rope,
     probe_attention,
     quantised_attention,
-    quantize_rows,
-    residual_modulate,
     sparge_block_map,
     top_p_block_map,
     training_attention,
@@ -157,7 +154,7 @@ def run_operations(arch):
     yield "neighbours", lambda: neighbour_order(torch.zeros(1, 2, 1000, 128))
     for name, D in (("bf16", 64), ("bf16", 128), ("fp32", 128)):
         yield f"probe {name} D={D}", lambda name=name, D=D: probe(DTYPES[name], D)
-    yield "elementwise", lambda: elementwise(fp8)
+    yield from linears(fp8)
     for name in ("bf16", "fp32"):
         yield f"merge {name}", lambda name=name: merging(DTYPES[name])
     yield "sparge", lambda: sparge(4096 * 64)  # the most blocks
@@ -316,26 +313,6 @@ def sparge(tokens):
     sparge_block_map(q_blocks, k_blocks, simthresh=heads, cdf=heads, sm_scale=1.0)
     for topk in (0.5, 1.0):
         sparge_block_map(q_blocks, k_blocks, simthresh=heads, topk=topk, sm_scale=1.0)
-
-
-def elementwise(fp8):
-    x, row, angle = torch.zeros(1, 64, 5120).bfloat16(), torch.zeros(1, 1, 5120), torch.zeros(64, 128)
-    norm_rope(x.unsqueeze(2), row[0, 0], None, 1e-6, angle, angle, rms=True)
-    norm_rope(x.unflatten(2, (40, 128)), row[0, 0, :128], row[0, 0, :128], 1e-6, angle, angle, rms=False)
-    modulate(x, row, row, 1e-6)
-    gate_residual(x, x, row)
-    residual_modulate(x, x, row, row, row, 1e-6)
-    residual_modulate(x, x, None, row[..., :1].bfloat16().expand_as(row).contiguous(), row, 1e-6, affine=True)
-    up, other = torch.zeros(1, 64, 12288).bfloat16(), x[..., :3072]
-    activate(up, "gelu_tanh", before=other)
-    if fp8:  # Wan 14B's widths, and those of HunyuanVideo's single-stream blocks
-        quantize_rows(x)
-        quantize_rows(up.expand(1, 64, 12288).reshape(1, 32, 24576))
-        modulate(x, row, row, 1e-6, fp8=True)
-        residual_modulate(x, x, row, row, row, 1e-6, fp8=True)
-        activate(up, "gelu_tanh", before=other, fp8=True)
-        for kind in ("gelu_tanh", "gelu", "geglu", "swiglu"):
-            activate(torch.zeros(1, 64, 13824 * (1 + (kind in ("geglu", "swiglu")))).bfloat16(), kind, fp8=True)
 
 
 def merging(dtype):

@@ -1,0 +1,34 @@
+"""Calls that launch every kernel of linears in 8 bits and of elementwise work, for triton_aot.py."""
+
+import torch
+
+from svg.kernels import activate, gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
+
+
+def linears(fp8):
+    """Yields (case, op call).
+
+    Args:
+        fp8: whether the architecture has FP8.
+    """
+    yield "elementwise", lambda: elementwise(fp8)
+
+
+def elementwise(fp8):
+    x, row, angle = torch.zeros(1, 64, 5120).bfloat16(), torch.zeros(1, 1, 5120), torch.zeros(64, 128)
+    norm_rope(x.unsqueeze(2), row[0, 0], None, 1e-6, angle, angle, rms=True)
+    norm_rope(x.unflatten(2, (40, 128)), row[0, 0, :128], row[0, 0, :128], 1e-6, angle, angle, rms=False)
+    modulate(x, row, row, 1e-6)
+    gate_residual(x, x, row)
+    residual_modulate(x, x, row, row, row, 1e-6)
+    residual_modulate(x, x, None, row[..., :1].bfloat16().expand_as(row).contiguous(), row, 1e-6, affine=True)
+    up, other = torch.zeros(1, 64, 12288).bfloat16(), x[..., :3072]
+    activate(up, "gelu_tanh", before=other)
+    if fp8:  # Wan 14B's widths, and those of HunyuanVideo's single-stream blocks
+        quantize_rows(x)
+        quantize_rows(up.expand(1, 64, 12288).reshape(1, 32, 24576))
+        modulate(x, row, row, 1e-6, fp8=True)
+        residual_modulate(x, x, row, row, row, 1e-6, fp8=True)
+        activate(up, "gelu_tanh", before=other, fp8=True)
+        for kind in ("gelu_tanh", "gelu", "geglu", "swiglu"):
+            activate(torch.zeros(1, 64, 13824 * (1 + (kind in ("geglu", "swiglu")))).bfloat16(), kind, fp8=True)
