@@ -2,6 +2,8 @@
 
 pip install -e '.[docs]'
 python scripts/build_docs.py
+
+The report pages of measured sweeps and tunings are made from docs/pages/, their data.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from svg.documents import read_json
+from svg.eval.page.build import render
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("kernels", "pipelines", "eval", "configs")  # of the repository; packages below svg once installed
@@ -31,7 +36,18 @@ def main() -> int:
     args = parser.parse_args()
     lay_out(ROOT / "build" / "docs-packages")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(args.out.resolve())]
-    return subprocess.run(command, cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code == 0:
+        write_pages(args.out)
+    return code
+
+
+def write_pages(target: Path) -> None:
+    """Write every report page whose data lies in docs/pages/."""
+    for path in sorted((ROOT / "docs" / "pages").glob("*.json")):
+        page = target / "pages" / f"{path.stem}.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(render(read_json(path)), encoding="utf-8")
 
 
 if __name__ == "__main__":

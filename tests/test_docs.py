@@ -21,6 +21,7 @@ def test_site_is_built_and_complete(tmp_path):
     api = (tmp_path / "api" / "index.html").read_text()
     for name in ("accelerate", "summary", "NearConfig", "attention_varlen", "training_attention"):
         assert name in api
+    assert {path.name for path in (tmp_path / "pages").iterdir()} == {"pareto-h100.html", "tune-h100.html"}
     outside = [path for path in tmp_path.rglob("index.html") if "fonts.googleapis" in path.read_text()]
     assert not outside, "no request leaves the pages"
 

@@ -49,9 +49,7 @@ def _sums(tensors):
     programs = min(triton.cdiv(number, BLOCK), PROGRAMS * target.sm_count(first.device))
     parts = torch.empty(len(tensors), programs, dtype=torch.float32, device=first.device)
     with target.on_device(first):
-        _sums_kernel[(programs,)](
-            first, second, third, parts, number, COUNT=len(tensors), BLOCK=BLOCK, num_warps=WARPS
-        )
+        _sums_kernel[(programs,)](first, second, third, parts, number, COUNT=len(tensors), BLOCK=BLOCK, num_warps=WARPS)
     return parts.sum(1)
 
 

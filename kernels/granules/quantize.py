@@ -301,9 +301,7 @@ def _keys_of(
     offs_d = tl.arange(0, BLOCK_D)
     real = offs_d < D
     index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_l)
-    rows = tl.load(
-        k + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0
-    )
+    rows = tl.load(k + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0)
     step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, 127.0, True)
     step = tl.max(tl.where(real, tl.where(step < float("inf"), step, float("inf")), 0.0), 0)  # NaN counts
     step = tl.where(step < float("inf"), step, float("nan"))
@@ -334,9 +332,7 @@ def _values_of(
     if INTERLEAVE:
         lies = _interleaved(slot)
     index, inside = _source(lies, order, text, tokens, V, T, C, SIZE, stride_os, stride_l)
-    rows = tl.load(
-        v + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0
-    )
+    rows = tl.load(v + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0)
     step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, LIMIT, True)
     if tl.program_id(0) == 0:
         tl.store(scale + offs_d, step)
@@ -347,7 +343,9 @@ def _values_of(
         inverse = tl.div_rn(1.0 + tl.zeros_like(step), step)[None, :]
         away = tl.where(inside[:, None], rows.to(tl.float32) - middle[None, :], 0.0)
         small = tl.clamp(away * inverse, -LIMIT, LIMIT).to(tl.float8e4nv)
-        small = tl.trans(tl.reshape(small, [BLOCK // 16, 16, BLOCK_D]), (0, 2, 1))  # blocks [D, 16], one after the other
+        small = tl.trans(
+            tl.reshape(small, [BLOCK // 16, 16, BLOCK_D]), (0, 2, 1)
+        )  # blocks [D, 16], one after the other
         block = first // 16 + tl.arange(0, BLOCK // 16)
         goal = block.to(tl.int64)[:, None, None] * (16 * BLOCK_D) + offs_d[None, :, None] * 16
         goal += tl.arange(0, 16)[None, None, :]

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from sparge_blocks import sparge_blocks
 
 from svg.attend import attend, dense_attention
 from svg.config import SpargeConfig
@@ -16,14 +17,7 @@ ALWAYS = {"warmup_steps": 0, "warmup_layers": 0}
 Q, K = 8, 4
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks that fit the tiny layouts."""
-    monkeypatch.setattr(sparge, "Q_BLOCK", Q)
-    monkeypatch.setattr(sparge, "K_BLOCK", K)
-    sparge.video_blocks.cache_clear()
-    yield
-    sparge.video_blocks.cache_clear()
+small_blocks = sparge_blocks(Q, K, autouse=False)
 
 
 def gram_mean(rows):

@@ -5,10 +5,10 @@ import pytest
 from svg.methods.sparge import plan as sparge
 
 
-def sparge_blocks(queries, keys):
+def sparge_blocks(queries, keys, autouse=True):
     """A fixture that cuts videos into blocks of so many queries and keys."""
 
-    @pytest.fixture(autouse=True)
+    @pytest.fixture(autouse=autouse)
     def small_blocks(monkeypatch):
         monkeypatch.setattr(sparge, "Q_BLOCK", queries)
         monkeypatch.setattr(sparge, "K_BLOCK", keys)

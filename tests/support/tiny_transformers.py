@@ -30,9 +30,13 @@ from tiny_inputs import (
 
 HEADS = dict(num_attention_heads=3, attention_head_dim=16)
 LATENTS = HEADS | dict(in_channels=4, out_channels=4)
-WAN = dict(
-    patch_size=(1, 2, 2), num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8,
-    freq_dim=8, ffn_dim=16, num_layers=2, rope_max_seq_len=256,
+JOINT = LATENTS | dict(mlp_ratio=2.0, text_embed_dim=8, image_embed_dim=8, rope_axes_dim=(4, 6, 6))
+KANDINSKY = dict(
+    in_visual_dim=4, out_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=16, model_dim=48, ff_dim=32,
+    num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6),
+)  # fmt: skip
+WAN = LATENTS | dict(
+    patch_size=(1, 2, 2), text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2, rope_max_seq_len=256,
 )  # fmt: skip
 
 
@@ -43,18 +47,16 @@ def family(kind, make, inputs, patch=(1, 2, 2), text_tokens=0, position="none", 
     )  # fmt: skip
 
 
-HUNYUAN = dict(
-    in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=16, num_layers=1, num_single_layers=1,
-    num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=8, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
+HUNYUAN = LATENTS | dict(
+    num_layers=1, num_single_layers=1, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=8,
+    pooled_projection_dim=8, rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
-LTX2 = dict(
-    in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=16, cross_attention_dim=48,
-    audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=3, audio_attention_head_dim=8,
-    audio_cross_attention_dim=24, num_layers=2, caption_channels=8,
+LTX2 = LATENTS | dict(
+    cross_attention_dim=48, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=3,
+    audio_attention_head_dim=8, audio_cross_attention_dim=24, num_layers=2, caption_channels=8,
 )  # fmt: skip
-COSMOS = dict(
-    in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=16, num_layers=2, mlp_ratio=2.0,
-    text_embed_dim=8, adaln_lora_dim=4, max_size=(8, 32, 32),
+COSMOS = LATENTS | dict(
+    num_layers=2, mlp_ratio=2.0, text_embed_dim=8, adaln_lora_dim=4, max_size=(8, 32, 32),
 )  # fmt: skip
 
 FAMILIES = {
@@ -95,17 +97,7 @@ FAMILIES = {
     ),
     "hunyuan_video_1_5": family(
         "HunyuanVideo15Transformer3DModel",
-        LATENTS
-        | dict(
-            num_layers=2,
-            num_refiner_layers=1,
-            mlp_ratio=2.0,
-            patch_size=1,
-            text_embed_dim=8,
-            text_embed_2_dim=8,
-            image_embed_dim=8,
-            rope_axes_dim=(4, 6, 6),
-        ),
+        JOINT | dict(num_layers=2, num_refiner_layers=1, patch_size=1, text_embed_2_dim=8),
         hunyuan15_inputs,
         patch=(1, 1, 1),
         text_tokens=TEXT + 4 + 3,
@@ -113,16 +105,7 @@ FAMILIES = {
     ),
     "motif": family(
         "MotifVideoTransformer3DModel",
-        LATENTS
-        | dict(
-            num_layers=1,
-            num_single_layers=2,
-            num_decoder_layers=1,
-            mlp_ratio=2.0,
-            text_embed_dim=8,
-            image_embed_dim=8,
-            rope_axes_dim=(4, 6, 6),
-        ),
+        JOINT | dict(num_layers=1, num_single_layers=2, num_decoder_layers=1),
         motif_inputs,
         text_tokens=None,
         position="last",
@@ -144,10 +127,8 @@ FAMILIES = {
     ),
     "consisid": family(
         "ConsisIDTransformer3DModel",
-        HEADS
+        LATENTS
         | dict(
-            in_channels=4,
-            out_channels=4,
             time_embed_dim=8,
             text_embed_dim=8,
             num_layers=2,
@@ -160,28 +141,14 @@ FAMILIES = {
     ),
     "easyanimate": family(
         "EasyAnimateTransformer3DModel",
-        HEADS
-        | dict(
-            in_channels=4,
-            out_channels=4,
-            patch_size=2,
-            num_layers=2,
-            mmdit_layers=1,
-            time_embed_dim=8,
-            text_embed_dim=8,
-        ),
+        LATENTS | dict(patch_size=2, num_layers=2, mmdit_layers=1, time_embed_dim=8, text_embed_dim=8),
         easyanimate_inputs,
         text_tokens=TEXT,
         position="first",
     ),
     "ltx": family(
         "LTXVideoTransformer3DModel",
-        LATENTS
-        | dict(
-            cross_attention_dim=48,
-            num_layers=2,
-            caption_channels=8,
-        ),
+        LATENTS | dict(cross_attention_dim=48, num_layers=2, caption_channels=8),
         ltx_inputs,
         patch=(1, 1, 1),
     ),
@@ -222,38 +189,13 @@ FAMILIES = {
     ),
     "kandinsky5": family(
         "Kandinsky5Transformer3DModel",
-        dict(
-            in_visual_dim=4,
-            in_text_dim=8,
-            in_text_dim2=8,
-            time_dim=16,
-            out_visual_dim=4,
-            model_dim=48,
-            ff_dim=32,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(4, 6, 6),
-        ),
+        KANDINSKY,
         kandinsky5_inputs,
         batch=1,
     ),
     "kandinsky6": family(
         "Kandinsky6Transformer3DModel",
-        dict(
-            in_visual_dim=4,
-            out_visual_dim=4,
-            in_text_dim=8,
-            in_text_dim2=8,
-            time_dim=16,
-            model_dim=48,
-            ff_dim=32,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(4, 6, 6),
-            visual_cond=False,
-            in_audio_dim=4,
-            out_audio_dim=4,
-        ),
+        KANDINSKY | dict(visual_cond=False, in_audio_dim=4, out_audio_dim=4),
         kandinsky6_inputs,
     ),
     "allegro": family(
@@ -295,7 +237,7 @@ FAMILIES = {
     ),
     "helios": family(
         "HeliosTransformer3DModel",
-        WAN | dict(rope_dim=(4, 6, 6)) | {},
+        WAN | dict(rope_dim=(4, 6, 6)),
         helios_inputs,
         text_tokens=None,
         position="first",

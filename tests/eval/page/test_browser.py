@@ -12,6 +12,7 @@ from chromium import BOTH_LOADED
 import svg.eval.page
 from svg.eval.files import write_json
 from svg.eval.page import build_page
+from svg.eval.page.build import render
 
 pytestmark = pytest.mark.browser
 
@@ -323,3 +324,13 @@ def test_runs_that_lack_something(browser, run_folder, tmp_path, change, heading
     if change is identical:
         assert "∞ dB" in browser.evaluate("document.querySelector('.tiles').textContent")
         assert all(y < 60 for _, _, y in points(browser))  # everything is on the strips: nothing is beside dense
+
+
+@pytest.mark.parametrize("name", ["pareto-h100", "tune-h100"])
+def test_pages_of_the_documentation(browser, tmp_path, name):
+    """Data of an earlier version, without videos: shown whole, without an error."""
+    data = json.loads((Path(__file__).parents[3] / "docs" / "pages" / f"{name}.json").read_text())
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    browser.open(path)
+    assert len(rows(browser)) == len(data["cells"]) and browser.errors == []
