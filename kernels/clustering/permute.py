@@ -62,9 +62,7 @@ def _count_and_place(labels: torch.Tensor, num_clusters: int) -> tuple[torch.Ten
     flat = labels.view(-1, S)
     counters = new_counters(flat.shape[0], S, num_clusters, labels.device)
     with target.on_device(labels):
-        _count_kernel[(counters.counts.shape[1], flat.shape[0])](
-            flat, counters.counts, S, num_clusters, CHUNK=CHUNK, BLOCK_C=max(16, triton.next_power_of_2(num_clusters))
-        )
+        _count_kernel[(counters.counts.shape[1], flat.shape[0])](flat, counters.counts, S, num_clusters, CHUNK=CHUNK)
     return place_counted(labels, counters)[:2]
 
 
@@ -213,15 +211,11 @@ def _move(x: torch.Tensor, permutation: torch.Tensor, scatter: bool) -> torch.Te
 
 
 @triton.jit(do_not_specialize=["S", "C"])
-def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+def _count_kernel(labels, counts, S, C, CHUNK: tl.constexpr):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs = chunk * CHUNK + tl.arange(0, CHUNK)
     label = tl.load(labels + row * S + offs, mask=offs < S, other=0).to(tl.int32)
-    count = tl.histogram(label, BLOCK_C)  # [BC]
-    offs_c = tl.arange(0, BLOCK_C)
-    beyond = tl.maximum((chunk + 1) * CHUNK - S, 0)  # were counted as label 0
-    count = tl.where(offs_c == 0, count - beyond, count)
-    tl.store(counts + (row * tl.num_programs(0) + chunk) * C + offs_c, count, mask=offs_c < C)
+    tl.atomic_add(counts + (row * tl.num_programs(0) + chunk) * C + label, 1, mask=offs < S, sem="relaxed")
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import torch
 from . import target
 from .target import tl, triton
 
-PROGRAMS, BLOCK, WARPS = 8, 4096, 8  # programs a multiprocessor; values that a program reads at once
+PROGRAMS, BLOCK, WARPS = 16, 4096, 8  # programs a multiprocessor; values that a program reads at once
 
 
 def sums_of(*tensors: torch.Tensor) -> torch.Tensor:

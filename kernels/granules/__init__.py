@@ -5,6 +5,7 @@ holds what the operations hand to each other, `reference.py` their specification
 """
 
 from .cut import cut_granules
+from .density import listed_density
 from .op import granule_attention
 from .quantize import QuantizedGranules, quantize_granules
 from .quantized import granule_attention_quantized
@@ -20,6 +21,7 @@ __all__ = [
     "granule_attention",
     "granule_attention_quantized",
     "granule_scores",
+    "listed_density",
     "quantize_granules",
     "select_granules",
 ]

@@ -62,7 +62,10 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only, keys, 
     )
     strides = (0, 0, 0) if q_order is None else q_order.stride()
     # A program a row group: the hardware hands out the next one wherever one ends, which evens out lists of any lengths.
-    _hopper_granules_kernel[(programs,)](
+    # Where heads are left out, few programs a head: most have nothing to do, and starting one takes its time.
+    heads = lists.counts.shape[0] * H
+    grid = programs if only is None else heads * min(lists.counts.shape[2], max(1, target.sm_count(q.device) // heads))
+    _hopper_granules_kernel[(grid,)](
         k_desc, v_desc, k_means, v_means, q, out, lse, q_order, granules.tokens, lists.entries, lists.starts, lists.whole,
         lists.counts, lists.chosen, lists.schedule, only, scale_log2, math.log2(granules.size), programs, H, S, V, lists.counts.shape[2], C, T, lists.chosen.shape[3],
         *q.stride()[:3], *out.stride()[:3], *strides,
@@ -100,13 +103,13 @@ if LOADABLE:
         """
         ready, empty = barriers
         entries, starts, _, counts, _, schedule = lists
-        programs, _, groups, C, T, _ = sizes
+        walk, groups, C, T, _ = sizes
         EACH: gl.constexpr = KEYS // SIZE
         dtype: gl.constexpr = stages.dtype
         boxes = stages._reinterpret(dtype, [STAGES * PANELS * EACH, SIZE, 64], stages.layout)
         panels = stages._reinterpret(dtype, [STAGES * PANELS, KEYS, 64], stages.layout)
         n = 0
-        for place in range(gl.program_id(0), programs, gl.num_programs(0)):
+        for place in range(walk[0], walk[1], walk[2]):
             t = gl.load(schedule + place)
             bh = t // groups
             count = gl.load(counts + t)
@@ -289,7 +292,7 @@ if LOADABLE:
     def _list_of(t, bh, lists, tokens, sizes, H, SIZE: gl.constexpr):
         """How many granules row group t lists, and what `_hide` needs to know of them."""
         entries, starts, whole, counts, chosen, _ = lists
-        _, _, _, C, _, words = sizes
+        _, _, C, _, words = sizes
         count, full = gl.load(counts + t), gl.load(whole + t)
         listed = entries + gl.load(starts + t)
         tokens += bh // H * C
@@ -321,7 +324,7 @@ if LOADABLE:
     ):  # fmt: skip
         q, q_order, out, lse, tokens = tensors
         q_stages, k_stages, v_stages = stages
-        programs, _, groups, C, T, _ = sizes
+        walk, groups, C, T, _ = sizes
         H, S, V = shape
         sqb, sqh, sqs, sob, soh, sos, spb, sph, sps = strides
         s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -332,7 +335,7 @@ if LOADABLE:
         q_shared = q_stages.index(HALF)
         offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
         n = 0
-        for place in range(gl.program_id(0), programs, gl.num_programs(0)):
+        for place in range(walk[0], walk[1], walk[2]):
             t = gl.load(lists[5] + place)
             bh, first = t // groups, t % groups * 128
             b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
@@ -371,9 +374,14 @@ if LOADABLE:
         HAS_ORDER: gl.constexpr, HAS_LSE: gl.constexpr, HAS_TAIL: gl.constexpr, HAS_ONLY: gl.constexpr,
         num_warps: gl.constexpr,
     ):  # fmt: skip
-        if HAS_ONLY:  # no program of a head that is left out has anything to do
-            if gl.load(only + gl.load(schedule + gl.program_id(0)) // groups) == 0:
-                programs = 0
+        if HAS_ONLY:  # each head has as many programs, which find nothing to do where it is left out
+            heads = programs // groups
+            each = gl.num_programs(0) // heads
+            head = gl.program_id(0) // each
+            end = gl.where(gl.load(only + head) == 0, 0, (head + 1) * groups)
+            walk = (head * groups + gl.program_id(0) % each, end, each)
+        else:
+            walk = (gl.program_id(0), programs, gl.num_programs(0))
         dtype: gl.constexpr = q.dtype.element_ty
         PANELS: gl.constexpr = BLOCK_D // 64
         layout: gl.constexpr = gl.NVMMASharedLayout(128, 16)
@@ -393,7 +401,7 @@ if LOADABLE:
         stages = (q_stages, k_stages, v_stages)
         tensors = (q, q_order, out, lse, tokens)
         lists = (entries, starts, whole, counts, chosen, schedule)
-        sizes = (programs, H, groups, C, T, words)
+        sizes = (walk, groups, C, T, words)
         shape = (H, S, V)
         strides = (sqb, sqh, sqs, sob, soh, sos, spb, sph, sps)
         gl.warp_specialize(

@@ -201,7 +201,7 @@ def _statistics(k, v):
     parts = triton.cdiv(S, STATISTICS_ROWS)
     partial = torch.empty(6, B, H, parts, D, dtype=torch.float32, device=k.device)
     with target.on_device(k):
-        _statistics_kernel[(parts, B * H)](
+        _statistics_kernel[(parts, B * H, 2)](  # of K, of V
             k, v, partial, partial.stride(0), H, S, parts, *k.stride()[:3], *v.stride()[:3],
             D=D, BLOCK_D=padded_head_dim(D), ROWS=STATISTICS_ROWS, BLOCK_S=STATISTICS_STEP,
             num_warps=LAUNCH.row(k.device)[0],
@@ -229,42 +229,50 @@ def _quantize_channels(v, stats, *, smooth, limit, permutation, interleave):
     return QuantizedChannels(values, scale, mean if smooth else None)
 
 
+@triton.jit
+def _statistics_of(
+    x, total_at, low_at, high_at, S, stride_s,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Sum, least and largest of ROWS tokens."""
+    offs_d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    low = tl.full([BLOCK_S, BLOCK_D], float("inf"), dtype=tl.float32)
+    high = tl.full([BLOCK_S, BLOCK_D], float("-inf"), dtype=tl.float32)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    for first in range(start, tl.minimum(start + ROWS, S), BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
+        row = tl.load(x + offs_s[:, None] * stride_s + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += row
+        low = tl.minimum(low, tl.where(mask, row, float("inf")))
+        high = tl.maximum(high, tl.where(mask, row, float("-inf")))
+    real = offs_d < D
+    tl.store(total_at + offs_d, tl.sum(total, 0), mask=real)
+    tl.store(low_at + offs_d, tl.min(low, 0), mask=real)
+    tl.store(high_at + offs_d, tl.max(high, 0), mask=real)
+
+
 @triton.jit(do_not_specialize=["S", "parts"])
 def _statistics_kernel(
     k, v, partial, stride_part, H, S, parts,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    """K and V apart: few registers, so that many loads are under way."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    offs_d = tl.arange(0, BLOCK_D)
-    k += b * stride_kb + h * stride_kh + offs_d[None, :]
-    v += b * stride_vb + h * stride_vh + offs_d[None, :]
-    k_sum = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    v_sum = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
-    low = tl.full([BLOCK_S, BLOCK_D], float("inf"), dtype=tl.float32)
-    high = tl.full([BLOCK_S, BLOCK_D], float("-inf"), dtype=tl.float32)
-    k_low, k_high = low, high
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    for first in range(start, tl.minimum(start + ROWS, S), BLOCK_S):
-        offs_s = first + tl.arange(0, BLOCK_S)
-        mask = (offs_s < S)[:, None] & (offs_d < D)[None, :]
-        row = tl.load(k + offs_s[:, None] * stride_ks, mask=mask, other=0.0).to(tl.float32)
-        k_sum += row
-        k_low = tl.minimum(k_low, tl.where(mask, row, float("inf")))
-        k_high = tl.maximum(k_high, tl.where(mask, row, float("-inf")))
-        row = tl.load(v + offs_s[:, None] * stride_vs, mask=mask, other=0.0).to(tl.float32)
-        v_sum += row
-        low = tl.minimum(low, tl.where(mask, row, float("inf")))
-        high = tl.maximum(high, tl.where(mask, row, float("-inf")))
-    partial += (bh * parts + tl.program_id(0)) * D + offs_d
-    real = offs_d < D
-    tl.store(partial, tl.sum(k_sum, 0), mask=real)
-    tl.store(partial + stride_part, tl.sum(v_sum, 0), mask=real)
-    tl.store(partial + 2 * stride_part, tl.min(low, 0), mask=real)
-    tl.store(partial + 3 * stride_part, tl.max(high, 0), mask=real)
-    tl.store(partial + 4 * stride_part, tl.min(k_low, 0), mask=real)
-    tl.store(partial + 5 * stride_part, tl.max(k_high, 0), mask=real)
+    partial += (bh * parts + tl.program_id(0)) * D
+    if tl.program_id(2) == 0:
+        _statistics_of(
+            k + b * stride_kb + h * stride_kh, partial, partial + 4 * stride_part, partial + 5 * stride_part, S, stride_ks,
+            D, BLOCK_D, ROWS, BLOCK_S,
+        )  # fmt: skip
+    else:
+        _statistics_of(
+            v + b * stride_vb + h * stride_vh, partial + stride_part, partial + 2 * stride_part, partial + 3 * stride_part,
+            S, stride_vs, D, BLOCK_D, ROWS, BLOCK_S,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "parts", "S"])

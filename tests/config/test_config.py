@@ -43,12 +43,7 @@ BAD = [
     (SpargeConfig, {"thresholds": 3}, TypeError, "thresholds must be a file's path"),
     (SpargeConfig, {"thresholds": "a", "simthresh": 0.5}, ValueError, "simthresh must be left out with thresholds"),
     (NearConfig, {"budget": 0.0625}, ValueError, r"budget must be above 1 / granule = 0.0625, the share of the means"),
-    (
-        NearConfig,
-        {"budget": 0.1, "early": 0.5},
-        ValueError,
-        r"budget \* \(1 - early\), what the last step may compute, must be above",
-    ),
+    (NearConfig, {"early": 1}, ValueError, "early must be below 1, or nothing is left for the last steps, got 1"),
     (NearConfig, {"early": -0.1}, ValueError, r"early must be in \[0, 1\], got -0.1"),
     (NearConfig, {"budget": 1.5}, ValueError, r"budget must be in \(0, 1\], got 1.5"),
     (NearConfig, {"granule": 12}, ValueError, "granule must be one of 8, 16, 32, 64, got 12"),

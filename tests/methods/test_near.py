@@ -17,7 +17,7 @@ LAYOUTS = [
     TokenLayout(3, 7, 9, 21, "first"),
     TokenLayout(1, 3, 3),
 ]
-COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0, "first_iterations": 4}
+COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0, "first_iterations": 4, "early": 0.0}
 
 
 def inputs(layout, seed=0, heads=3, dim=32, noise=0.5):
@@ -121,18 +121,37 @@ def test_a_sample_does_not_depend_on_the_others():
     assert torch.allclose(alone(slice(0, 2))[:1], alone(slice(0, 1)), atol=1e-6)
 
 
-def test_early_steps_may_compute_more_and_the_mean_is_kept():
-    config = NearConfig(budget=0.4, early=0.5, **(COLD | {"warmup_steps": 0.2}))
-    budgets = [config.at_step(step, 10).budget for step in range(2, 10)]
-    assert budgets == sorted(budgets, reverse=True) and budgets[0] > 0.55 and budgets[-1] < 0.25
+@pytest.mark.parametrize(("warm_up", "first", "last"), [(0.0, 0.8, 0.28), (0.2, 0.49, 0.38)])
+def test_early_steps_compute_more_and_the_mean_is_kept(warm_up, first, last):
+    config = NearConfig(budget=0.4, **(COLD | {"warmup_steps": warm_up, "early": 0.5}))
+    dense = round(warm_up * 10)
+    budgets = [config.at_step(step, 10).budget for step in range(dense, 10)]
+    assert budgets == sorted(budgets, reverse=True) and budgets[0] > first and budgets[-1] < last
     assert sum(budgets) / len(budgets) == pytest.approx(0.4)
-    assert config.at_step(1, 10) is config  # a warm-up step computes all
+    if dense:
+        assert config.at_step(dense - 1, 10) is config  # a warm-up step computes all
     state = RunState(config, 1)
     q, k, v, _ = inputs(LAYOUTS[0])
-    for step in (2, 9):
+    for step in (dense, 9):
         state.begin_forward(step, 10, "cond", LAYOUTS[0])
         attend(q, k, v, state, 0, None)
-    assert state.records[0].density.mean() > 0.5 > 0.3 > state.records[1].density.mean()
+    early, late = (record.density.mean() for record in state.records)
+    assert first - 0.1 < early <= budgets[0] and last - 0.1 < late <= budgets[-1]
+
+
+def test_early_steps_compute_everything_at_most_and_every_budget_has_a_schedule():
+    for budget, steps in ((0.07, 4), (0.25, 50), (0.9, 50), (1.0, 3)):
+        config = NearConfig(budget=budget, **(COLD | {"early": 0.9}))
+        budgets = [config.at_step(step, steps).budget for step in range(steps)]
+        assert max(budgets) <= 1 and min(budgets) > 1 / 16
+        assert sum(budgets) / steps == pytest.approx(budget)
+
+
+def test_early_steps_of_heads_with_budgets_of_their_own():
+    config = NearConfig(head_budget=[[0.3, 1.0]], **(COLD | {"early": 0.5}))
+    tables = [config.at_step(step, 10).head_budget[0] for step in range(10)]
+    assert all(table[1] == 1 for table in tables) and tables[0][0] > 0.5 > 0.2 > tables[-1][0]
+    assert sum(table[0] for table in tables) / 10 == pytest.approx(0.3)
 
 
 def test_heads_with_budgets_of_their_own():

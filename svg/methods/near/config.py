@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -13,6 +14,7 @@ QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (64, 128)
 POOLS = (1, 2, 4, 8)
+DECAY = 0.15  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,9 @@ class NearConfig(GuardedConfig):
 
     Args:
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
-        early: how much more than `budget` the first sparse step may compute, as a share of it, falling evenly to as much
-            less in the last, in [0, 1); the mean over the sparse steps is `budget`.
+        early: share of what is computed exactly that goes to the steps by how early they are, in [0, 1): it falls by a
+            factor e every 15 % of the steps, warm-up counted, so that a run without warm-up gains most. The mean over
+            the sparse steps stays `budget`.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 64 or 128.
         floor: share of the mean number of exact granules that every group of rows gets at least, in [0, 1].
@@ -54,7 +57,7 @@ class NearConfig(GuardedConfig):
     probed_level: ClassVar[float] = 0.3
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
-    early: float = 0.0
+    early: float = 0.6
     granule: int = 16
     rows: int = 128
     floor: float = 0.25
@@ -82,29 +85,55 @@ class NearConfig(GuardedConfig):
         choice(self, "precision", PRECISIONS)
         for name in ("cluster_tokens", "query_cluster_tokens", "first_iterations", "iterations", "refresh"):
             integer(self, name, least=1)
-        least = self.budget * (1 - self.early)
-        if least <= 1 / self.granule:
-            what = "budget" if self.early == 0 else "budget * (1 - early), what the last step may compute,"
+        if self.early == 1:
             raise ValueError(
-                f"{what} must be above 1 / granule = {1 / self.granule:g}, the share of the means, which are always "
-                f"computed, got {least:g}: raise the budget, or take a larger granule"
+                "early must be below 1, or nothing is left for the last steps, got 1: 0.6 is the usual choice"
+            )
+        if self.budget <= 1 / self.granule:
+            raise ValueError(
+                f"budget must be above 1 / granule = {1 / self.granule:g}, the share of the means, which are always "
+                f"computed, got {self.budget:g}: raise the budget, or take a larger granule"
             )
         check_max_drift(self)
         check_head_table(self)
 
     def at_step(self, step: int, num_steps: int) -> NearConfig:
-        """The settings with the budgets of one step: more at first, where errors grow longest."""
+        """The settings with the budgets of one step: more at first, where errors grow longest.
+
+        Args:
+            step: index of the step, from 0.
+            num_steps: steps of the run, the dense ones counted.
+
+        Returns:
+            Settings that do not depend on the step any more.
+        """
         dense = count(self.warmup_steps, num_steps)
         if self.early == 0 or step < dense:
             return self
-        place = (step - dense + 0.5) / (num_steps - dense)  # in (0, 1)
-        return _scaled(self, 1 + self.early * (1 - 2 * place))
+        return _scaled(self, *_shares(dense, num_steps), step - dense)
+
+    def _exact(self, value: float, factor: float) -> float:
+        """A budget whose share beyond the means is multiplied."""
+        means = 1 / self.granule
+        return value if value >= 1 or value <= means else min(1.0, means + (value - means) * factor)
+
+
+@lru_cache(maxsize=64)
+def _shares(dense: int, num_steps: int) -> tuple[float, tuple[float, ...]]:
+    """How much of `early` is left after the dense steps, and how it is shared among the sparse ones, whose mean is 1."""
+    left = [math.exp(-step / (DECAY * num_steps)) for step in range(dense, num_steps)]
+    mean = sum(left) / len(left)
+    return left[0], tuple(share / mean for share in left)
 
 
 @lru_cache(maxsize=256)
-def _scaled(config: NearConfig, share_of_budget: float) -> NearConfig:
-    """A config whose budgets are multiplied, at most to 1, and do not depend on the step any more."""
+def _scaled(config: NearConfig, left: float, shares: tuple[float, ...], index: int) -> NearConfig:
+    means = 1 / config.granule
+    early = config.early * left
+    if config.budget < 1 and shares[0] > 1:  # the first step computes everything at most
+        early = min(early, ((1 - means) / (config.budget - means) - 1) / (shares[0] - 1))
+    factor = 1 - early + early * shares[index]
     table = config.head_budget
     if table is not None:
-        table = tuple(tuple(min(1.0, value * share_of_budget) for value in row) for row in table)
-    return replace(config, budget=min(1.0, config.budget * share_of_budget), head_budget=table, early=0.0)
+        table = tuple(tuple(config._exact(value, factor) for value in row) for row in table)
+    return replace(config, budget=config._exact(config.budget, factor), head_budget=table, early=0.0)

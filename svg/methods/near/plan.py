@@ -21,6 +21,7 @@ from svg.kernels.granules import (
     granule_attention,
     granule_attention_quantized,
     granule_scores,
+    listed_density,
     quantize_granules,
     select_granules,
 )
@@ -89,21 +90,11 @@ class NearPlan:
         Returns:
             float32 [B, H].
         """
-        layout, device = self.layout, self.chosen.q_order.device
-        batch, video = self.chosen.q_order.shape[0], layout.video_tokens
-        prompt = prompt_lengths(layout, self.text_mask, batch, device)
-        visible = video + prompt[:, None].double()  # [B, 1]
-        partial = (prompt % self.size + video % self.size)[:, None, None]
-        parts = []
-        for lists in self.chosen.lists:
-            keys = lists.whole.double() * self.size + partial  # [B, h, NG]
-            everything = lists.whole * self.size + partial == visible[..., None]
-            keys = torch.where(everything, keys, keys + math.ceil(video / self.size))
-            starts = torch.arange(0, video, lists.rows, device=device)
-            rows = (video - starts).clamp_max(lists.rows).double()
-            parts.append((keys * rows).sum(-1))
-        pairs = torch.cat(parts, 1) + layout.text_tokens * visible
-        return (pairs / (layout.total_tokens * visible)).float()
+        layout = self.layout
+        prompt = None if self.text_mask is None else prompt_lengths(layout, self.text_mask, len(self.text_mask), None)
+        share = {"video": layout.video_tokens, "text": layout.text_tokens, "size": self.size}
+        parts = [listed_density(lists, prompt, **share) for lists in self.chosen.lists]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def execute(
         self, q: Tensor, k: Tensor, v: Tensor, precision: str = "native", failed: Tensor | None = None
