@@ -153,7 +153,7 @@ def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[st
     found = [
         f"{block}.{name}" if block else name
         for block in chosen
-        for name in _of_block(transformer.get_submodule(block), blocks[block], which)
+        for name in linears_of_block(transformer.get_submodule(block), blocks[block], which)
     ]
     if not found:
         raise NotImplementedError(
@@ -169,7 +169,14 @@ def _in_order(transformer: nn.Module, spec: ModelSpec, paths: list[str]) -> list
     return sorted(paths, key=lambda path: place[id(transformer.get_submodule(path))])
 
 
-def _of_block(block: nn.Module, attention: str, which: str) -> Iterator[str]:
+def linears_of_block(block: nn.Module, attention: str, which: str) -> Iterator[str]:
+    """Names of the linears of one block, as `find_linears` has them.
+
+    Args:
+        block: the block.
+        attention: name of its video attention.
+        which: "feed_forward" or "all".
+    """
     joint = any(name.startswith("proj_mlp") for name, _ in block.named_modules())
     for name, module in block.named_modules():
         if not _is_plain(module) or _NOT.search(name):

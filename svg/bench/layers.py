@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from svg.configs import load_preset
+
 from ..config import DenseConfig, MethodConfig
 from ..engine.layout import TokenLayout
 from ..engine.state import RunState
@@ -18,49 +20,83 @@ from .timing import median_ms
 
 DEVICE = "cuda"
 TEXT = 512
+DENSITY = 0.25
+ALWAYS = {"warmup_steps": 0.0, "warmup_layers": 0.0, "budget": DENSITY}
 INPUTS = "hidden states from synthetic moving objects, random weights"
 
 
-def bench_layers(bench, config: MethodConfig, layouts: dict[str, TokenLayout]) -> None:
+def bench_layers(bench, layouts: dict[str, TokenLayout]) -> None:
     """Speed-up of a layer over stock Diffusers on cuDNN.
 
     Args:
         bench: collects the results.
-        config: the sparse method.
         layouts: "wan14b_720p" and "hunyuan_720p" -> layout.
     """
     from svg.pipelines.fused_blocks import fuse, unfuse
     from svg.pipelines.hunyuan_video import SPEC as HUNYUAN
+    from svg.pipelines.linears import quantize_linears, restore_linears
     from svg.pipelines.wan import SPEC as WAN
 
-    for name, build, spec in (("wan14b_720p", wan_layer, WAN), ("hunyuan_720p", hunyuan_layer, HUNYUAN)):
+    for name, build, spec, preset in (
+        ("wan14b_720p", wan_layer, WAN, "wan2.1-t2v-720p"),
+        ("hunyuan_720p", hunyuan_layer, HUNYUAN, "hunyuan-video-720p"),
+    ):
         layout = layouts[name]
         layer, attention, call, shape = build(layout, DEVICE, torch.bfloat16)
         original = attention.processor
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             stock = median_ms(call, 3, 1)
             baseline = f"stock Diffusers on cuDNN {stock:.1f} ms"
-            for suffix, variant in _variants(config).items():
+            exact = _output(call)
+            for key, variant in _variants(load_preset(preset).config("near")).items():
                 state = begun(variant, layout)
                 attention.set_processor(spec.processor(original, state, 0))
-                changed = fuse([layer]) if variant.fused else []
+                linears = quantize_linears(layer, linears_of(layer, attention, variant.linears))
+                changed = fuse(layer.modules()) if variant.fused else []
                 ms = median_ms(call, 3, 2)
+                error = ((_output(call) - exact).norm() / exact.norm()).item()
                 unfuse(changed)
+                restore_linears(layer, linears)
                 density = state.records[-1].density.mean().item()
-                about = {"density": density, "inputs": INPUTS, "baseline": baseline}
-                bench.note(f"layer/{name}/bf16/speedup{suffix}", stock / ms, "x", shape, **about)
-        del layer, attention, call
+                about = {"density": density, "inputs": INPUTS, "baseline": f"{baseline}, this {ms:.1f} ms"}
+                bench.note(f"layer/{name}/{key}", stock / ms, "x", shape, **about)
+                about["baseline"] = "stock Diffusers' output"
+                bench.note(f"layer/{name}/{key.replace('speedup', 'error')}", error, "relative l2", shape, **about)
+            attention.set_processor(original)
+        del layer, attention, call, exact
         torch.cuda.empty_cache()
 
 
-def _variants(config: MethodConfig) -> dict[str, MethodConfig]:
-    """Key suffix -> config: both together, with the map of an earlier step, and each gain alone."""
+def _variants(near: MethodConfig) -> dict[str, MethodConfig]:
+    """Key -> config: all together in 16 and 8 bits, with lists of an earlier step, and each gain alone."""
+    bf16 = replace(near, fused=True, **ALWAYS)
+    both = replace(bf16, precision="int8-fp8", linears="all")
     return {
-        "": replace(config, fused=True),
-        "_map_reused": replace(config, fused=True, refresh=1000),
-        "_sparse_only": replace(config, fused=False),
-        "_fused_only": DenseConfig(fused=True),
+        "bf16/speedup": bf16,
+        "bf16/speedup_map_reused": replace(bf16, refresh=1 << 20),
+        "bf16/speedup_sparse_only": replace(bf16, fused=False),
+        "bf16/speedup_fused_only": DenseConfig(fused=True),
+        "speedup": both,
+        "speedup_map_reused": replace(both, refresh=1 << 20),
+        "speedup_attention_only": replace(both, linears="none"),
+        "speedup_feed_forward": replace(both, linears="feed_forward"),
+        "speedup_linears_only": DenseConfig(fused=True, linears="all"),
+        "speedup_linears_without_fusion": DenseConfig(fused=False, linears="all"),
     }
+
+
+def linears_of(block: nn.Module, attention: nn.Module, which: str) -> list[str]:
+    """Names of a block's linears that a policy puts in 8 bits, as in a transformer's middle."""
+    from svg.pipelines.linears import linears_of_block
+
+    name = next(name for name, module in block.named_modules() if module is attention)
+    return [] if which == "none" else list(linears_of_block(block, name, which))
+
+
+def _output(call: Callable[[], Tensor | tuple[Tensor, ...]]) -> Tensor:
+    """Of a call, without what it adds to its input being hidden by it: video tokens, fp32."""
+    out = call()
+    return (out[0] if isinstance(out, tuple) else out).float()
 
 
 def begun(config: MethodConfig, layout: TokenLayout) -> RunState:

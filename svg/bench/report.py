@@ -38,8 +38,11 @@ GOALS = {
     "training/int8/S32768/speedup_vs_flash": (">=", 1.4),
     "scale/svg2/bf16/clusters/memory_exponent": ("<=", 1.05),
     "norm_rope/tb_per_s": (">=", 2.2),
-    "layer/wan14b_720p/bf16/speedup": (">=", 2.2),
-    "layer/hunyuan_720p/bf16/speedup": (">=", 2.8),
+    "layer/wan14b_720p/bf16/speedup": (">=", 2.6),
+    "layer/hunyuan_720p/bf16/speedup": (">=", 3.2),
+    "layer/wan14b_720p/speedup": (">=", 3.2),
+    "layer/hunyuan_720p/speedup": (">=", 4.2),
+    **{f"linear/fp8/M75600/wan14b/{name}/speedup": (">=", 1.55) for name in ("qkv", "out", "up", "down")},
 }
 
 

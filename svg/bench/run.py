@@ -28,7 +28,8 @@ from ..methods.svg2 import plan as svg2
 from . import quantised, sparge, training
 from .elementwise import bench_elementwise
 from .inputs import Inputs, recorded, synthetic
-from .layers import bench_layers
+from .layers import bench_layers as layers_of
+from .linears import bench_linears as linears_of
 from .near import bench_near as near_of
 from .peers import PEERS
 from .scale import bench_scale as scale_of
@@ -382,13 +383,22 @@ def bench_scale(bench: Bench) -> None:
 
 
 def bench_step(bench: Bench) -> None:
-    """One full-width layer of Wan 14B and of HunyuanVideo at 720p."""
+    """The fused elementwise passes at Wan 14B's width."""
     bench_elementwise(bench, WAN_720P.total_tokens, DEVICE)
+
+
+def bench_linears(bench: Bench) -> None:
+    """Linears in 8 bits, with the quantisation of their input."""
+    linears_of(bench, WAN_720P.total_tokens, DEVICE)
+
+
+def bench_layers(bench: Bench) -> None:
+    """One full-width layer of Wan 14B and of HunyuanVideo at 720p, in 16 and 8 bits."""
     try:
         import diffusers  # noqa: F401
     except ImportError:
-        return bench.say("step is left out: layers are Diffusers', and the package diffusers is missing")
-    bench_layers(bench, forced(0.25), {"wan14b_720p": WAN_720P, "hunyuan_720p": HUNYUAN_720P})
+        return bench.say("layers are left out: they are Diffusers', and the package diffusers is missing")
+    layers_of(bench, {"wan14b_720p": WAN_720P, "hunyuan_720p": HUNYUAN_720P})
 
 
 def bench_training(bench: Bench) -> None:
@@ -411,6 +421,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "training": bench_training,
     "scale": bench_scale,
     "step": bench_step,
+    "linears": bench_linears,
+    "layers": bench_layers,
 }
 
 

@@ -20,6 +20,8 @@ BENCHES = (
     "training",
     "scale",
     "step",
+    "linears",
+    "layers",
     "all",
 )
 
@@ -32,7 +34,8 @@ BENCHES = (
 def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
     """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named.
 
-    Parts: attention, kmeans, permute, near, svg1, svg2, quantised, sparge, training, scale, step.
+    Parts: attention, kmeans, permute, near, svg1, svg2, quantised, sparge, training, scale, step,
+    linears, layers.
 
     \b
     Example:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from svg.bench import elementwise, inputs, layers, near, report, run, scale, sparge, sweep
+from svg.bench import elementwise, inputs, layers, linears, near, report, run, scale, sparge, sweep
 from svg.cli import main
 from svg.engine.layout import TokenLayout
 
@@ -27,7 +27,7 @@ def small(monkeypatch):
         op()
         return 1.0
 
-    for module in (run, layers, near, sweep, elementwise, sparge, scale):
+    for module in (run, layers, linears, near, sweep, elementwise, sparge, scale):
         monkeypatch.setattr(module, "median_ms", once)
     monkeypatch.setattr(run, "_require_gpu", lambda: None)
     for name, value in {
@@ -37,6 +37,10 @@ def small(monkeypatch):
     monkeypatch.setattr(layers, "DEVICE", "cpu")
     for name, value in {"FRAMES": (2, 3), "GRID": (3, 4), "peak_bytes": lambda call: call().nbytes}.items():
         monkeypatch.setattr(scale, name, value)
+    monkeypatch.setattr(linears, "FEED_FORWARD", 64)
+    monkeypatch.setattr(linears, "LAYERS", {
+        model: {name: (32, 48, users) for name, (_, _, users) in layers.items()} for model, layers in linears.LAYERS.items()
+    })  # fmt: skip
     monkeypatch.setattr(scale, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(run, "dense_attention", lambda q, k, v, backend: q)
     monkeypatch.setattr(near, "dense_attention", lambda q, k, v, backend: q)
@@ -48,17 +52,33 @@ def small(monkeypatch):
 def test_every_section_runs_and_every_goal_is_measured(small, video):
     shown, said = [], []
     bench = run.Bench(command="svg bench all", show=lambda key, entry: shown.append(key), say=said.append)
-    for section in ("attention", "kmeans", "permute", "near", "svg1", "svg2", "sparge", "scale", "step"):
+    for section in (
+        "attention",
+        "kmeans",
+        "permute",
+        "near",
+        "svg1",
+        "svg2",
+        "sparge",
+        "scale",
+        "step",
+        "linears",
+        "layers",
+    ):
         run.run([section], bench)
     sizes = {"75600": WAN.total_tokens, "119056": HUNYUAN.total_tokens}
     for goal in (goal for goal in report.GOALS if "int8" not in goal):
         for full, tiny in sizes.items():
-            goal = goal.replace(f"S{full}", f"S{tiny}")
+            goal = goal.replace(f"S{full}", f"S{tiny}").replace(f"M{full}", f"M{tiny}")
         assert goal in bench.results
     assert list(bench.results) == list(dict.fromkeys(shown))
     assert {
         "block_sparse/bf16/S144/density0.25/clusters/recall",
         "layer/wan14b_720p/bf16/speedup_fused_only",
+        "layer/hunyuan_720p/speedup_linears_only",
+        "layer/hunyuan_720p/error",
+        "linear/fp8/M144/hunyuan/proj_out/exact_sums/speedup",
+        "linear/passes/gelu_joined/tb_per_s",
         "sparge/int8_fp8/S144/topk0.25/speedup_vs_cudnn",
         "sparge/bf16/S144/topk0.25/rowmajor/recall",
         "sparge/int8_fp8/S144/topk0.25/pv20/ms",
