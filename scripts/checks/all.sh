@@ -18,7 +18,7 @@ run() {
     echo "== $name took $((SECONDS - start)) s"
 }
 
-for name in kernels methods quantised sparge training; do
+for name in kernels methods quantised sparge training linears; do
     flags=()
     [ "$name" = methods ] || flags=(--no-timing)
     run "$name" python3 "$here/$name.py" "${flags[@]}" --out "$out/$name.json"
