@@ -17,6 +17,8 @@ import torch.distributed as dist
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import Tensor, nn
 
+from svg.engine.peers import Deal, Peers, even_deal
+
 # Diffusers has no plan for joint attention: video is split where the blocks begin, its angles with it; text stays whole.
 JOINT_PLAN = {
     "rope": {
@@ -34,67 +36,95 @@ class Ulysses:
     Args:
         group: the ranks.
         tokens: split over them, as `torch.tensor_split` splits.
-        heads: of all ranks, dealt the same way; more than there are ranks, or as many.
+        heads: of all ranks; more than there are ranks, or as many.
         text: tokens that every rank has whole.
         text_first: whether they come before the others.
+        deal: which heads each rank takes, as many as in `even_deal`; None: that.
 
     Raises:
         ValueError: there are fewer heads or tokens than ranks.
     """
 
-    def __init__(self, group: Any, tokens: int, heads: int, text: int = 0, text_first: bool = False):
+    def __init__(
+        self, group: Any, tokens: int, heads: int, text: int = 0, text_first: bool = False, deal: Deal | None = None
+    ):
         self.group, self.rank = group, dist.get_rank(group)
         ranks = dist.get_world_size(group)
         if min(tokens, heads) < ranks:
             raise ValueError(
                 f"ulysses_degree must be at most the number of heads and of tokens, {heads} and {tokens}, got {ranks}"
             )
-        self.tokens, self.heads = _shares(tokens, ranks), _shares(heads, ranks)
+        self.tokens = [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
+        self.deal = even_deal(heads, ranks) if deal is None else deal
         self.text, self.text_first = text, text_first
+
+    @property
+    def peers(self) -> Peers:
+        """The ranks as the method sees them: whoever has the other heads."""
+        return Peers(self.deal, self.rank, self.group)
 
     def heads_for_tokens(self, x: Tensor) -> Tensor:
         """Some tokens of all heads [B, S / ranks + text, H, D] -> all tokens of some heads [B, S + text, H / ranks, D]."""
         text, video = self._parts(x)
-        mine = self.heads[self.rank]
-        if video.shape[1] != self.tokens[self.rank]:
+        batch, count, _, dim = video.shape
+        mine = len(self.deal[self.rank])
+        if count != self.tokens[self.rank]:
             raise ValueError(
-                f"rank {self.rank} must have {self.tokens[self.rank]} of {sum(self.tokens)} tokens, got {video.shape[1]}: "
+                f"rank {self.rank} must have {self.tokens[self.rank]} of {sum(self.tokens)} tokens, got {count}: "
                 f"the plan of enable_parallelism splits another sequence"
             )
-        shapes = [(x.shape[0], count, mine, x.shape[3]) for count in self.tokens]
-        whole = torch.cat(_exchange(list(video.split(self.heads, dim=2)), shapes, self.group), dim=1)
-        return self._joined(text.split(self.heads, dim=2)[self.rank], whole)
+        sent = [_of_heads(video, heads) for heads in self.deal]
+        shapes = [(batch, tokens, mine, dim) for tokens in self.tokens]
+        return self._joined(_of_heads(text, self.deal[self.rank]), _exchange(sent, shapes, 1, self.group))
 
     def tokens_for_heads(self, x: Tensor) -> Tensor:
         """Undo `heads_for_tokens`; text comes back with all heads."""
         text, video = self._parts(x)
         batch, _, _, dim = x.shape
-        shapes = [(batch, self.tokens[self.rank], count, dim) for count in self.heads]
-        own = torch.cat(_exchange(list(video.split(self.tokens, dim=1)), shapes, self.group), dim=2)
+        shapes = [(batch, self.tokens[self.rank], len(heads), dim) for heads in self.deal]
+        own = self._in_order(_exchange(list(video.split(self.tokens, dim=1)), shapes, 2, self.group))
         if not self.text:
             return own
-        shapes = [(batch, self.text, count, dim) for count in self.heads]
-        return self._joined(torch.cat(_exchange([text] * len(self.heads), shapes, self.group), dim=2), own)
+        shapes = [(batch, self.text, len(heads), dim) for heads in self.deal]
+        return self._joined(self._in_order(_exchange([text] * len(shapes), shapes, 2, self.group)), own)
+
+    def _in_order(self, x: Tensor) -> Tensor:
+        """Heads [B, S, H, D] as they were dealt -> by index."""
+        dealt = sum(self.deal, ())
+        if dealt == tuple(range(len(dealt))):
+            return x
+        return _of_heads(x, tuple(dealt.index(head) for head in range(len(dealt))))
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rest = x.shape[1] - self.text
         return (x[:, : self.text], x[:, self.text :]) if self.text_first else (x[:, rest:], x[:, :rest])
 
     def _joined(self, text: Tensor, video: Tensor) -> Tensor:
+        if not self.text:
+            return video
         return torch.cat([text, video] if self.text_first else [video, text], dim=1)
 
 
-def _shares(count: int, ranks: int) -> list[int]:
-    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of [B, S, H, D]; a view where they are neighbours."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return x[:, :, heads[0] : heads[-1] + 1]
+    return x.index_select(2, torch.tensor(heads, pin_memory=x.is_cuda).to(x.device, non_blocking=True))
 
 
-def _exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], group: Any) -> list[Tensor]:
-    """Send parts[r] to rank r; what rank r sends has shapes[r]."""
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    sizes = [prod(shape) for shape in shapes]
+def _exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], dim: int, group: Any) -> Tensor:
+    """Send parts[r] to rank r; what rank r sends has shapes[r]; all of it, joined along a dimension."""
+    sizes, lengths = [prod(shape) for shape in shapes], [part.numel() for part in parts]
+    sent = parts[0].new_empty(sum(lengths))
+    for room, part in zip(sent.split(lengths), parts, strict=True):
+        room.view(part.shape).copy_(part)
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+    dist.all_to_all_single(received, sent, sizes, lengths, group=group)
+    whole = list(shapes[0])
+    whole[dim] = sum(shape[dim] for shape in shapes)
+    if prod(whole[:dim]) == 1:  # the ranks' parts already lie as they must
+        return received.view(whole)
+    return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)], dim=dim)
 
 
 def ulysses_group(processor: Any) -> Any:

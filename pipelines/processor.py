@@ -101,10 +101,12 @@ class VideoAttnProcessor:
         if torch.is_grad_enabled() and q.requires_grad:
             raise NotImplementedError("gradients must be off under context parallelism: run under torch.no_grad()")
         layout = self.state.layout
+        deal = self.state.deals.get(self.layer)
         exchange = Ulysses(
-            ulysses_group(self), layout.total_tokens - text, q.shape[2], text, layout.text_position == "first"
+            ulysses_group(self), layout.total_tokens - text, q.shape[2], text, layout.text_position == "first", deal
         )
         q, k, v = (exchange.heads_for_tokens(x) for x in (q, k, v))
+        self.state.peers = exchange.peers
         return exchange.tokens_for_heads(self._attend(q, k, v, text_mask))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -78,6 +79,8 @@ def attend(
         precision = None if precision == "native" else precision
     if timer is not None:
         timer.stop()
+    if state.peers is not None:
+        density, kind, outcome = _of_all_heads(density, kind, outcome, state, layer, dense)
     emulated = precision is not None and is_emulated(precision, q.device)
     reused = plan is not None and plan.reused
     if not (dense or state.told):
@@ -124,8 +127,28 @@ def _planned(
     with torch.no_grad():
         out, outcome = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
     if getattr(config, "min_cosine", None) is not None and outcome.cosine is not None:
-        state.note_cosine(layer, outcome.cosine)
+        cosine = outcome.cosine
+        if state.peers is not None:  # all take the safer precision, or none
+            cosine = -state.peers.largest(-cosine)
+        state.note_cosine(layer, cosine)
     return out, plan, outcome
+
+
+def _of_all_heads(
+    density: Tensor, kind: Tensor | None, outcome: GuardOutcome | None, state: RunState, layer: int, dense: bool
+) -> tuple[Tensor, Tensor | None, GuardOutcome | None]:
+    """What every process records of a call whose heads are dealt over several."""
+    peers = state.peers
+    if dense:
+        return torch.ones(density.shape[0], peers.heads), None, None
+    density = peers.gather(density)
+    if layer not in state.deals:
+        state.note_work(layer, density.mean(0))
+    if kind is not None:
+        kind = peers.gather(kind)
+    if outcome is not None:
+        outcome = replace(outcome, failed=peers.gather(outcome.failed))
+    return density, kind, outcome
 
 
 def _tell_of_slow_paths(method: str, q: Tensor, emulated: str | None) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .values import GranuleLists, Granules, longest_first
+from .values import GranuleLists, Granules, OtherHeads, longest_first
 
 SPREAD_CAP = 6.0  # exp of a larger logit variance would let one outlier decide a row
 
@@ -139,6 +139,7 @@ def select_granules_reference(
     size: int,
     rows: int,
     per_head: bool = False,
+    others: OtherHeads | None = None,
 ) -> GranuleLists:
     """List each row group's granules: its best, then all above one threshold that the whole budget decides.
 
@@ -150,11 +151,14 @@ def select_granules_reference(
         size: keys of a whole granule.
         rows: query rows of a group.
         per_head: one threshold for each head and sample; else one for all heads of a sample.
+        others: processes that hold more heads of the same samples and choose together; not with `per_head`.
 
     Returns:
         The lists. Partial video granules and the text's are in every list, on top of the budget. A row group lists one
         granule at least.
     """
+    if others is not None:
+        scores = others.gather(scores)
     B, H, NG, T = scores.shape
     shares = torch.as_tensor(budget, dtype=torch.float64, device=scores.device).expand(H)
     chosen = torch.zeros(B, H, NG, T, dtype=torch.bool, device=scores.device)
@@ -164,6 +168,8 @@ def select_granules_reference(
             allowed = math.floor(share * T * NG * len(heads) + 1e-6)
             least = min(T, max(1, round(floor * share * T)))
             chosen[b, heads] = _best(scores[b, heads], allowed, least)
+    if others is not None:
+        chosen = chosen[:, others.own]
     chosen |= tokens[:, None, None, :T] < size
     return lists_of(chosen, tokens, size, rows)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..common import target
 from ..common.target import tl, triton
 from .reference import select_granules_reference
-from .values import ROWS, SIZES, GranuleLists, longest_first
+from .values import ROWS, SIZES, GranuleLists, OtherHeads, longest_first
 
 MAX_GRANULES = 32768
 KEY_BITS = 24  # of a score that are compared
@@ -40,6 +40,7 @@ def select_granules(
     rows: int,
     per_head: bool = False,
     most: float = 1.0,
+    others: OtherHeads | None = None,
 ) -> GranuleLists:
     """List each row group's granules: its best, then all above one threshold that the whole budget decides.
 
@@ -55,6 +56,7 @@ def select_granules(
         per_head: one threshold for each head and sample; else one for all heads of a sample.
         most: the largest mean that a tensor of budgets has, known to the host: it sizes the lists. Budgets whose mean is
             larger are scaled down to it. Not used with a number.
+        others: processes that hold more heads of the same samples and choose together; not with `per_head`.
 
     Returns:
         The lists. The partial video granule and the text's are in every list, on top of the budget. A row group lists one
@@ -72,8 +74,8 @@ def select_granules(
     budget = _scaled_down(budget, most)
     options = {"floor": floor, "size": size, "rows": rows, "per_head": per_head}
     if not target.use_triton(scores):
-        return select_granules_reference(scores, tokens, budget=budget, **options)
-    return _select(scores, tokens, budget=budget, most=most, **options)
+        return select_granules_reference(scores, tokens, budget=budget, others=others, **options)
+    return _select(scores, tokens, budget=budget, most=most, others=others, **options)
 
 
 def _check(scores, tokens, budget, floor, size, rows, most):
@@ -123,7 +125,7 @@ class Limits(NamedTuple):
     listed: int
 
 
-def _limits(budget, most, floor, per_head, shape, device) -> Limits:
+def _limits(budget, most, floor, per_head, shape, device, others) -> Limits:
     B, H, NG, T = shape
     thresholds, heads = (H, 1) if per_head else (1, H)
     if isinstance(budget, Tensor):
@@ -133,17 +135,19 @@ def _limits(budget, most, floor, per_head, shape, device) -> Limits:
         # A head's share can be all while the mean is `most`; floors are below budgets but for one granule a row.
         listed = B * H * NG * min(T, math.ceil(most * T * (1 + 1e-6)) + 1)
         return Limits(allowed, least, listed)
-    allowed = math.floor(budget * T * NG * heads + 1e-6)
+    everyone = heads if others is None else others.heads
     least = min(T, max(1, round(floor * budget * T)))
+    # Kernels count the floors of the heads that are here; those of other processes are taken off before.
+    allowed = math.floor(budget * T * NG * everyone + 1e-6) - NG * (everyone - heads) * least
     allowed_least = (torch.full((thresholds,), n, dtype=torch.int32, device=device) for n in (allowed, least))
-    return Limits(*allowed_least, B * thresholds * max(allowed, NG * heads * least))
+    return Limits(*allowed_least, B * thresholds * min(NG * heads * T, max(allowed, NG * heads * least)))
 
 
 # arch -> (bits of a digit, programs of a histogram for each SM). Not measured: chosen by ahead-of-time compile.
 LAUNCH = {80: (6, 16), 89: (6, 16), 90: (6, 16), 100: (6, 16), 120: (6, 16)}
 
 
-def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, launch=None):
+def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, others=None, launch=None):
     B, H, NG, T = scores.shape
     C, device = tokens.shape[1], scores.device
     if T > MAX_GRANULES or H * NG * T >= 1 << 31:
@@ -152,7 +156,7 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, launch
             "use larger granules"
         )
     scores, tokens = scores.contiguous(), tokens.contiguous()
-    limits = _limits(budget, most, floor, per_head, scores.shape, device)
+    limits = _limits(budget, most, floor, per_head, scores.shape, device, others)
     digit, programs = launch or target.launch_row(LAUNCH, device)
     levels = KEY_BITS // digit
     thresholds, members = (H, NG) if per_head else (1, H * NG)
@@ -174,15 +178,20 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, launch
             scores, *edge, floors, kept, spare, T,
             DIGIT=digit, BLOCK=part, PARTS=triton.cdiv(T, part), num_warps=part // 256,
         )  # fmt: skip
+        if others is not None:
+            others.add(histograms[0])
         for level in range(1, levels):
             _histogram_kernel[grid](
                 scores, *edge, floors, spare, higher, row_histograms if level == levels - 1 else None, T,
                 LEVEL=level, DIGIT=digit, BLOCK=1024,
             )  # fmt: skip
+            if others is not None:
+                others.add(histograms[level])
         _counts_kernel[(triton.cdiv(members, 32), segments)](
             *edge, higher, row_histograms, above, tied, T, LEVELS=levels, DIGIT=digit, BLOCK=32
         )
-        _ties_kernel[(segments,)](*edge, tokens, floors, kept, above, tied, taken, room, T, C, size, **extra)
+        before = None if others is None else others.before(tied.view(segments, members).sum(1, dtype=torch.int32))
+        _ties_kernel[(segments,)](*edge, before, tokens, floors, kept, above, tied, taken, room, T, C, size, **extra)
         starts = room.cumsum(0, dtype=torch.int64) - room
         _lists_kernel[(members, segments)](
             scores, *edge, tokens, floors, taken, starts, entries, whole, counts, chosen, T, C, size, **extra
@@ -370,12 +379,14 @@ def _extra(tokens, sample, T, C, size, BLOCK_C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["thresholds", "members", "segments", "T", "C", "size"])
 def _ties_kernel(
-    histograms, allowed, least, thresholds, members, segments, tokens, floors, kept, above, tied, taken, room, T, C, size,
+    histograms, allowed, least, thresholds, members, segments, before, tokens, floors, kept, above, tied, taken, room, T, C, size,
     LEVELS: tl.constexpr, DIGIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many keys at its edge each row takes, lowest index first, and how long its list may be."""
     segment = tl.program_id(0)
     threshold, need = _threshold(histograms, allowed, least, thresholds, members, segments, segment, LEVELS, DIGIT)
+    if before is not None:  # equal keys of other processes come first
+        need -= tl.load(before + segment)
     at_least = tl.load(least + segment % thresholds)
     _, whole, partial = _extra(tokens, segment // thresholds, T, C, size, BLOCK_C)
     length = at_least + _count(whole | partial)

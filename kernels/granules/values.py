@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +63,27 @@ class GranuleLists:
     chosen: Tensor
     schedule: Tensor
     rows: int
+
+
+class OtherHeads(Protocol):
+    """Processes that hold more heads of the same samples, each some.
+
+    Args:
+        heads: of all processes.
+        own: indices of this one's.
+    """
+
+    heads: int
+    own: list[int]
+
+    def add(self, numbers: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place."""
+
+    def before(self, numbers: Tensor) -> Tensor:
+        """Integers [N] -> their sums over the processes before this one."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Values of own heads [B, h, ...] -> of all heads [B, H, ...], by index."""
 
 
 def longest_first(counts: Tensor) -> Tensor:

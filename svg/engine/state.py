@@ -18,6 +18,7 @@ from ..config import MethodConfig
 from ..config.tuned import check_tuned
 from .deferred import DeferredReads
 from .layout import TokenLayout
+from .peers import Deal, Peers, balanced_deal
 from .records import AttentionRecord, ObservedAttention, Timer
 
 __all__ = ["LayerState", "RunState", "Timer", "device_name"]
@@ -35,6 +36,7 @@ class LayerState:
         seed: seed of this layer's and branch's generators.
         transformer: name of the layer's transformer in its pipeline.
         reads: what this forward decides for the next one, read before it.
+        peers: processes that have the layer's other heads, or None.
         cache: whatever the method keeps.
     """
 
@@ -43,6 +45,7 @@ class LayerState:
     seed: int
     transformer: str = "transformer"
     reads: DeferredReads = field(default_factory=DeferredReads, repr=False)
+    peers: Peers | None = None
     cache: dict[str, Any] = field(default_factory=dict)
     _signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
@@ -53,6 +56,13 @@ class LayerState:
             self.cache.clear()
             self._generators.clear()
             self._signature = signature
+
+    def deal(self, peers: Peers | None) -> None:
+        """Take the heads of another deal: centroids go with their heads, all else is made anew."""
+        if None not in (peers, self.peers) and peers.deal != self.peers.deal:
+            moved = {name: x for name, x in self.cache.items() if name.endswith("centroids")}
+            self.cache = {name: self.peers.gather(x)[:, peers.own] for name, x in sorted(moved.items())}
+        self.peers = peers
 
     def head_budgets(self, config: MethodConfig, device: torch.device) -> float | Tensor:
         """What each head may compute: its own value where the config has one, else the setting that all share.
@@ -92,6 +102,7 @@ class RunState:
         step, num_steps, branch, layout: set by `begin_forward`; step is None outside a run.
         timing: whether calls are timed.
         observer: called with an ObservedAttention after every attention call, or None; it outlives runs.
+        peers: processes that have other heads of the layer that runs, or None; its deal is `deals[layer]`, once that is known.
         records: one AttentionRecord per attention call of the run.
         safer: how many times a layer took the next safer precision, by layer.
         told: whether a slow path was warned of; it outlives runs.
@@ -116,6 +127,8 @@ class RunState:
         self.branch: str | None = None
         self.layout: TokenLayout | None = None
         self.records: list[AttentionRecord] = []
+        self.peers: Peers | None = None
+        self.deals: dict[int, Deal] = {}
         self._layers: dict[tuple[int, str], LayerState] = {}
         self.safer: dict[int, int] = {}
         self._sums = DeferredReads()  # of inputs, whether they are finite
@@ -181,6 +194,7 @@ class RunState:
         if key not in self._layers:
             seed = _seed(self.config.seed, index, self.branch)
             self._layers[key] = LayerState(index, self.branch, seed, self.name, self._decisions)
+        self._layers[key].deal(self.peers)
         return self._layers[key]
 
     def is_warmup(self, layer: int) -> bool:
@@ -221,6 +235,18 @@ class RunState:
             cosine: fp32 [].
         """
         self._decisions.add(cosine, partial(self._take_safer, layer))
+
+    def note_work(self, layer: int, work: Tensor) -> None:
+        """Note what the heads of a layer cost, of all processes; from the next forward on they are dealt by it.
+
+        Args:
+            layer: index of the layer.
+            work: fp32 [H], the same on every process.
+        """
+        self._decisions.add(work, partial(self._deal, layer, self.peers.ranks))
+
+    def _deal(self, layer: int, ranks: int, work: list[float]) -> None:
+        self.deals.setdefault(layer, balanced_deal(work, ranks))
 
     def _take_safer(self, layer: int, cosine: list[float]) -> None:
         if not cosine[0] >= self.config.min_cosine:

@@ -92,7 +92,10 @@ def remember(
     if config.max_drift is not None:
         rows = sample_rows(q, k)
         if last is not None:
-            state.reads.add(drift(rows, last.sample), partial(_note_drift, state, last.calls))
+            moved = drift(rows, last.sample)
+            if state.peers is not None:  # all cluster anew, or none
+                moved = state.peers.largest(moved)
+            state.reads.add(moved, partial(_note_drift, state, last.calls))
         sample = kept.sample if kept is not None else with_spread(rows)
     kept = Kept(plan, chosen, 0, sample) if kept is None else kept
     state.cache["kept"] = kept._replace(calls=kept.calls + 1)

@@ -62,9 +62,6 @@ small_blocks = sparge_blocks(6, 3)
 def test_several_processes_give_what_one_gives(together, processes, name, method):
     """Three heads on two ranks, 105 tokens (420 in LTX) on two and three; every rank's heads do what one process does."""
     out, densities = together(processes)[name, method]
-    if method in worker.APART:
-        assert out.isfinite().all() and all(0 < found.mean() <= 0.5 for found in densities[-4:])
-        return
     alone, expected = worker.outputs(name, worker.METHODS[method])
     # A last bit that differs may round to another 8-bit number.
     torch.testing.assert_close(out, alone, rtol=0, atol=1e-4 if method == "sage2" else 1e-5)

@@ -6,7 +6,6 @@ Text takes no part in the choice: its keys are in every list, and its queries se
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from svg.kernels.granules import (
 from svg.kernels.granules.values import longest_first
 
 from ...engine.layout import TokenLayout
+from ...engine.peers import Peers, bounds
 from ...engine.state import LayerState
 from .. import reuse
 from ..dense import dense_attention, key_mask
@@ -183,7 +183,7 @@ def plan(
     """
     video = layout.video_slice
     kept, made = reuse.still_good(state, config), None
-    stretches = _stretches(q, config, layout)
+    stretches = _stretches(q, config, layout, state.peers)
     common = {"size": config.granule, "stretches": stretches, "layout": layout, "text_mask": text_mask}
     common["dense_backend"] = config.dense_backend
     if kept is not None and text_mask is None:
@@ -193,7 +193,7 @@ def plan(
         found = NearPlan(chosen=Chosen(q_order, k_order, ()), **common)
         gather = config.precision == "native"  # other precisions are gathered where they are quantised
         granules = tuple(found.granules(k, v, heads, gather) for heads in stretches)
-        lists = tuple(_select(found, q, part, config, state, heads) for heads, part in zip(stretches, granules))
+        lists = tuple(_select(found, q, part, config, state, index) for index, part in enumerate(granules))
         found = NearPlan(chosen=Chosen(q_order, k_order, lists), **common)
         kept, made = None, granules if gather else None
     # What is remembered must not hold this call's keys and values.
@@ -202,15 +202,17 @@ def plan(
 
 
 def _select(
-    found: NearPlan, q: Tensor, granules: Granules, config: NearConfig, state: LayerState, heads: slice
+    found: NearPlan, q: Tensor, granules: Granules, config: NearConfig, state: LayerState, stretch: int
 ) -> GranuleLists:
+    heads = found.stretches[stretch]
     order = found.chosen.q_order[:, heads]
     scores = granule_scores(q[:, heads], order, granules, rows=config.rows, pool=config.pool)
     options = {"floor": config.floor, "size": config.granule, "rows": config.rows}
     own = config.head_budgets(state.layer)
     if own is None:
         share = exact_share(config.budget, config, found.layout)
-        return select_granules(scores, granules.tokens, budget=share, **options)
+        others = None if state.peers is None else state.peers.part(stretch, len(found.stretches))
+        return select_granules(scores, granules.tokens, budget=share, others=others, **options)
     shares = exact_share(state.head_budgets(config, q.device)[heads], config, found.layout)
     most = exact_share(torch.tensor(own[heads]), config, found.layout).mean().item()
     return select_granules(scores, granules.tokens, budget=shares, per_head=True, most=min(1.0, most + 1e-4), **options)
@@ -249,14 +251,14 @@ def exact_share(budget: float | Tensor, config: NearConfig, layout: TokenLayout)
     return min(1.0, (budget * total**2 - fixed) / pairs)
 
 
-def _stretches(q: Tensor, config: NearConfig, layout: TokenLayout) -> tuple[slice, ...]:
-    """Heads that are planned together: as many as keep their scores small."""
+def _stretches(q: Tensor, config: NearConfig, layout: TokenLayout, peers: Peers | None) -> tuple[slice, ...]:
+    """Heads that are planned together: as many as keep their scores small, in as many stretches on every process."""
     groups, granules = math.ceil(layout.video_tokens / config.rows), math.ceil(layout.video_tokens / config.granule)
     at_once = max(1, SCORE_BYTES // (4 * q.shape[0] * groups * granules))
     heads = q.shape[1]
-    parts = math.ceil(heads / at_once)
-    bounds = [round(i * heads / parts) for i in range(parts + 1)]
-    return tuple(slice(a, b) for a, b in itertools.pairwise(bounds))
+    counts = [heads] if peers is None else [len(hand) for hand in peers.deal]
+    parts = min(math.ceil(max(counts) / at_once), min(counts))
+    return tuple(slice(*edges) for edges in bounds(heads, parts))
 
 
 def prompt_lengths(layout: TokenLayout, text_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from replayed_peers import on_all
 
 from svg.kernels.common import target
 from svg.kernels.granules import select_granules
@@ -88,6 +89,22 @@ def test_lists_match_the_definition(case, budget, floor, per_head):
             pairs = by_definition(scores[b, first : first + heads].flatten(0, 1), budget, floor)
             chosen |= {(b, first + row // NG, row % NG, t) for row, t in pairs}
     check(lists, chosen, tokens, T)
+
+
+@pytest.mark.parametrize("deal", [((0, 1), (2,)), ((0,), (1, 2)), ((0,), (1,), (2,))])
+@pytest.mark.parametrize(("budget", "floor"), [(0.3, 0.5), (0.001, 0.0), (0.45, 1.0), (1.0, 0.2)])
+@pytest.mark.parametrize("kind", ["random", "few", "equal"])
+def test_heads_of_several_processes_share_a_threshold(kind, budget, floor, deal):
+    H, NG, T = 3, 4, 41
+    scores, tokens = of(kind, 2, H, NG, T), tokens_of(2, T, last=7, text=(3,))
+    options = {"budget": budget, "floor": floor, "size": SIZE, "rows": 128}
+    whole = select_granules(scores, tokens, **options)
+    parts = on_all(deal, lambda peers: select_granules(scores[:, peers.own], tokens, others=peers, **options))
+    for name in ("whole", "counts", "chosen"):
+        together = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(together, getattr(whole, name))
+    for part in parts:
+        assert int((part.starts + part.counts).max()) <= part.entries.numel()
 
 
 @pytest.mark.parametrize("per_head", [False, True])
