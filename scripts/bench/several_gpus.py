@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stacks import STACKS, Stack
+from stacks import STACKS, Stack, forward
 from sweep_cells import sweep_cells
 from torch import Tensor, nn
 
@@ -41,14 +41,15 @@ FAMILIES = ("wan", "hunyuan_video", "minimax_h3")
 FAST = {"wan": "wan2.1-t2v-720p", "hunyuan_video": "hunyuan-video-720p"}  # family -> preset
 ALWAYS = {"warmup_steps": 0.0, "warmup_layers": 0.0}
 DENSITY = 0.25
+IN_ORDER = "near, heads in order"  # not dealt by their work
 METHODS: dict[str, MethodConfig] = {
     "dense": DenseConfig(),
     "svg1": SVG1Config(density=0.5, **ALWAYS),
     "svg2": SVG2Config(top_p=0.8, num_q_clusters=16, num_k_clusters=48, first_iterations=10, **ALWAYS),
     "sparge": SpargeConfig(topk=0.5, **ALWAYS),
     "sage2": Sage2Config(**ALWAYS),
-    "near": NearConfig(budget=0.5, **ALWAYS),
-    "near, 8 bits": NearConfig(budget=0.5, precision="int8-fp8", **ALWAYS),
+    "near": NearConfig(budget=0.5, early=0.0, **ALWAYS),
+    "near, 8 bits": NearConfig(budget=0.5, early=0.0, precision="int8-fp8", **ALWAYS),
 }
 FLOOR = {torch.bfloat16: 0.01, torch.float32: 1e-4}  # an error that no control makes smaller
 TINY_GRID, NARROW_GRID = (5, 9, 13), (9, 15, 23)  # odd numbers of tokens
@@ -106,11 +107,6 @@ class Bench:
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-def forward(transformer: nn.Module, arguments: dict[str, Any], step: int = 0, steps: int = 1) -> Tensor:
-    with torch.no_grad(), transformer.cache_context("cond", step_index=step, num_inference_steps=steps):
-        return transformer(**arguments, return_dict=False)[0]
 
 
 # Correctness
@@ -174,10 +170,11 @@ def records(transformer: nn.Module) -> list[Any]:
 
 
 def fast_configs(family: str) -> dict[str, MethodConfig]:
-    near = dataclasses.replace(load_preset(FAST[family]).config("near"), budget=DENSITY, **ALWAYS)
+    near = dataclasses.replace(load_preset(FAST[family]).config("near"), budget=DENSITY, early=0.0, **ALWAYS)
     return {
         "dense": DenseConfig(),
         "near": near,
+        IN_ORDER: near,
         "near, 8 bits": dataclasses.replace(near, precision="int8-fp8"),
     }
 
@@ -194,13 +191,15 @@ def speed(bench: Bench, family: str, forwards: int) -> None:
         del configs["near, 8 bits"]
 
     def alone() -> dict[str, dict[str, Any]]:
-        return {name: measured(bench, transformer, arguments, config, forwards) for name, config in configs.items()}
+        alike = {name: config for name, config in configs.items() if name != IN_ORDER}
+        return {name: measured(bench, transformer, arguments, config, forwards) for name, config in alike.items()}
 
     single = bench.of_rank_0(alone)
+    single[IN_ORDER] = single["near"]
     split_sequence(svg.restore(transformer))
     for name, config in configs.items():
         dist.barrier()
-        ranks = bench.gathered(measured(bench, transformer, arguments, config, forwards))
+        ranks = bench.gathered(measured(bench, transformer, arguments, config, forwards, name != IN_ORDER))
         seconds = max(rank["seconds"] for rank in ranks)
         attention = [rank["attention"] for rank in ranks]
         row = {
@@ -226,9 +225,13 @@ def _small(config: MethodConfig) -> dict[str, Any]:
     return {"granule": 8, "rows": 64, "budget": 0.6} if isinstance(config, NearConfig) else {}
 
 
-def measured(bench: Bench, transformer: nn.Module, arguments: dict, config: MethodConfig, forwards: int) -> dict:
+def measured(
+    bench: Bench, transformer: nn.Module, arguments: dict, config: MethodConfig, forwards: int, deal: bool = True
+) -> dict:
     """Medians of a method's forwards after two to warm up, this rank's."""
     svg.accelerate(transformer, config)
+    if not deal:
+        attached(transformer)["transformer"].state.note_work = lambda layer, work: None
     steps = 2 + forwards
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -16,6 +16,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+import svg
 from svg.bench.layers import structured_hidden_states
 from svg.engine.layout import TokenLayout
 
@@ -73,6 +74,12 @@ class Stack:
         return {name: _cast(value, dtype) for name, value in given.items()}
 
 
+def forward(transformer: nn.Module, arguments: dict[str, Any], step: int = 0, steps: int = 1) -> Tensor:
+    """The video output of one forward, in a step of a run."""
+    with torch.no_grad(), svg.at_step(transformer, step, steps):
+        return transformer(**arguments, return_dict=False)[0]
+
+
 def _in_shape(hidden: Tensor, out: Tensor) -> Tensor:
     """Hidden states [1, V, C] as an embedding gives them: rows, [B, T, H, W, C], or a convolution's [B, C, T, H, W]."""
     if out.ndim == 5 and out.shape[1] == hidden.shape[2]:
@@ -101,7 +108,7 @@ def _hunyuan(config: Any, grid: tuple[int, int, int], most: int) -> dict[str, An
     text = min(256, most)
     return {
         "hidden_states": torch.randn(1, config.in_channels, frames, PATCH * height, PATCH * width),
-        "timestep": torch.tensor([500]),
+        "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(1, text, config.text_embed_dim),
         "encoder_attention_mask": torch.ones(1, text, dtype=torch.long),
         "pooled_projections": torch.randn(1, config.pooled_projection_dim),
@@ -116,7 +123,7 @@ def _hunyuan_1_5(config: Any, grid: tuple[int, int, int], most: int) -> dict[str
     first[:, texts[0] // 2 :] = 0
     return {
         "hidden_states": torch.randn(1, config.in_channels, *grid),
-        "timestep": torch.tensor([500]),
+        "timestep": torch.tensor([500.0]),
         "encoder_hidden_states": torch.randn(1, texts[0], config.text_embed_dim),
         "encoder_attention_mask": first,
         "encoder_hidden_states_2": torch.randn(1, texts[1], config.text_embed_2_dim),
