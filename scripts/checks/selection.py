@@ -229,7 +229,7 @@ def check_large() -> Iterator[Check]:
     least = max(1, round(FLOOR * BUDGET * T))
     yield "large: granules below a row's floor", max(0, least - int(chosen.sum(1).min())), 0
     flat = found.view(-1, T).view(torch.int32) >> 7  # what is compared: the upper bits, equal ones by their place
-    best = torch.zeros_like(chosen).scatter_(1, flat.argsort(-1, descending=True, stable=True)[:, :least], True)
+    best = torch.zeros_like(chosen).scatter_(1, flat.argsort(dim=-1, descending=True, stable=True)[:, :least], True)
     lowest = flat.masked_fill(~chosen | best, 1 << 24).min()
     highest = flat.masked_fill(chosen, -1).max()
     yield "large: best score left out above the worst chosen beyond floors", max(0, int(highest - lowest)), 0

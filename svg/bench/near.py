@@ -96,9 +96,10 @@ def _parts(bench, inputs: Inputs, shape: str, key: str) -> None:
         "statistics": lambda: cut_granules(k, v, chosen.k_order, config.granule, gather=False),
         "scores": lambda: granule_scores(q, chosen.q_order, granules, rows=config.rows, pool=config.pool),
         "select": lambda: select_granules(scores, granules.tokens, budget=share, **options),
-        "kmeans_q": lambda: kmeans(q, centroids["q_centroids"], config.iterations),
         "kmeans_k": lambda: kmeans(k, centroids["k_centroids"], config.iterations),
     }
+    if "q_centroids" in centroids:  # where a curve orders the queries there are none
+        parts["kmeans_q"] = lambda: kmeans(q, centroids["q_centroids"], config.iterations)
     for name, part in parts.items():
         bench.note(f"{key}/{name}_ms", median_ms(part), "ms", shape, inputs=inputs.description)
 

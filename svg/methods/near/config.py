@@ -14,7 +14,7 @@ QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (64, 128)
 POOLS = (1, 2, 4, 8)
-DECAY = 0.15  # of the steps, in which the share that goes to early ones falls by a factor e
+DECAY = 0.12  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class NearConfig(GuardedConfig):
     Args:
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
         early: share of what is computed exactly that goes to the steps by how early they are, in [0, 1): it falls by a
-            factor e every 15 % of the steps, warm-up counted, so that a run without warm-up gains most. The mean over
+            factor e every 12 % of the steps, warm-up counted, so that a run without warm-up gains most. The mean over
             the sparse steps stays `budget`.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 64 or 128.
@@ -57,7 +57,7 @@ class NearConfig(GuardedConfig):
     probed_level: ClassVar[float] = 0.3
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
-    early: float = 0.6
+    early: float = 0.5
     granule: int = 16
     rows: int = 128
     floor: float = 0.25
@@ -87,7 +87,7 @@ class NearConfig(GuardedConfig):
             integer(self, name, least=1)
         if self.early == 1:
             raise ValueError(
-                "early must be below 1, or nothing is left for the last steps, got 1: 0.6 is the usual choice"
+                "early must be below 1, or nothing is left for the last steps, got 1: 0.5 is the usual choice"
             )
         if self.budget <= 1 / self.granule:
             raise ValueError(
