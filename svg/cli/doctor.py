@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from importlib import metadata, resources
 from typing import Any
 
@@ -13,8 +12,7 @@ import click
 from .. import _FOREIGN
 from ..environment import version_problems, versions
 from .panels import Command
-
-TOLERANCE = 0.1  # relative L2 error at nine tenths of a flat random map
+from .self_test import passed, self_test
 
 
 @click.command(cls=Command)
@@ -38,7 +36,7 @@ def doctor(as_json: bool) -> int:
         details = ", ".join(f"{key.replace('_', ' ')} {_plain(device[key])}" for key in device if key != "name")
         click.echo(f"{'device':<16} {device['name']}: {details}")
     for name, result in found["self_test"].items():
-        said = result.get("failed") or f"passed in {result['seconds']} s, {result['error']:.4f} away from dense"
+        said = result.get("failed") or _said(result)
         click.echo(f"{'self-test':<16} {name}: {said}")
     for net, path in found["lpips"].items():
         click.echo(f"{'LPIPS ' + net:<16} {path or 'missing'}")
@@ -122,41 +120,13 @@ def _hub() -> dict[str, Any]:
     return {"cache": str(constants.HF_HUB_CACHE), "token": get_token() is not None, "offline": constants.HF_HUB_OFFLINE}
 
 
-def self_test() -> dict[str, Any]:
-    """Sparse attention of a small random video with its whole budget, against dense attention, on every device there is.
-
-    Returns:
-        Device -> {"error": relative, "seconds"}, or {"failed": the reason}.
-    """
-    import torch
-
-    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    return {name: _try(name) for name in names}
-
-
-def _try(device: str) -> dict[str, Any]:
-    import torch
-
-    from ..attend import attend
-    from ..config import NearConfig
-    from ..engine.layout import TokenLayout
-    from ..engine.state import RunState
-    from ..methods.dense import dense_attention
-
-    try:
-        start = time.perf_counter()
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        draw = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(1, 256, 2, 64, generator=draw).to(device, dtype) for _ in range(3))
-        q = q * 0.2  # flat attention, in which means stand well for what is left out
-        state = RunState(NearConfig(budget=0.9, warmup_steps=0.0, warmup_layers=0.0), num_layers=1)
-        state.begin_forward(0, 1, "cond", TokenLayout(4, 8, 8))
-        out = attend(q, k, v, state, 0).float()
-        exact = dense_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).float()
-        error = ((out - exact).norm() / exact.norm()).item()
-    except Exception as failure:
-        return {"failed": f"{type(failure).__name__}: {' '.join(str(failure).split())}"}
-    return {"error": error, "seconds": round(time.perf_counter() - start, 2)}
+def _said(result: dict[str, Any]) -> str:
+    """A self-test in words."""
+    parts = (
+        f"{words} {result[name]['error']:.1e} (rounding explains {result[name]['limit']:.1e})"
+        for name, words in (("sparse", "sparse against its reference"), ("whole", "whole map against dense"))
+    )
+    return f"{'passed' if passed(result) else 'FAILED'} in {result['seconds']} s: {', '.join(parts)}"
 
 
 def _dense_backends(index: int) -> list[str]:
@@ -217,9 +187,9 @@ def _problems(found: dict[str, Any]) -> list[str]:
             problems.append(
                 f"the self-test on {device} failed: {result['failed']}; update torch and triton, or report it"
             )
-        elif not result["error"] < TOLERANCE:
+        elif not passed(result):
             problems.append(
-                f"the self-test on {device} is {result['error']:.2f} away from dense attention, more than {TOLERANCE}: "
+                f"the self-test on {device} is further from its reference than rounding explains ({_said(result)}): "
                 f"do not trust videos of this installation, and report it"
             )
     if found["ffmpeg"] is None:
@@ -232,7 +202,9 @@ def _hints(found: dict[str, Any]) -> list[str]:
 
     hints = []
     if None in found["lpips"].values():
-        hints.append(f"LPIPS cannot be measured without its published weights: {INSTALL_HINT}")
+        hints.append(
+            f"LPIPS has no weights here: torchvision downloads them when they are first needed; without a network: {INSTALL_HINT}"
+        )
     if len(found["devices"]) == 1:
         hints.append("no GPU is visible to torch: everything runs, but sparse attention is not faster on a CPU")
     if found["disk_free_gib"] < 5:

@@ -1,5 +1,6 @@
 """The command line, end to end on tiny random pipelines, and every bad input as one line with exit code 2."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -342,16 +343,38 @@ def test_doctor(capsys, monkeypatch):
     assert "no-such-thing must be 1.0 or newer, got none" in problems[1]
 
 
-def test_doctor_fails_when_attention_is_wrong(capsys, monkeypatch):
+@pytest.mark.parametrize("factor", [2.0, 1.01])
+def test_doctor_fails_when_attention_is_wrong(capsys, monkeypatch, factor):
     from svg import attend
 
     original = attend.attend
-    monkeypatch.setattr(attend, "attend", lambda *args: original(*args) * 2)
+    monkeypatch.setattr(attend, "attend", lambda *args: original(*args) * factor)
     assert main(["doctor"]) == 1
     assert "do not trust videos of this installation" in capsys.readouterr().out
     monkeypatch.setattr(attend, "attend", lambda *args: 1 / 0)
     assert main(["doctor"]) == 1
     assert "self-test on cpu failed: ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_self_test_sees_one_granule_that_is_left_out_even_in_16_bits(monkeypatch):
+    """Bounds are of the dtype: what 16 bits explain is wider, and still far below the smallest fault of a kernel."""
+    from svg.cli import self_test
+    from svg.kernels.granules import reference
+
+    call = self_test._call("cpu", "bfloat16", 0.4)
+    result = self_test._against(call, *self_test._reference(call))
+    assert result["error"] < result["limit"] < 0.03
+    seen = reference._seen
+
+    def without_the_first(granules, lists, b, h, group, tail, wide):
+        keys, values, bias = seen(granules, lists, b, h, group, tail, wide)
+        return (keys[16:], values[16:], bias[16:]) if group == 0 else (keys, values, bias)
+
+    exact = self_test._reference(call)
+    monkeypatch.setattr(reference, "_seen", without_the_first)
+    faulty, _ = self_test._reference(call)
+    wrong = self_test._against(dataclasses.replace(call, out=faulty), *exact)
+    assert wrong["error"] > wrong["limit"]
 
 
 def test_doctor_finds_a_foreign_svg(monkeypatch, capsys):
