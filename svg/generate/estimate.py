@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from svg.pipelines import StepProgress
 
+from ..config import MethodConfig
 from .job import Job
 
 AFTER = 3  # steps; the first waits for what earlier work left behind
@@ -21,18 +23,41 @@ class Estimate:
     Args:
         pipe: the running pipeline.
         job: what is done.
-        runs: videos still to generate, the running one among them.
+        config: what this run computes with: its first steps may be dense ones.
+        later: videos still to generate after this one, all of them dense.
+        sparse_step: seconds of a sparse step, as the warm-up took it; None where none has run.
         say: told the estimate, as text.
     """
 
-    def __init__(self, pipe: Any, job: Job, runs: int, say: Callable[[str], None]):
-        self._device, self._steps, self._runs, self._say = pipe._execution_device, job.request.steps, runs, say
+    def __init__(
+        self,
+        pipe: Any,
+        job: Job,
+        config: MethodConfig,
+        later: int,
+        sparse_step: float | None,
+        say: Callable[[str], None],
+    ):
+        self._device, self._steps, self._later, self._say = pipe._execution_device, job.request.steps, later, say
+        self._is_dense = [_is_dense(config, step, self._steps) for step in range(self._steps)]
+        self._sparse_step = sparse_step
+        self._ends = [0.0]
 
     def __call__(self, progress: StepProgress) -> None:
+        self._ends.append(progress.seconds)
         if progress.step != AFTER or self._steps <= AFTER:
             return
-        one = progress.seconds / AFTER * self._steps
-        rest = f", {clock(one * self._runs)} for all {self._runs} runs" if self._runs > 1 else ""
+        took = [later - before for before, later in itertools.pairwise(self._ends)]
+        dense = _mean([seconds for seconds, is_dense in zip(took, self._is_dense) if is_dense])
+        sparse = (
+            _mean([seconds for seconds, is_dense in zip(took, self._is_dense) if not is_dense]) or self._sparse_step
+        )
+        paces = [dense if is_dense else sparse for is_dense in self._is_dense]
+        if None in paces:
+            return
+        one = sum(paces)
+        known = self._later and dense is not None
+        rest = f", {clock(one + self._later * self._steps * dense)} for all {self._later + 1} runs" if known else ""
         self._say(f"at this pace {clock(one)} for this video{rest}, decoding apart; {self._memory()}")
 
     def _memory(self) -> str:
@@ -42,6 +67,15 @@ class Estimate:
                 f"{torch.cuda.max_memory_allocated(self._device) / 2**30:.1f} of {total / 2**30:.0f} GiB of GPU memory"
             )
         return f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB of memory"
+
+
+def _is_dense(config: MethodConfig, step: int, steps: int) -> bool:
+    """Whether all layers of a step are dense: the last layer is the last to be sparse."""
+    return config.method == "dense" or config.is_warmup(step, steps, 99, 100)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def clock(seconds: float) -> str:

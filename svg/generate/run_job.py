@@ -144,7 +144,7 @@ class _Run:
 
     def _one(self, name: str) -> None:
         self.display.stage(f"warming up {name}")
-        config = self._warmed_up(name)
+        config, last_step = self._warmed_up(name)
         if config is None:
             return
         accelerate(self.pipe, config)
@@ -152,26 +152,24 @@ class _Run:
             enable_cache(self.pipe, self.job.cache)
         label = config.method if name == "accelerated" else name
         with self.display.run(label, self.job.request.steps) as on_step:
-            estimate = Estimate(self.pipe, self.job, self._runs_left(name), self.display.stage)
+            sparse_step = last_step if name == "accelerated" else None
+            later = len(self._names()) - 1 - self._names().index(name)
+            estimate = Estimate(self.pipe, self.job, config, later, sparse_step, self.display.stage)
             result = generate(self.pipe, self.job.request, lambda progress: (on_step(progress), estimate(progress)))
         disable_cache(self.pipe)
         self.frames[name] = to_uint8(result.frames, name)
         self.results[name] = result
 
-    def _runs_left(self, name: str) -> int:
-        names = self._names()
-        return len(names) - names.index(name)
-
-    def _warmed_up(self, name: str) -> MethodConfig | None:
+    def _warmed_up(self, name: str) -> tuple[MethodConfig | None, float | None]:
+        """What a run computes with, None where it cannot be made, and seconds of the warm-up's last step."""
         job = self.job
         if name == "control":
-            return warm_up_control(self.pipe, job, self.notes)
+            return warm_up_control(self.pipe, job, self.notes), None
         if name == "accelerated":
             config = job.config
         else:
             config = DenseConfig(dense_backend=job.config.dense_backend, check_finite=job.config.check_finite)
-        warm_up(self.pipe, job, config)
-        return config
+        return config, warm_up(self.pipe, job, config)
 
     def _stop(self, name: str, error: BaseException) -> dict[str, Any]:
         """Keep what is there after a later run, its measurement or its file went wrong."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from svg.pipelines import GenerationResult, accelerate, generate
+from svg.pipelines import accelerate, generate
 from svg.pipelines.attach import attached
 
 from ..config import DenseConfig, MethodConfig
@@ -18,12 +18,23 @@ WARMUP_STEPS = 2
 _MATH_LIMIT = 4 * 2**30  # bytes of scores that the "math" backend may hold
 
 
-def warm_up(pipe: Any, job: Job, config: MethodConfig) -> GenerationResult:
-    """Compile and allocate, untimed: every step runs the method itself, in every layer."""
+def warm_up(pipe: Any, job: Job, config: MethodConfig) -> float:
+    """Compile and allocate, untimed: every step runs the method itself, in every layer.
+
+    Args:
+        pipe: a loaded pipeline.
+        job: whose size it warms up.
+        config: what it warms up.
+
+    Returns:
+        Seconds that its last step took.
+    """
     accelerate(pipe, replace(config, warmup_steps=0.0, warmup_layers=0.0))
     # Plain code on a CPU compiles nothing: its first step touches all memory, and a second one would only take time.
     steps = 1 if pipe._execution_device.type == "cpu" and not job.compiled else WARMUP_STEPS
-    return generate(pipe, replace(job.request, steps=steps), lambda progress: None)
+    ends = [0.0]
+    generate(pipe, replace(job.request, steps=steps), lambda progress: ends.append(progress.seconds))
+    return ends[-1] - ends[-2]
 
 
 def warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:
