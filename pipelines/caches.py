@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 # Name on the command line -> class in Diffusers and its one number, by name, with Diffusers' or its authors' value.
+# Attention of every block; TaylorSeer's own patterns know none of Wan's and CogVideoX's names, and would cache nothing.
+_ATTENTION = r"(.*\.)?(\w+_)?blocks\.\d+\.attn\d*"
 CACHES = {
     "first-block": ("FirstBlockCacheConfig", "threshold", 0.05),
     "taylorseer": ("TaylorSeerCacheConfig", "cache_interval", 5),
@@ -41,15 +43,21 @@ def enable_cache(pipe: Any, cache: str) -> None:
         cache: a name of CACHES, or "name=number".
 
     Raises:
-        ValueError: another name, or no number.
+        ValueError: another name, no number, or a cache that finds nothing to skip in this transformer.
     """
     import diffusers
 
     from .attach import transformers_of
 
     kind, field, value = parse_cache(cache)
+    settings = {field: value, **({"cache_identifiers": [_ATTENTION]} if cache.startswith("taylorseer") else {})}
     for transformer in transformers_of(pipe).values():
-        transformer.enable_cache(getattr(diffusers, kind)(**{field: value}))
+        transformer.enable_cache(getattr(diffusers, kind)(**settings))
+        if not any(getattr(module, "_diffusers_hook", None) for module in transformer.modules()):
+            transformer.disable_cache()
+            raise ValueError(
+                f"cache must fit the transformer, got {cache}, which finds no block in {type(transformer).__name__}"
+            )
 
 
 def disable_cache(pipe: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from svg.words import speed
+
 from .attach import attached, report
 
 
@@ -57,8 +59,8 @@ class RunSummary:
             ("computed, all calls", _percent(self.density)),
             ("computed, sparse calls", _percent(self.sparse_density)),
             ("attention's share of the time", _percent(self.attention_share)),
-            ("attention, against this run's dense calls", _times(self.attention_speedup)),
-            ("transformer, estimated", _times(self.speedup)),
+            ("attention, against this run's dense calls", speed(self.attention_speedup)),
+            ("transformer, estimated", speed(self.speedup)),
             ("guard", guard),
             ("peak GPU memory", memory),
         ]
@@ -129,7 +131,3 @@ def _peak_memory(hooks: dict[str, Any]) -> int | None:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x as fast"

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {f"svg.{name}": name for name in ("kernels", "pipelines", "eval", "configs")} | {"svg": "svg"}
 # Folders and modules of svg/ from the ground up; none imports from a layer above its own.
 LAYERS = (
-    {"config", "documents", "environment", "_moved", "__init__"},
+    {"config", "documents", "words", "environment", "_moved", "__init__"},
     {"engine"},
     {"methods", "attend", "functional"},
     {"generate", "recordings"},

@@ -2,11 +2,11 @@
 // Where the time went: one stacked bar a setting.
 
 const PARTS = [
-  { key: "dense", name: "Attention, dense calls", colour: "#1f4e79" },
-  { key: "sparse", name: "Attention, sparse calls", colour: "#dd6b20" },
-  { key: "rest", name: "Rest of the transformer", colour: "#8fb4d9" },
-  { key: "vae", name: "VAE decoder", colour: "#9ab89a" },
-  { key: "other", name: "Text encoder, scheduler, the rest", colour: "#cbd2d9" },
+  { key: "dense", name: "Attention, dense calls", colour: "var(--part-dense)" },
+  { key: "sparse", name: "Attention, sparse calls", colour: "var(--part-sparse)" },
+  { key: "rest", name: "Rest of the transformer", colour: "var(--part-rest)" },
+  { key: "vae", name: "VAE decoder", colour: "var(--part-vae)" },
+  { key: "other", name: "Text encoder, scheduler, the rest", colour: "var(--part-other)" },
 ];
 
 function timeSection() {
@@ -75,6 +75,7 @@ function bar({ cell, count, parts, total, chosen }, longest) {
     el("i", { "data-part": key, style: { width: `${(100 * parts[key]) / longest}%`, background: colour } }),
   );
   const title = count > 1 ? `${cell.label}, mean of ${count} cells` : cell.label;
+  const [first, second] = labelLines(cell.label);
   const stack = el(
     "div",
     {
@@ -95,7 +96,7 @@ function bar({ cell, count, parts, total, chosen }, longest) {
   return el(
     "div",
     { class: `bar${chosen ? " selected" : ""}` },
-    el("span", { class: "bar-name" }, cell.label),
+    el("span", { class: "bar-name", title: cell.label }, first, second && el("small", {}, second)),
     stack,
     el("span", { class: "bar-total" }, seconds(total)),
   );

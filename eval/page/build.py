@@ -15,7 +15,7 @@ from .run import load_run
 from .sweep import load_sweep
 
 PAGE = "report.html"
-SCRIPTS = ("core", "chart", "pareto", "table", "player", "heatmap", "bars", "recorded", "tune", "main")
+SCRIPTS = ("core", "families", "chart", "pareto", "table", "player", "heatmap", "bars", "recorded", "tune", "main")
 FOLDERS = (("sweep.json", load_sweep), ("report.json", load_run), ("recorded.json", load_recorded))
 EXTRAS = (("recorded", load_rows), ("tune", load_tune))  # <name>.json beside them, shown in parts of their own
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ..names import METRICS
+from .remarks import remarks
 
 _MISSING = 255  # byte of a layer that has no value in a step; 0 .. 254 stand for 0 .. 1
 _DIGITS = 4
@@ -32,6 +33,7 @@ def page_data(*, kind, title, cells, notes, state="finished", command=None, vers
     on_cpu = any(item["device_type"] == "cpu" and item["role"] == "accelerated" for item in cells)
     if on_cpu and not any("CPU" in note for note in notes):
         notes.append(_CPU_NOTE)
+    notes += remarks(cells, _MAIN_SETTINGS)
     devices = sorted({item["device"] for item in cells if item["status"] == "finished" and item["device"]})
     if len(devices) > 1:
         notes.append(f"times were taken on different devices and cannot be compared: {'; '.join(devices)}")

@@ -50,18 +50,29 @@ function axisY(map, list, { left, right }) {
   );
 }
 
-// One shape a method, so that colour is never the only difference.
-function marker(kind, x, y, size, attributes) {
-  const shapes = {
-    dense: `M0 ${-size * 1.3}L${size * 1.3} 0L0 ${size * 1.3}L${-size * 1.3} 0Z`,
-    control: `M${-size} ${-size}L${size} ${size}M${-size} ${size}L${size} ${-size}`,
-    svg1: `M${-size * 0.9} ${-size * 0.9}H${size * 0.9}V${size * 0.9}H${-size * 0.9}Z`,
-    svg2: `M${-size} 0A${size} ${size} 0 1 1 ${size} 0A${size} ${size} 0 1 1 ${-size} 0Z`,
-  };
-  const triangle = `M0 ${-size * 1.2}L${size * 1.1} ${size * 0.8}H${-size * 1.1}Z`;
-  return svg("path", { d: shapes[kind] || triangle, transform: `translate(${x} ${y})`, ...attributes });
-}
+// Corners of each shape, for a size of 1; one shape a family, so that colour is never the only difference.
+const SHAPES = {
+  diamond: "0,-1.3 1.3,0 0,1.3 -1.3,0",
+  square: "-.9,-.9 .9,-.9 .9,.9 -.9,.9",
+  triangle: "0,-1.2 1.1,.8 -1.1,.8",
+  down: "0,1.2 1.1,-.8 -1.1,-.8",
+  right: "1.2,0 -.8,1.1 -.8,-1.1",
+  left: "-1.2,0 .8,1.1 .8,-1.1",
+  hexagon: "-1.1,0 -.55,-.95 .55,-.95 1.1,0 .55,.95 -.55,.95",
+  bow: "-1.2,-.9 0,-.25 1.2,-.9 1.2,.9 0,.25 -1.2,.9",
+  glass: "-.9,-1.2 .9,-1.2 .25,0 .9,1.2 -.9,1.2 -.25,0",
+  star: "0,-1.3 .35,-.4 1.3,0 .35,.4 0,1.3 -.35,.4 -1.3,0 -.35,-.4",
+};
 
-function kindOf(cell) {
-  return cell.role === "accelerated" ? cell.method : cell.role;
+// A family's mark.
+function marker({ colour, shape }, x, y, size, outline = {}) {
+  const corners = SHAPES[shape]?.split(" ").map((pair) => pair.split(",").map((number) => (size * number).toFixed(2)));
+  const paths = {
+    circle: `M${-size} 0A${size} ${size} 0 1 1 ${size} 0A${size} ${size} 0 1 1 ${-size} 0Z`,
+    cross: `M${-size} ${-size}L${size} ${size}M${-size} ${size}L${size} ${-size}`,
+  };
+  const d = corners ? `M${corners.map((pair) => pair.join(" ")).join("L")}Z` : paths[shape];
+  const style =
+    shape === "cross" ? { fill: "none", stroke: colour, strokeWidth: 2.3 } : { fill: colour, ...outline };
+  return svg("path", { d, transform: `translate(${x} ${y})`, style });
 }

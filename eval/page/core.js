@@ -14,8 +14,7 @@ const METRICS = {
   vmaf: { name: "VMAF", unit: "", digits: 2, up: true },
 };
 const TIMES = { attention: "Attention", transformer: "Transformer", end_to_end: "End to end" };
-const COLOURS = { dense: "#1f2a37", control: "#6b7785", svg1: "#0072b2", svg2: "#c2410c", sparge: "#7c3aed" };
-const OTHER_COLOURS = ["#00805f", "#a8327d", "#8a6d00", "#4a5bd0"];
+const BUDGETS = ["density", "top_p", "budget", "topk", "cdf"]; // how much is computed: what varies along a line of the plots
 
 const state = {
   group: null,
@@ -163,13 +162,6 @@ function mean(numbers) {
 }
 
 // ---- cells
-
-function colourOf(cell) {
-  const key = cell.role === "accelerated" ? cell.method : cell.role;
-  if (COLOURS[key]) return COLOURS[key];
-  const others = [...new Set(CELLS.map((item) => item.method))].filter((method) => !COLOURS[method]);
-  return OTHER_COLOURS[others.indexOf(key) % OTHER_COLOURS.length];
-}
 
 function speedup(cell, time) {
   const reference = BY_ID.get(cell.reference);

@@ -101,7 +101,7 @@ function heatmap(map, bytes, { id, title, stops, low, high, missing, word, place
   const show = () => {
     const byte = at(here.step, here.layer, here.head);
     const text = byte === MISSING ? empty || "no sparse call" : word(byte / 254, here);
-    const where = place?.(here) ?? `Step ${steps[here.step] + 1}, layer ${layers[here.layer]}, head ${here.head}`;
+    const where = place?.(here) ?? `Step ${steps[here.step]}, layer ${layers[here.layer]}, head ${here.head}`;
     readout.textContent = `${where}: ${text}`;
     panels.forEach((item, index) => item.mark(index === here.layer ? here : null));
   };

@@ -139,13 +139,17 @@ function plot(axis, width) {
       `${name}${METRICS[state.metric].unit && `, ${METRICS[state.metric].unit}`}${up ? "" : " (axis reversed: less is better)"}`,
     ),
     rails.map(([, text], index) => rail(text, railY(index), box)),
-    band(all, bounds, mapY, box),
+    band(all, bounds, mapX, mapY, box),
     axisX(
       mapX,
       ticks(...xs, width < 420 ? 4 : 6).filter(([number]) => number <= (axis === "density" ? 1 : Infinity)),
       { ...box, label: shortLabel },
     ),
-    axisY(mapY, ticks(...bounds, 5), box),
+    axisY(
+      mapY,
+      ticks(...bounds, 5).filter(([number]) => mapY(number) > top + 4 && mapY(number) < box.bottom - 4), // labels are there
+      box,
+    ),
     frontLine(sparse, mapX, mapY),
     lines(sparse, mapX, mapY),
     points(all, bounds, mapX, mapY),
@@ -184,17 +188,20 @@ function railY(index) {
   return 34 + PLOT.rail * index;
 }
 
-function band(all, bounds, mapY, { left, right, top, bottom }) {
+function band(all, bounds, mapX, mapY, { left, right, top, bottom }) {
   const { up } = METRICS[state.metric];
-  const levels = all.filter((mark) => mark.cell.role === "control" && isOnScale(mark.y, bounds)).map((mark) => mark.y);
-  if (!levels.length) return null;
+  const controls = all.filter((mark) => mark.cell.role === "control" && isOnScale(mark.y, bounds));
+  if (!controls.length) return null;
+  const levels = controls.map((mark) => mark.y);
+  const onTheRight = mean(controls.map((mark) => mapX(mark.x))) < (left + right) / 2; // away from the control's own marks
+  const label = onTheRight ? { x: right - 6, "text-anchor": "end" } : { x: left + 6 };
   const y = mapY(up ? Math.min(...levels) : Math.max(...levels));
   return svg(
     "g",
     { class: "control-band", "aria-hidden": "true" },
     svg("rect", { x: left, y: top, width: right - left, height: Math.max(0, y - top) }),
     svg("line", { x1: left, x2: right, y1: y, y2: y }),
-    svg("text", { x: left + 6, y: Math.min(y + 14, bottom - 4) }, "control: noise floor"),
+    svg("text", { ...label, y: Math.min(y + 14, bottom - 4) }, "control: noise floor"),
   );
 }
 
@@ -218,13 +225,13 @@ function frontLine(sparse, mapX, mapY) {
 
 function lines(sparse, mapX, mapY) {
   if (state.each) return null;
-  const methods = [...new Set(sparse.map((mark) => mark.cell.method))];
-  return methods.map((method) => {
-    const own = sparse.filter((mark) => mark.cell.method === method && Number.isFinite(mark.y));
+  const families = [...new Set(sparse.map((mark) => familyOf(mark.cell)))];
+  return families.map((family) => {
+    const own = sparse.filter((mark) => familyOf(mark.cell) === family && Number.isFinite(mark.y));
     own.sort((a, b) => budgetOf(a) - budgetOf(b));
     const path = own.map((mark, index) => `${index ? "L" : "M"}${mapX(mark.x)} ${mapY(mark.y)}`).join("");
     return (
-      own.length > 1 && svg("path", { class: "series", d: path, stroke: colourOf(own[0].cell), "aria-hidden": "true" })
+      own.length > 1 && svg("path", { class: "series", d: path, style: { stroke: colourOf(own[0].cell) }, "aria-hidden": "true" })
     );
   });
 }
@@ -259,12 +266,7 @@ function point(mark, bounds, mapX, mapY) {
   const onScale = isOnScale(mark.y, bounds);
   const x = mapX(mark.x);
   const y = onScale ? mapY(mark.y) : railY(kind === "control" ? 1 : 0);
-  const colour = colourOf(cell);
   const chosen = mark.cells.some((member) => member.id === state.selected);
-  const open =
-    kind === "control"
-      ? { fill: "none", stroke: colour, "stroke-width": 2.4 }
-      : { fill: colour, stroke: "#fff", "stroke-width": 1.4 };
   const select = () => update({ selected: (mark.cells.find((member) => member.video) || cell).id });
   const rows = tipRows(mark);
   const node = svg(
@@ -288,13 +290,20 @@ function point(mark, bounds, mapX, mapY) {
       },
     },
     chosen && svg("circle", { class: "halo", cx: x, cy: y, r: 12 }),
-    svg("circle", { class: "target", cx: x, cy: y, r: 13 }),
-    marker(kind, x, y, state.each ? 4.5 : 6, open),
+    svg("circle", { class: "target", cx: x, cy: y, r: innerWidth > 720 ? 13 : 22 }),
+    marker(lookOf(cell), x, y, state.each ? 4.5 : 6, { stroke: "var(--paper)", strokeWidth: 1.4 }),
     !onScale &&
       kind === "control" &&
-      svg("text", { class: "rail-text", x: x - 12, y: y + 4, "text-anchor": "end" }, metricText(state.metric, mark.y)),
+      valueBeside(x, y, mark.y, mapX),
   );
   return node;
+}
+
+// A number beside its mark, on the side where there is room for it.
+function valueBeside(x, y, number, mapX) {
+  const left = x - mapX(0) > 80;
+  const place = { class: "rail-text", x: left ? x - 12 : x + 12, y: y + 4, "text-anchor": left ? "end" : "start" };
+  return svg("text", place, metricText(state.metric, number));
 }
 
 function markName(mark) {
@@ -332,24 +341,18 @@ function tipRows(mark) {
 }
 
 function legendItems() {
-  const kinds = new Map(finished(inGroup()).map((cell) => [kindOf(cell), cell]));
+  const families = new Map(finished(inGroup()).map((cell) => [familyOf(cell), cell]));
   const text = { dense: "dense, the reference", control: "control: dense on another backend" };
-  const items = [...kinds].map(([kind, cell]) =>
+  const items = [...families].map(([family, cell]) =>
     el(
       "li",
       {},
       svg(
         "svg",
         { width: 18, height: 16, "aria-hidden": "true" },
-        marker(
-          kind,
-          9,
-          8,
-          5,
-          kind === "control" ? { fill: "none", stroke: colourOf(cell), "stroke-width": 2.2 } : { fill: colourOf(cell) },
-        ),
+        marker(lookOf(cell), 9, 8, 5),
       ),
-      text[kind] || kind,
+      text[family] || family,
     ),
   );
   const sparse = marks().filter((mark) => mark.cell.role === "accelerated").length;

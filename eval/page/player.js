@@ -357,7 +357,7 @@ function drawStrip(view) {
       "svg",
       { width, height, role: "img", "aria-label": text },
       svg("text", { x: 8, y: 10, class: "tick" }, text),
-      svg("path", { d: path, class: "curve", stroke: colourOf(right) }),
+      svg("path", { d: path, class: "curve", style: { stroke: colourOf(right) } }),
       svg("line", {
         class: "playhead",
         y1: 12,

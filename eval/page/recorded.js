@@ -40,7 +40,7 @@ function measurePlot(methods, measure, width) {
   const lines = names.map((name) => {
     const own = known.filter((method) => method.method === name).sort((a, b) => a.density - b.density);
     const path = own.map((method, index) => `${index ? "L" : "M"}${mapX(method.density)} ${mapY(method[measure])}`).join("");
-    return own.length > 1 && svg("path", { class: "series", d: path, stroke: recordedColour(name), "aria-hidden": "true" });
+    return own.length > 1 && svg("path", { class: "series", d: path, stroke: recordedLook(name).colour, "aria-hidden": "true" });
   });
   const dots = known.map((method) => {
     const rows = Object.entries(MEASURES).map(([key, { name }]) => [name, format(method[key], 4)]);
@@ -63,7 +63,7 @@ function measurePlot(methods, measure, width) {
         },
       },
       svg("circle", { class: "target", cx: x, cy: y, r: 13 }),
-      marker(method.method, x, y, 6, { fill: recordedColour(method.method) }),
+      marker(recordedLook(method.method), x, y, 6),
     );
   });
   const title = `${MEASURES[measure].name} against density`;
@@ -87,7 +87,7 @@ function recordedLegend(methods) {
       svg(
         "svg",
         { width: 18, height: 16, "aria-hidden": "true" },
-        marker(name, 9, 8, 5, { fill: recordedColour(name) }),
+        marker(recordedLook(name), 9, 8, 5),
       ),
       name,
     ),
@@ -95,9 +95,9 @@ function recordedLegend(methods) {
   return el("ul", { class: "legend" }, items);
 }
 
-function recordedColour(name) {
-  const others = [...new Set(DATA.recorded.methods.map((method) => method.method))].filter((method) => !COLOURS[method]);
-  return COLOURS[name] || OTHER_COLOURS[others.indexOf(name) % OTHER_COLOURS.length];
+function recordedLook(name) {
+  const others = [...new Set(DATA.recorded.methods.map((method) => method.method))].filter((method) => !METHODS[method]);
+  return METHODS[name] || MORE[others.indexOf(name) % MORE.length];
 }
 
 function measureTable(methods) {

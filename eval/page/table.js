@@ -24,7 +24,7 @@ const COLUMNS = [
     get: (cell) => cell.seconds?.[key],
     show: seconds,
     after: (cell) => speedup(cell, key),
-    hint: "and how many times as fast as dense",
+    hint: "and how much faster or slower than dense",
   })),
   { key: "prompt", name: "Prompt", get: (cell) => cell.prompt, text: true, several: true },
   { key: "seed", name: "Seed", get: (cell) => cell.seed, several: true },
@@ -142,15 +142,7 @@ function nameCell(cell, chosen) {
   const dot = svg(
     "svg",
     { width: 14, height: 14, "aria-hidden": "true" },
-    marker(
-      kindOf(cell),
-      7,
-      7,
-      4.4,
-      kindOf(cell) === "control"
-        ? { fill: "none", stroke: colourOf(cell), "stroke-width": 2 }
-        : { fill: colourOf(cell) },
-    ),
+    marker(lookOf(cell), 7, 7, 4.4),
   );
   const pick = el("button", { type: "button", class: "pick", "aria-pressed": String(chosen) }, cell.label);
   const status =
@@ -167,7 +159,7 @@ function dataCell(cell, column) {
     "td",
     {},
     column.show ? column.show(number) : String(number),
-    faster && el("small", {}, ` ${faster.toFixed(2)}x`),
+    faster && el("small", {}, ` ${fasterText(faster)}`),
   );
 }
 

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..words import speed
+
 if TYPE_CHECKING:
     from svg.pipelines import StepProgress
 
@@ -181,7 +183,7 @@ def _heading(name: str, report: dict[str, Any]) -> str:
 def _seconds(name: str, key: str, report: dict[str, Any]) -> str:
     seconds = number(report["runs"][name]["seconds"][key], 2)
     speedup = (report["speedup"] or {}).get(key)
-    return f"{seconds} ({speedup:.2f}x)" if name == "accelerated" and speedup else seconds
+    return f"{seconds} ({speed(speedup)})" if name == "accelerated" and speedup else seconds
 
 
 def _density(name: str, key: str, report: dict[str, Any]) -> str:

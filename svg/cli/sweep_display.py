@@ -17,6 +17,7 @@ from svg.eval.compare import failures
 from svg.pipelines import StepProgress
 
 from ..sweep.cell import Cell
+from ..words import speed
 from .console import METRICS, number, visible
 
 _METRICS = ("psnr", "ssim", "lpips", "vmaf")
@@ -106,7 +107,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
     title = "means over prompts and seeds, against dense from the same seed"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=0, pad_edge=False)
     table.add_column("", min_width=18, overflow="fold")  # a long label folds before a number is cut
-    for heading in ("cells", "density", "seconds", "speed-up", *(METRICS[metric][0] for metric in _METRICS)):
+    for heading in ("cells", "density", "seconds", "against dense", *(METRICS[metric][0] for metric in _METRICS)):
         table.add_column(heading, justify="right", min_width=min(len(heading), 6))
     groups = defaultdict(list)
     for cell in summary["cells"]:
@@ -120,7 +121,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
             str(len(cells)),
             number(_mean([cell["density"]["all_calls"] for cell in cells]), 3),
             number(_mean([cell["seconds"]["end_to_end"] for cell in cells]), 2),
-            number(_mean(speedups), 2),
+            speed(_mean(speedups)),
             *(number(_quality(cells, metric), METRICS[metric][1]) for metric in _METRICS),
         )
     console.print(table)

@@ -58,7 +58,7 @@ def test_nothing_sticks_out_on_a_phone(browser, sweep_folder):
         .map((e) => e.outerHTML.slice(0, 90))"""
     assert browser.evaluate(wide) == []
     small = """[...document.querySelectorAll('.transport button, .choice label, .filter button')]
-        .filter((e) => e.getBoundingClientRect().height < 28).length"""
+        .filter((e) => e.getBoundingClientRect().height < 44).length"""
     assert browser.evaluate(small) == 0
 
 
@@ -223,7 +223,7 @@ def test_heat_maps(run):
     run.evaluate("document.querySelector('#heatmap-density .maps').focus()")
     run.press("ArrowRight", "ArrowRight", "ArrowDown", "PageDown")
     readout = "document.querySelector('#heatmap-density .readout').textContent"
-    assert run.evaluate(readout) == "Step 3, layer 1, head 1: density 0.44"
+    assert run.evaluate(readout) == "Step 2, layer 1, head 1: density 0.44"
     run.evaluate("document.querySelector('#heatmap-kinds .maps').focus()")
     run.press("ArrowDown")
     assert "no sparse call" in run.evaluate("document.querySelector('#heatmap-kinds .readout').textContent")

@@ -12,6 +12,7 @@ from svg.cli import main
 from svg.eval.files import write_json
 from svg.eval.page import build_page
 from svg.eval.page.build import load_page_data, render
+from svg.eval.page.remarks import remarks
 
 
 def embedded(text):
@@ -144,3 +145,59 @@ def test_plots(sweep_folder, tmp_path, capsys):
     assert "<svg" in (folder / "pareto.svg").read_text()
     assert main(["page", str(folder), "--plots", "--metric", "psnr2"]) == 2
     assert "metric must be one of psnr" in capsys.readouterr().err
+
+
+def sparse_cell(label, density, seconds, settings, group="a"):
+    return {
+        **{"id": label + group, "role": "accelerated", "status": "finished", "label": label, "group": group},
+        **{
+            "method": "near",
+            "settings": settings,
+            "density": {"all_calls": density},
+            "seconds": {"attention": seconds},
+        },
+        **{"device_type": "cuda", "reference": "dense", "prompt": "a", "seed": 0},
+    }
+
+
+def dense_cell(seconds):
+    return {**sparse_cell("dense", 1.0, seconds, {}), "id": "dense", "role": "dense", "method": "dense"}
+
+
+def test_a_launch_bound_model_is_said():
+    def notes(dense, few, many, **change):
+        cells = [
+            sparse_cell("near budget=0.2", 0.2, few, {"budget": 0.2}),
+            sparse_cell("near budget=0.4", 0.4, many, {"budget": 0.4}),
+        ]
+        return list(remarks([dense_cell(dense), *({**one, **change} for one in cells)], ("budget",)))
+
+    (note,) = notes(2.0, 0.95, 1.0)
+    assert "launch-bound: attention of near takes 0.95 s at density 0.20 and 1 s at 0.40" in note
+    assert notes(2.0, 0.5, 1.0) == []
+    (note,) = notes(0.4, 0.5, 1.0)
+    assert "where dense takes 0.4 s" in note
+    assert notes(2.0, 0.95, 1.0, device_type="cpu") == []
+
+
+def test_budgets_that_collapse_are_said():
+    def notes(*cells):
+        return list(remarks([dense_cell(9.0), *cells], ("budget", "top_p")))
+
+    one = sparse_cell("near budget=0.1", 0.300, 1.0, {"budget": 0.1, "pool": 2})
+    same = sparse_cell("near budget=0.2", 0.301, 1.0, {"budget": 0.2, "pool": 2})
+    (note,) = notes(one, same)
+    assert note.startswith("near budget=0.1 and near budget=0.2 compute the same share of attention (0.301)")
+    assert notes(one, {**same, "density": {"all_calls": 0.4}}) == []
+    assert notes(one, {**same, "settings": {"budget": 0.2, "pool": 1}}) == []  # another family: not a matter of budgets
+
+
+def test_notes_of_a_page_hold_remarks(sweep_folder, tmp_path):
+    def collapse(content):
+        for cell in content["cells"]:
+            if cell["role"] == "accelerated" and cell["status"] == "finished":
+                cell["density"]["all_calls"] = 0.5
+                cell["method"]["top_p"] = 0.1 if cell["label"].endswith("7") else 0.9
+
+    data = load_page_data(copy(sweep_folder, tmp_path / "sweep", collapse))
+    assert sum("compute the same share" in note for note in data["notes"]) == 1

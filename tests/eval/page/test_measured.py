@@ -169,7 +169,7 @@ def test_recorded_inputs_are_shown(browser, recorded, width):
     browser.evaluate("document.querySelector('#recorded-heads .maps').focus()")
     browser.press("ArrowRight", "PageDown", "ArrowDown")
     readout = "document.querySelector('#heatmap-recorded output').textContent"
-    assert browser.evaluate(readout) == "Step 6, layer 3, head 1: output error 0.100"
+    assert browser.evaluate(readout) == "Step 5, layer 3, head 1: output error 0.100"
     browser.click("#recorded-heads .choice label:nth-child(2)")
     assert "Recall of svg2" in browser.evaluate("document.querySelector('#recorded-heads h3').textContent")
     browser.evaluate(
