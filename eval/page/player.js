@@ -297,6 +297,8 @@ function showFrame(view, together, frame) {
 function fitCanvas({ canvas, videos }) {
   const [{ videoWidth, videoHeight }] = videos.filter((video) => video.videoWidth).concat(videos);
   Object.assign(canvas, { width: videoWidth || 16, height: videoHeight || 9 });
+  // A small video shows its own pixels, not what a browser makes between them.
+  for (const screen of [canvas, ...videos]) screen.classList.toggle("small", videoHeight > 0 && videoHeight < 360);
 }
 
 // While playing, a difference is drawn only when both videos show the same frame.

@@ -20,7 +20,7 @@ OPTIONS = {
     "Method": (
         *("--method", "--methods", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
         *("--num-k-clusters", "--topk", "--cdf", "--thresholds", "--order", "--attention-sink", "--warmup-steps"),
-        *("--warmup-layers", "--dense-backend", "--set", "--cache"),
+        *("--warmup-layers", "--dense-backend", "--linears", "--set", "--cache"),
     ),
     "Video": (
         *("--prompt", "--prompts", "--held-out", "--negative-prompt", "--image", "--last-image", "--height"),

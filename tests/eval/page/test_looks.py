@@ -95,6 +95,13 @@ def test_steps_count_from_0_and_slower_is_said_in_words(browser, run_folder):
     assert re.search(r"\d\.\d\dx faster", text) and not re.search(r"\d\.\d\dx(?! (faster|slower))", text)
 
 
+def test_small_videos_show_their_own_pixels(browser, run_folder):
+    browser.open(build_page(run_folder))
+    browser.wait(LOADED)
+    look = "[...document.querySelectorAll('.screen video, .screen canvas')].map((e) => getComputedStyle(e).imageRendering)"
+    assert browser.evaluate(look) == ["pixelated"] * 3
+
+
 def test_touch_targets_on_a_phone(browser, sweep_folder, run_folder):
     for folder in (sweep_folder, run_folder):
         browser.open(build_page(folder), width=390, height=844)
