@@ -59,7 +59,9 @@ class RunHook(ModelHook):
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(original, processor)
             _put(attn, processor)
-        self.linears = quantize_linears(transformer, find_linears(transformer, self.spec, self.state.config.linears))
+        config = self.state.config
+        names = find_linears(transformer, self.spec, config.linears)
+        self.linears = quantize_linears(transformer, names, config.linear_precision)
         if self.state.config.fused is not False:
             self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))
         self._made_registry = not hasattr(transformer, "_diffusers_hook")

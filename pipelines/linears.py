@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
+from svg.kernels.common import target
+from svg.kernels.linears import QuantizedBlocks, Steering, int8_matmul, quantize_blocks
 from svg.kernels.linears.rows import MAX_WIDTH
 
 from .spec import ModelSpec
@@ -30,66 +32,84 @@ EDGES_FROM = 4  # blocks from which on the first and the last stay in 16 bits
 
 
 class SharedInput:
-    """What several linears take alike (q, k and v), quantised by the first of them.
+    """What several linears take alike (q, k and v), quantised by the first of them; or one linear's own.
 
     Args:
         users: how many linears take it.
+        precision: "fp8" or "int8".
     """
 
-    def __init__(self, users: int):
+    def __init__(self, users: int = 1, precision: str = "fp8"):
         self.users = users
+        self.steering = Steering() if precision == "int8" else None
         self._forget()
 
-    def rows(self, x: Tensor) -> QuantizedRows:
-        """The quantised rows of x: those made for the linear before, if that was given the same tensor."""
-        if torch.compiler.is_compiling():  # which finds equal operations by itself
-            return quantize_rows(x)
+    def quantize(self, x: Tensor) -> QuantizedRows | QuantizedBlocks:
+        """The quantised rows, or blocks, of x: those made for the linear before, if that was given the same tensor."""
+        if self.users == 1 or torch.compiler.is_compiling():  # which finds equal operations by itself
+            return self._quantize(x)
         if self._source is None or self._source() is not x:
-            self._rows, self._source, self._taken = quantize_rows(x), weakref.ref(x, self._forget), 0
-        rows, self._taken = self._rows, self._taken + 1
+            self._found, self._source, self._taken = self._quantize(x), weakref.ref(x, self._forget), 0
+        found, self._taken = self._found, self._taken + 1
         if self._taken == self.users:
             self._forget()
-        return rows
+        return found
+
+    def _quantize(self, x: Tensor) -> QuantizedRows | QuantizedBlocks:
+        if self.steering is None:
+            return quantize_rows(x)
+        blocks = self.steering.blocks(x.flatten(0, -2))
+        self.steering.nudge(blocks)
+        return blocks
 
     def _forget(self, gone: Any = None) -> None:
-        self._source, self._rows, self._taken = None, None, 0
+        self._source, self._found, self._taken = None, None, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"users": self.users, "_source": None, "_rows": None, "_taken": 0}
+        return vars(self) | {"_source": None, "_found": None, "_taken": 0}
 
 
 class QuantizedLinear(nn.Module):
-    """A linear whose weight and inputs are in FP8, with a scale an output channel and a row.
+    """A linear whose weight and inputs are in 8 bits: FP8 with a scale an output channel and a row, or INT8 with fallback.
 
     Args:
         linear: the linear in whose place it is; its weight moves to CPU memory.
+        precision: "fp8" or "int8".
         shared: what quantises its input, where others take the same.
     """
 
-    def __init__(self, linear: nn.Linear, shared: SharedInput | None = None):
+    def __init__(self, linear: nn.Linear, precision: str = "fp8", shared: SharedInput | None = None):
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.shared = shared
+        self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
+        self.shared = shared or SharedInput(precision=precision)
         self.bias = linear.bias
         with torch.no_grad():
-            rows = quantize_rows(linear.weight)
-        self.register_buffer("values", rows.values, persistent=False)
-        self.register_buffer("scale", rows.scale, persistent=False)
+            found = (quantize_rows if precision == "fp8" else quantize_blocks)(linear.weight)
+        self.register_buffer("values", found.values, persistent=False)
+        self.register_buffer("scale", found.scale, persistent=False)
         self._kept = (linear,)  # in a tuple: no submodule, which would be moved to the GPU
         linear.weight.data = linear.weight.data.cpu()
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., K], or its quantised rows -> [..., N] of the same dtype."""
-        if not isinstance(x, QuantizedRows):
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise NotImplementedError(
-                    "linears in 8 bits have no backward pass, and an input requires a gradient: run under "
-                    "torch.no_grad(), call svg.restore(pipe), or train with svg.int8_training"
-                )
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))
-            x = quantize_rows(x) if self.shared is None else self.shared.rows(x)
+        if isinstance(x, QuantizedRows):
+            return self._fp8(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise NotImplementedError(
+                "linears in 8 bits have no backward pass, and an input requires a gradient: run under "
+                "torch.no_grad(), call svg.restore(pipe), or train with svg.int8_training"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self._fp8(self.shared.quantize(x)) if self.precision == "fp8" else self._int8(x)
+
+    def _fp8(self, x: QuantizedRows) -> Tensor:
         return fp8_linear(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
+
+    @torch.compiler.disable  # the threshold moves with every call
+    def _int8(self, x: Tensor) -> Tensor:
+        weight = QuantizedBlocks(self.values, self.scale, None, None, None, x.dtype)
+        return int8_matmul(self.shared.quantize(x), weight, self.bias).view(*x.shape[:-1], self.out_features)
 
     @property
     def weight(self) -> Tensor:
@@ -124,7 +144,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, fp8"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.precision}"
 
 
 def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[str]:
@@ -208,20 +229,23 @@ def is_untouched(module: nn.Module) -> bool:
 
 def takes_rows(*linears: Any) -> bool:
     """Whether linears can be called with quantised rows, past whatever else would see the call."""
-    return all(type(linear) is QuantizedLinear and is_untouched(linear) for linear in linears)
+    plain = (type(linear) is QuantizedLinear and is_untouched(linear) for linear in linears)
+    return all(plain) and all(linear.precision == "fp8" for linear in linears)
 
 
-def quantize_linears(transformer: nn.Module, names: Iterable[str]) -> list[str]:
+def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: str = "auto") -> list[str]:
     """Put linears in 8 bits, one after the other.
 
     Args:
         transformer: the transformer.
         names: of plain linears in it.
+        precision: "fp8", "int8", or "auto": FP8 where the GPU has it.
 
     Returns:
         The names, for `restore_linears`.
     """
     names = list(names)
+    precision = _best(transformer) if precision == "auto" else precision
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, own = name.removesuffix(".base_layer").rpartition(".")
@@ -229,10 +253,18 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str]) -> list[str]:
             groups.setdefault(parent, []).append(name)
     shared = {}
     for group in groups.values():
-        shared |= dict.fromkeys(group, SharedInput(len(group)))
+        shared |= dict.fromkeys(group, SharedInput(len(group), precision))
     for name in names:
-        _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), shared.get(name)))
+        _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), precision, shared.get(name)))
     return names
+
+
+def _best(transformer: nn.Module) -> str:
+    """FP8 or INT8, by the GPU that weights are on, or may be moved to."""
+    device = next(transformer.parameters()).device
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    return "fp8" if target.has_fp8(device) else "int8"
 
 
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:

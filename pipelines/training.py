@@ -1,4 +1,4 @@
-"""INT8 self-attention, gradients included, while a transformer is trained."""
+"""INT8 self-attention and linears, gradients included, while a transformer is trained."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from svg.config import DenseConfig
 from svg.engine.state import RunState
 from svg.functional.training import training_attention
+from svg.kernels.linears import Steering, int8_linear
 
+from .linears import find_linears
 from .processor import VideoAttnProcessor, check_backend, refuse_parallel
 from .registry import find_spec
 
 
 @contextmanager
-def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[nn.Module]:
-    """Within the block, a transformer's video self-attention runs forward and backward in INT8.
+def int8_training(transformer: nn.Module, gradients: str = "int8", linears: str = "none") -> Iterator[nn.Module]:
+    """Within the block, a transformer's video self-attention, and linears if wanted, run forward and backward in INT8.
 
-    Weights, their gradients and the checkpoint stay what they are; only the arithmetic of attention changes. The
-    transformer may be compiled, inside or outside the block, and may checkpoint its activations.
+    Weights, their gradients and the checkpoint stay what they are; only the arithmetic changes. The transformer may be
+    compiled, inside or outside the block (linears in INT8 break its graph), and may checkpoint its activations.
 
     Args:
         transformer: a Diffusers transformer of a supported family, not accelerated by `svg.accelerate`.
         gradients: "int8" or "bf16", as in `svg.training_attention`.
+        linears: which linears of the blocks: "none", "feed_forward" or "all", as the setting `linears` of a method. Blocks
+            of their inputs that hold outliers count with 16 bits, a tenth to three tenths of them.
 
     Yields:
         The same transformer. After the block its processors are the original objects.
 
     Raises:
-        ValueError: the transformer is not supported, is accelerated, or has a Diffusers attention backend of its own.
+        ValueError: the transformer is not supported, is accelerated, or has a Diffusers attention backend of its own; or
+            there are no such linears as `linears`.
         NotImplementedError: context parallelism is on; or, in a forward, prompts with padding in the self-attention.
 
     Example:
@@ -47,16 +53,41 @@ def int8_training(transformer: nn.Module, gradients: str = "int8") -> Iterator[n
         check_backend(processor)
         if isinstance(processor, VideoAttnProcessor):
             raise ValueError("transformer must not be accelerated while it is trained: call svg.restore(pipe) first")
-    state = RunState(DenseConfig(), len(modules))
+    state = RunState(DenseConfig(linears=linears), len(modules))
+    chosen = [transformer.get_submodule(name) for name in find_linears(transformer, spec, linears)]
     try:
+        for linear in chosen:
+            linear.forward = Int8Forward(linear)
         for layer, attn in enumerate(modules):
             processor = spec.processor(attn.processor, state, layer)
             processor.attend = partial(_attend, gradients)
             attn.processor = processor
         yield transformer
     finally:
+        for linear in chosen:
+            vars(linear).pop("forward", None)
         for attn, processor in zip(modules, originals, strict=True):
             attn.processor = processor
+
+
+class Int8Forward:
+    """The forward of a linear in INT8, with gradients.
+
+    Args:
+        linear: the linear, whose own weight it reads at every call.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        self.linear = linear
+        self.steering = Steering()
+
+    @torch.compiler.disable  # the threshold moves with every step
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias, device = self.linear.weight, self.linear.bias, x.device.type
+        if torch.is_autocast_enabled(device):  # as PyTorch's linear does
+            dtype = torch.get_autocast_dtype(device)
+            x, weight, bias = (None if one is None else one.to(dtype) for one in (x, weight, bias))
+        return int8_linear(x, weight, bias, self.steering)
 
 
 def _attend(gradients: str, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None, text: int = 0) -> Tensor:

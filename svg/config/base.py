@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
 LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
+LINEAR_PRECISIONS = ("auto", "fp8", "int8")
 PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")  # of a sparse method
 
 
@@ -43,6 +44,8 @@ class MethodConfig:
             quantisation for linears in 8 bits. None: on GPUs, and where gradients are off; there the result is exact to rounding.
         linears: which linears of the blocks run in 8 bits: "none", "feed_forward", or "all" (the video attention's too).
             The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
+        linear_precision: theirs: "fp8" (compute capability 8.9), "int8" with 16 bits for blocks of inputs that hold
+            outliers, or "auto": FP8 where the GPU has it.
 
     Raises:
         ValueError: a value is outside its range.
@@ -70,6 +73,7 @@ class MethodConfig:
     check_finite: bool = True
     fused: bool | None = None
     linears: str = setting("none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}.")
+    linear_precision: str = "auto"
 
     def __post_init__(self):
         share(self, "warmup_steps")
@@ -79,6 +83,7 @@ class MethodConfig:
         if self.dense_backend not in DENSE_BACKENDS:
             raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
         choice(self, "linears", LINEARS)
+        choice(self, "linear_precision", LINEAR_PRECISIONS)
         if not isinstance(self.check_finite, bool):
             raise TypeError(f"check_finite must be true or false, got {self.check_finite!r}")
         if self.fused is not None and not isinstance(self.fused, bool):

@@ -28,12 +28,12 @@ KERNELS = {
     "_hopper_quantised_kernel", "_hopper_sparse_quantised_kernel", "_hopper_training_kernel", "_hopper_query_gradient_kernel", "_hopper_key_gradient_kernel",
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
     "_cut_kernel", "_pool_kernel", "_normalizers_kernel", "_scores_kernel", "_floors_kernel", "_histogram_kernel", "_counts_kernel",
-    "_ties_kernel", "_lists_kernel", "_quantize_rows_kernel", "_activate_kernel",
+    "_ties_kernel", "_lists_kernel", "_quantize_rows_kernel", "_activate_kernel", "_quantize_blocks_kernel", "_int8_matmul_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
-    "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
+    "_int8_matmul_kernel": 16, "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
     "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
 }  # fmt: skip
@@ -98,10 +98,17 @@ def test_products_run_on_tensor_cores(arch):
 
 @archs
 def test_quantised_products_run_in_8_bits(arch):
-    rows = [row for row in compiled(arch) if "quantised" in row["kernel"] or "int8" in row["kernel"]]
+    named = ("quantised" in row["kernel"] or "granules_int8" in row["kernel"] for row in compiled(arch))
+    rows = [row for row, found in zip(compiled(arch), named) if found]
     assert any("fp8" in row["case"] for row in rows) == (arch in FP8)
     for row in rows:
         assert set(row["instructions"]) == {INT8[arch], FP8[arch] if "fp8" in row["case"] else TENSOR_CORE[arch]}, row
+
+
+@archs
+def test_linears_run_in_int8(arch):
+    rows = [row for row in compiled(arch) if row["kernel"] == "_int8_matmul_kernel"]
+    assert len(rows) == 3 and all(row["instructions"] == [INT8[arch]] for row in rows), rows
 
 
 @archs

@@ -107,7 +107,31 @@ def test_q_k_and_v_share_one_quantisation(load, run, monkeypatch):
     run(pipe, steps=1)
     forwards = svg.report(pipe)["transformers"]["transformer"]["calls"]["total"]  # of attention layers
     assert len(calls) == 4 * forwards  # q k v; out; both of the feed-forward
-    assert all(m.shared._rows is None for m in pipe.transformer.modules() if getattr(m, "shared", None))
+    assert all(m.shared._found is None for m in pipe.transformer.modules() if getattr(m, "shared", None))
+
+
+def test_in_int8_with_fallback(load, run):
+    pipe = load("wan")
+    stock = run(pipe, steps=2)
+    out = run(svg.accelerate(pipe, DenseConfig(linears="all", linear_precision="int8", fused=True)), steps=2)
+    assert 0 < (out - stock).norm() < 0.05 * stock.norm()
+    found = [m for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)]
+    assert all(m.values.dtype == torch.int8 and m.shared.steering.steps > 0 for m in found)
+    assert found[0].shared is found[1].shared is found[2].shared and found[3].shared is not found[0].shared
+    assert torch.equal(
+        run(svg.accelerate(pipe, DenseConfig(linears="all", linear_precision="int8", fused=True)), steps=2), out
+    )
+    svg.restore(pipe)
+    assert torch.equal(run(pipe, steps=2), stock)
+    with pytest.raises(ValueError, match="linear_precision must be one of auto, fp8, int8"):
+        DenseConfig(linear_precision="int4")
+
+
+def test_gpus_without_fp8_take_int8(load, monkeypatch):
+    monkeypatch.setattr(linears.target, "has_fp8", lambda device: False)
+    pipe = load("wan")
+    svg.accelerate(pipe, DenseConfig(linears="all"))
+    assert {m.precision for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)} == {"int8"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

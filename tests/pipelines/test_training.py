@@ -43,6 +43,50 @@ def test_gradients_of_all_weights_are_those_of_dense_attention(load):
     assert loss_and_gradients(transformer, inputs, target)[0] == dense_loss
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_linears_in_int8_give_nearly_the_same_gradients(load, checkpointing):
+    transformer = load("wan").transformer
+    inputs, target = wan_inputs(), torch.randn(2, 16, 3, 8, 12)
+    dense_loss, dense = loss_and_gradients(transformer, inputs, target)
+    if checkpointing:
+        transformer.train().enable_gradient_checkpointing()
+    with svg.int8_training(transformer, linears="all"):
+        linear = transformer.blocks[0].ffn.net[2]
+        loss, found = loss_and_gradients(transformer, inputs, target)
+        steps = linear.forward.steering.steps
+    assert steps == 1 and loss != dense_loss and abs(loss / dense_loss - 1) < 3e-3
+    assert cosine_similarity(found, dense, 0) > 0.99
+    transformer.eval()
+    assert "forward" not in vars(linear) and loss_and_gradients(transformer, inputs, target)[0] == dense_loss
+
+
+def test_linears_in_int8_under_autocast_and_with_frozen_weights(load):
+    transformer = load("wan").transformer.requires_grad_(False)
+    chosen = transformer.blocks[0].ffn.net[2].weight.requires_grad_()
+    with svg.int8_training(transformer, linears="feed_forward"), torch.autocast("cpu", torch.bfloat16):
+        transformer(**wan_inputs(), return_dict=False)[0].float().square().mean().backward()
+    assert chosen.grad.dtype == torch.float32 and chosen.grad.abs().sum() > 0
+
+
+def test_int8_training_fits_as_16_bits_do(load):
+    curves = {}
+    for linears in ("none", "all"):
+        torch.manual_seed(5)
+        transformer = load("wan").transformer
+        optimizer = torch.optim.AdamW(transformer.parameters(), lr=3e-3)
+        inputs, target = wan_inputs(), torch.randn(2, 16, 3, 8, 12)
+        with svg.int8_training(transformer, linears=linears):
+            curves[linears] = []
+            for _ in range(25):
+                optimizer.zero_grad()
+                loss = (transformer(**inputs, return_dict=False)[0] - target).square().mean()
+                loss.backward()
+                optimizer.step()
+                curves[linears].append(loss.item())
+    assert curves["none"][-1] < 0.97 * curves["none"][0]
+    assert abs(curves["all"][-1] / curves["none"][-1] - 1) < 0.01
+
+
 def test_processors_come_back_whatever_happens(load):
     transformer = load("wan").transformer
     originals = [block.attn1.processor for block in transformer.blocks]

@@ -3,6 +3,7 @@
 import torch
 
 from svg.kernels import activate, gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
+from svg.kernels.linears import int8_matmul, quantize_blocks
 
 
 def linears(fp8):
@@ -12,6 +13,7 @@ def linears(fp8):
         fp8: whether the architecture has FP8.
     """
     yield "elementwise", lambda: elementwise(fp8)
+    yield "linears int8", int8
 
 
 def elementwise(fp8):
@@ -32,3 +34,13 @@ def elementwise(fp8):
         activate(up, "gelu_tanh", before=other, fp8=True)
         for kind in ("gelu_tanh", "gelu", "geglu", "swiglu"):
             activate(torch.zeros(1, 64, 13824 * (1 + (kind in ("geglu", "swiglu")))).bfloat16(), kind, fp8=True)
+
+
+def int8():
+    x, weight, threshold = torch.zeros(200, 5120).bfloat16(), torch.zeros(256, 5120), torch.ones(1)
+    rows, columns = quantize_blocks(x, threshold), quantize_blocks(weight)
+    int8_matmul(rows, columns, torch.zeros(256))  # forward
+    int8_matmul(
+        rows.t(whole=True), quantize_blocks(torch.zeros(200, 256).bfloat16(), seed=1).t(whole=True)
+    )  # gradient of the weight
+    int8_matmul(columns, columns)
