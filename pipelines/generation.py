@@ -16,6 +16,7 @@ from torch import nn
 from svg.engine.state import Timer
 
 from .attach import attached, is_accelerated, report, reset, transformers_of
+from .processes import everyones, is_split
 from .registry import PIPELINES
 from .request import GenerationRequest, PipelineRules, check_request
 
@@ -49,6 +50,8 @@ class GenerationResult:
         vae_seconds: in the VAE's decoder.
         peak_memory: bytes that torch held at most on the GPU during the run; None on a CPU.
         report: `svg.report(pipe)` after the run; None on a plain pipeline.
+        ranks: where several processes made the video, what each measured: the fields from `seconds` to `peak_memory`.
+            Those of the result are then the largest of all, this process' own `seconds` apart.
     """
 
     frames: np.ndarray
@@ -58,6 +61,7 @@ class GenerationResult:
     vae_seconds: float
     peak_memory: int | None
     report: dict[str, Any] | None
+    ranks: list[dict[str, float | None]] | None = None
 
 
 def validate_request(pipe: Any, request: GenerationRequest) -> None:
@@ -135,14 +139,22 @@ def generate(
         frames = pipe(**_arguments(pipe, request, on_step, start)).frames[0]
         _synchronise(device)
         seconds = time.perf_counter() - start
+    measured = {
+        "seconds": seconds,
+        "transformer_seconds": _total(transformer_timers),
+        "attention_seconds": _attention_seconds(pipe) if accelerated else None,
+        "vae_seconds": _total(vae_timers),
+        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+    ranks = everyones(measured) if is_split(next(iter(transformers_of(pipe).values()))) else None
+    if ranks is not None:
+        measured |= {name: max(rank[name] for rank in ranks) for name in measured if measured[name] is not None}
+        measured["seconds"] = seconds
     return GenerationResult(
         frames=np.asarray(frames, dtype=np.float32),
-        seconds=seconds,
-        transformer_seconds=_total(transformer_timers),
-        attention_seconds=_attention_seconds(pipe) if accelerated else None,
-        vae_seconds=_total(vae_timers),
-        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         report=report(pipe) if accelerated else None,
+        ranks=ranks,
+        **measured,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
@@ -49,10 +50,24 @@ def split_sequence(transformer: nn.Module) -> nn.Module:
         split_sequence(pipe.transformer)
     """
     plan = context_parallel_plan(transformer)
+    for name in ("diffusers.models.modeling_utils", "diffusers.hooks.context_parallel"):
+        diffusers.utils.logging.get_logger(name).setLevel("ERROR")  # that it may change, and what it leaves whole
     config = ContextParallelConfig(ulysses_degree=dist.get_world_size(), ulysses_anything=True)
     with _a_cpu_counts_as_one():
         transformer.enable_parallelism(config=config, cp_plan=plan)
     return transformer
+
+
+def is_split(transformer: nn.Module) -> bool:
+    """Whether several processes share a transformer's sequence."""
+    return getattr(transformer, "_parallel_config", None) is not None
+
+
+def everyones(value: Any) -> list[Any]:
+    """A value of every process, in their order."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import sys
 import click
 
 from .. import __version__
+from ..generate.several_gpus import last_words, rank
 from .adapt import adapt
 from .bench import bench
 from .doctor import doctor
@@ -71,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error, error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing was written", err=True)
+        if rank() is None:
+            click.echo("interrupted: nothing was written", err=True)
         return 130
     except (ValueError, TypeError, NotImplementedError, ArithmeticError, OSError) as error:
         return _fail(error, str(error))
@@ -90,7 +92,11 @@ def _fail(error: Exception, message: str) -> int:
     if os.environ.get("SVG_TRACEBACK"):
         raise error
     text = visible(" ".join(message.split()))
-    click.echo(f"svg: error: {text if len(text) <= _LONGEST else text[:_LONGEST] + ' ...'}", err=True)
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    if rank() is None:
+        click.echo(f"svg: error: {text}", err=True)
+    else:
+        last_words(text)
     return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from ..config import METHODS
 from ..config.run import DTYPES, OFFLOADS
+from ..generate.several_gpus import last_words, quiet, rank, start
 from ..methods.registry import method_flags
 from .options import (
     device_option,
@@ -80,6 +82,13 @@ _GENERATION_FLAGS = (
 @click.option(
     "--cache", help="A cache of Diffusers for the accelerated run: first-block[=threshold] or taylorseer[=interval]."
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="GPUs of this machine that make the video together, each with a part of the sequence.",
+)
 @click.option("--yes", is_flag=True, help="Run billions of weights on a CPU all the same.")
 @click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
 @click.option("--force", is_flag=True, help="Replace the results of an earlier run.")
@@ -101,9 +110,19 @@ def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
     from ..generate.preflight import preflight
 
     jobs = _jobs(prompt, prompts, options)
-    for job in jobs:
-        preflight(job)
-    return _run(jobs, Console())
+    if rank() is None:
+        for job in jobs:
+            preflight(job)
+        if jobs[0].gpus > 1:
+            return _on_several_gpus(jobs[0].gpus)
+    return _run(jobs, Console(quiet=bool(rank())))
+
+
+def _on_several_gpus(gpus: int) -> int:
+    code, message = start(sys.argv[1:], gpus)
+    if message is not None:
+        click.echo(f"svg: error: {message}", err=True)
+    return code
 
 
 def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> list[Job]:
@@ -173,7 +192,12 @@ def _run(jobs: list[Job], console: Any) -> int:
     from ..generate.run_job import run_all
 
     start = time.perf_counter()
-    for job, report in zip(todo, run_all(todo, TerminalDisplay(console))):
+    for job, report in zip(todo, run_all(todo, quiet(TerminalDisplay(console)))):
+        if rank():  # another process prints, unless this one alone was stopped
+            if report["stopped"] is not None:
+                last_words(report["stopped"])
+                return 1
+            continue
         print_report(console, report, str(job.out))
         if report["stopped"] is not None:
             click.echo(f"svg: {report['stopped']}; kept in {job.out}: {', '.join(_videos(report))}", err=True)

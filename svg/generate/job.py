@@ -48,6 +48,7 @@ class Job:
         cache: a cache of Diffusers for the accelerated run, or None.
         last_image_path: where the request's last image came from, or None.
         yes: run billions of weights on a CPU all the same.
+        gpus: processes that make the video together, each on a GPU of its own.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Job:
     cache: str | None = None
     last_image_path: str | None = None
     yes: bool = False
+    gpus: int = 1
 
 
 def resolve(
@@ -104,6 +106,10 @@ def resolve(
     """
     if method == "dense" and not rest["dense"]:
         raise ValueError("--no-dense must come with a sparse method, got --method dense: leave one of them out")
+    if rest.get("gpus", 1) > 1 and rest["device"] not in ("auto", "cuda", "cpu"):
+        raise ValueError(
+            f"--device must be auto, cuda or cpu with --gpus, got {rest['device']}: each process has its own"
+        )
     chosen = _preset(preset, model)
     if method is None:
         method = "near" if chosen is None or "near" in chosen.methods else "svg2"

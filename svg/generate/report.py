@@ -55,6 +55,7 @@ def make_report(
         "cache": job.cache,
         "seeds": {"noise": job.request.seed, "method": job.config.seed},
         "device": describe_device(device),
+        "gpus": job.gpus,
         "versions": versions(),
         "runs": runs,
         "speedup": _speedup(runs),
@@ -84,6 +85,7 @@ def run_summary(result: GenerationResult) -> dict[str, Any]:
             "vae": result.vae_seconds,
         },
         "peak_memory": result.peak_memory,
+        "ranks": result.ranks,
         "transformers": transformers,
     }
 

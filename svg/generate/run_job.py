@@ -7,7 +7,7 @@ with a report that says what is missing and why.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,15 +17,18 @@ from svg.eval.files import GrowingFolder, growing_folder, write_json
 from svg.eval.page import build_page
 from svg.eval.video import side_by_side, to_watch, write_video
 from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, load_pipeline, restore, validate_request
+from svg.pipelines.attach import transformers_of
 from svg.pipelines.caches import disable_cache, enable_cache
 from svg.pipelines.extras import check_size_for_cpu, compile_blocks, load_loras
 from svg.pipelines.loading import resolve_device
 from svg.pipelines.model_files import BUNDLED
+from svg.pipelines.processes import join, split_sequence
 
 from ..config import DenseConfig, MethodConfig
 from .estimate import Estimate
 from .job import RESULTS, Job, inputs_of
 from .report import describe_device, make_report, overall_density, run_summary
+from .several_gpus import rank
 from .warm_up import warm_up, warm_up_control
 
 __all__ = ["RESULTS", "describe_device", "overall_density", "run", "run_all", "run_summary", "to_uint8", "warm_up"]
@@ -77,13 +80,14 @@ def run_all(jobs: Sequence[Job], display: Display) -> Iterator[dict[str, Any]]:
     """
     first, pipe = jobs[0], None
     for job in jobs:
-        with growing_folder(job.out, RESULTS, job.force, inputs_of(job)) as folder:
+        follows = bool(rank())  # another process writes
+        with nullcontext() if follows else growing_folder(job.out, RESULTS, job.force, inputs_of(job)) as folder:
             if pipe is None:
                 display.stage(f"loading {first.model}{' (bundled)' if first.model == BUNDLED else ''}")
                 pipe = load(first)
             validate_request(pipe, job.request)
             try:
-                report = _Run(pipe, job, display, folder).everything()
+                report = (_Follower if follows else _Run)(pipe, job, display, folder).everything()
             finally:
                 disable_cache(pipe)
                 restore(pipe)
@@ -93,11 +97,12 @@ def run_all(jobs: Sequence[Job], display: Display) -> Iterator[dict[str, Any]]:
 
 
 def load(job: Job) -> Any:
-    """The pipeline of a job, with its LoRAs, compiled where that is asked for."""
-    check_size_for_cpu(job.model, resolve_device(job.device), job.revision, job.yes)
+    """The pipeline of a job, with its LoRAs, compiled where that is asked for, on all GPUs where there are several."""
+    device = resolve_device(job.device)
+    check_size_for_cpu(job.model, device, job.revision, job.yes)
     pipe = load_pipeline(
         job.model,
-        device=job.device,
+        device=job.device if job.gpus == 1 else str(join(device.type)),
         dtype=job.dtype,
         offload=job.offload,
         flow_shift=job.flow_shift,
@@ -106,6 +111,9 @@ def load(job: Job) -> Any:
         variant=job.variant,
     )
     load_loras(pipe, job.loras)
+    if job.gpus > 1:
+        for transformer in transformers_of(pipe).values():
+            split_sequence(transformer)
     if job.compiled:
         compile_blocks(pipe)
     return pipe
@@ -214,6 +222,13 @@ class _Run:
                 self.quality[name] = compare(self.frames["dense"], self.frames[name], self.job.lpips, device)
             except Exception as error:
                 self.notes.append(f"quality of the {name} video could not be measured: {_one_line(error)}")
+
+
+class _Follower(_Run):
+    """A process that computes its part and writes nothing."""
+
+    def _publish(self, state: str, stopped: str | None = None) -> dict[str, Any]:
+        return {"state": state, "stopped": stopped, "runs": {}}
 
 
 def _one_line(error: Exception) -> str:
