@@ -96,7 +96,7 @@ def _fail(error: Exception, message: str) -> int:
     if rank() is None:
         click.echo(f"svg: error: {text}", err=True)
     else:
-        last_words(text)
+        last_words(text, 2)
     return 2
 
 

@@ -195,7 +195,7 @@ def _run(jobs: list[Job], console: Any) -> int:
     for job, report in zip(todo, run_all(todo, quiet(TerminalDisplay(console)))):
         if rank():  # another process prints, unless this one alone was stopped
             if report["stopped"] is not None:
-                last_words(report["stopped"])
+                last_words(report["stopped"], 1)
                 return 1
             continue
         print_report(console, report, str(job.out))

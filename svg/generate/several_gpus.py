@@ -21,9 +21,10 @@ def rank() -> int | None:
     return int(os.environ["RANK"]) if ERROR_FILE in os.environ and "RANK" in os.environ else None
 
 
-def last_words(text: str) -> None:
-    """Leave an error's line to the process that started this one, which says it once."""
-    Path(os.environ[ERROR_FILE]).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+def last_words(text: str, code: int) -> None:
+    """Leave an error's line, and an exit code, to the process that started this one, which says it once."""
+    words = {"message": text, "timestamp": int(time.time()), "code": code}
+    Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
 
 
 def start(arguments: Sequence[str], processes: int) -> tuple[int, str | None]:
@@ -67,7 +68,7 @@ def _why(failures: Mapping[int, Any]) -> tuple[int, str | None]:
     place, failure = min(spoken.items())
     everyone = {other.error_file_data["message"] for other in spoken.values()}
     where = "" if place == 0 or len(everyone) == 1 < len(spoken) else f"GPU {place}: "
-    return max(1, failure.exitcode), f"{where}{failure.error_file_data['message']}"
+    return failure.error_file_data["code"], f"{where}{failure.error_file_data['message']}"
 
 
 def quiet(display: Any) -> Any:

@@ -64,13 +64,13 @@ def failure(folder, place, message=None, code=2):
     file = folder / f"{place}.json"
     data = {}
     if message is not None:
-        data = {"message": message}
+        data = {"message": message, "code": 2}
         file.write_text(json.dumps(data))
     return SimpleNamespace(exitcode=code, error_file=str(file), error_file_data=data, timestamp=place)
 
 
 def test_the_words_of_whoever_stopped(tmp_path):
-    said = several_gpus._why({1: failure(tmp_path, 1, "out of memory"), 0: failure(tmp_path, 0, code=-15)})
+    said = several_gpus._why({1: failure(tmp_path, 1, "out of memory", -15), 0: failure(tmp_path, 0, code=-15)})
     assert said == (2, "GPU 1: out of memory")
     assert several_gpus._why({n: failure(tmp_path, n, "no budget") for n in (1, 0)}) == (2, "no budget")
     silent = {1: failure(tmp_path, 3, code=-9), 0: failure(tmp_path, 4, code=-15)}
@@ -81,5 +81,5 @@ def test_last_words_are_where_the_launcher_looks(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "words.json"))
     assert several_gpus.rank() is None
     monkeypatch.setenv("RANK", "1")
-    several_gpus.last_words("too large")
+    several_gpus.last_words("too large", 2)
     assert several_gpus.rank() == 1 and json.loads((tmp_path / "words.json").read_text())["message"] == "too large"
