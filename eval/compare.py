@@ -40,7 +40,7 @@ def compare(reference, output, lpips_net="alex", device="cpu"):
         "lpips": _Taken(_lpips(lpips_net, device)),
         "temporal_psnr": _Taken(metrics.difference_error),
     }
-    frames, shape = 0, None
+    frames, shape = 0, (0, 0, 0, 0)
     for a, b, previous in _pairs(reference, output):
         frames, shape = frames + len(a), a.shape
         for name, metric in taken.items():

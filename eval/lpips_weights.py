@@ -80,7 +80,7 @@ def _download(net, backbone):
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             raise OSError("HF_HUB_OFFLINE is set, so nothing is fetched")
         with _patience():
-            weights = get_model_weights(backbone.model).IMAGENET1K_V1
+            weights = get_model_weights(backbone.model)["IMAGENET1K_V1"]
             weights.get_state_dict(check_hash=True, progress=sys.stderr.isatty(), weights_only=True, map_location="cpu")
         return _hub_file(backbone)
     except (OSError, RuntimeError) as error:  # no network, a full disk; another hash than the published one
@@ -107,7 +107,7 @@ def _distribution_file(backbone):
         distribution = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return None
-    path = Path(distribution.locate_file(backbone.checkpoint))
+    path = Path(str(distribution.locate_file(backbone.checkpoint)))
     return path if path.is_file() else None
 
 

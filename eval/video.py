@@ -59,6 +59,7 @@ class Video:
             picture = ["-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
             command = _ffmpeg(*_source(self.path), *picture)
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+            assert process.stdout is not None  # it is a pipe
             try:
                 while (frame := _read_ppm(process.stdout)) is not None:
                     count += 1

@@ -9,25 +9,14 @@ The report pages of measured sweeps and tunings are made from docs/pages/, their
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from wheel_layout import ROOT, lay_out
+
 from svg.documents import read_json
 from svg.eval.page.build import render
-
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "pipelines", "eval", "configs")  # of the repository; packages below svg once installed
-
-
-def lay_out(target: Path) -> None:
-    """Copy the sources as a wheel has them: tools that read sources don't find packages that lie elsewhere."""
-    shutil.rmtree(target, ignore_errors=True)
-    ignore = shutil.ignore_patterns("__pycache__", "tiny-wan")
-    shutil.copytree(ROOT / "svg", target / "svg", ignore=ignore)
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, target / "svg" / folder, ignore=ignore)
 
 
 def main() -> int:

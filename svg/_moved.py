@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -121,7 +122,7 @@ PACKAGES = {
 }
 
 
-class _Finder:
+class _Finder(Loader):
     """Asked after all others, hence for names alone that are nowhere else; gives the very module that has moved."""
 
     @staticmethod
@@ -130,14 +131,12 @@ class _Finder:
         if not homes:
             return None
         _warn(name, " and ".join(homes))
-        return ModuleSpec(name, _Finder)
+        return ModuleSpec(name, _Finder())
 
-    @staticmethod
-    def create_module(spec: ModuleSpec) -> None:
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
-    @staticmethod
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         package, _, child = name.rpartition(".")
         if callable(getattr(sys.modules[package], child, None)):
@@ -145,7 +144,7 @@ class _Finder:
         if name in MODULES:
             sys.modules[name] = importlib.import_module(MODULES[name])
         else:
-            module.__getattr__ = lambda wanted: _look_up(name, SPLIT, wanted)
+            vars(module)["__getattr__"] = lambda wanted: _look_up(name, SPLIT, wanted)
 
 
 class _KeepsOperations(ModuleType):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from svg.kernels.common import target
 
-from .config import MethodConfig
+from .config import GuardedConfig, MethodConfig
 from .engine.execute import is_emulated
 from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
@@ -24,8 +26,16 @@ __all__ = ["attend", "dense_attention"]
 
 _log = logging.getLogger("svg")
 
+F = TypeVar("F", bound=Callable)
 
-@torch.compiler.disable
+
+def _not_compiled(function: F) -> F:
+    """`torch.compiler.disable`, which hides a function's arguments from type checkers."""
+    hidden: Any = torch.compiler.disable(function)
+    return hidden
+
+
+@_not_compiled
 def attend(
     q: Tensor,
     k: Tensor,
@@ -55,8 +65,6 @@ def attend(
         FloatingPointError: q, k or v hold NaN or infinity (raised at the next forward on a GPU).
     """
     config, layout = state.config, state.layout
-    if layout is None:
-        raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
     if not 0 <= layer < state.num_layers:
         raise ValueError(f"layer must be in [0, {state.num_layers}), got {layer}")
     _check(q, k, v, layout, text_mask)
@@ -67,11 +75,11 @@ def attend(
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
     dense = config.is_dense(layer) or state.is_warmup(layer) or layout.total_tokens < config.min_tokens
-    precision = None
+    precision: str | None = None
     if not dense:
         precision, dense = _precision(config, state, layer, q.device)
     kind, density, plan, outcome = None, torch.ones(q.shape[:2]), None, None
-    if dense:
+    if dense or precision is None:
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
     else:
         out, plan, outcome = _planned(q, k, v, state, layer, precision, text_mask)
@@ -100,7 +108,7 @@ def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.
     """What a method computes a call in, and whether dense attention runs in its place."""
     choose = getattr(planner(config), "precision_of", None)
     if choose is None:
-        return config.precision, False
+        return getattr(config, "precision", "native"), False
     found = choose(config, state, layer, device)
     return found, found == "native"
 
@@ -118,19 +126,21 @@ def _planned(
     with torch.no_grad():
         settings = config.at_step(state.step, state.num_steps)
         plan = planner(config).plan(q, k, v, settings, memory, layout, text_mask)
-    if precision == "native" or not config.guard:
+    if precision == "native" or not isinstance(config, GuardedConfig) or not config.guard:
         return plan.execute(q, k, v, precision), plan, None
 
     def run(failed: Tensor) -> Tensor:
         return plan.execute(q, k, v, precision, failed)
 
     with torch.no_grad():
-        out, outcome = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=state.probe_generator(layer))
-    if getattr(config, "min_cosine", None) is not None and outcome.cosine is not None:
+        probe = state.probe_generator(layer, config.probe_every)
+        out, outcome = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=probe)
+    at_least: float | None = getattr(config, "min_cosine", None)
+    if at_least is not None and outcome.cosine is not None:
         cosine = outcome.cosine
         if state.peers is not None:  # all take the safer precision, or none
             cosine = -state.peers.largest(-cosine)
-        state.note_cosine(layer, cosine)
+        state.note_cosine(layer, cosine, at_least)
     return out, plan, outcome
 
 
@@ -139,6 +149,7 @@ def _of_all_heads(
 ) -> tuple[Tensor, Tensor | None, GuardOutcome | None]:
     """What every process records of a call whose heads are dealt over several."""
     peers = state.peers
+    assert peers is not None
     if dense:
         return torch.ones(density.shape[0], peers.heads), None, None
     density = peers.gather(density)

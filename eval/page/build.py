@@ -115,4 +115,4 @@ def _policy(scripts):
 
 
 def _asset(name):
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
+    return (resources.files("svg.eval.page") / name).read_text(encoding="utf-8")

@@ -63,7 +63,8 @@ def as_block_map(blocks: BlockMap | torch.Tensor | None, sizes: tuple, fields: d
                 f"blocks is a BlockMap already, got {', '.join(fields) or 'sizes'} beside it: replace its field"
             )
         return blocks
-    return BlockMap(*(() if blocks is None else (blocks,)), *sizes, **fields)
+    given: tuple[Any, ...] = sizes if blocks is None else (blocks, *sizes)
+    return BlockMap(*given, **fields)
 
 
 def check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: BlockMap, sm_scale: float) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..common import target
+from ..common.numbers import softmax_scale
 from .blocks import BlockMap, as_block_map, check
 from .reference import block_sparse_attention_reference
 from .triton import launch
@@ -58,7 +59,7 @@ def block_sparse_attention(
 
     Source: arXiv 2505.18875, section 4.4 (attention with dynamic block sizes); the tail: arXiv 2603.08982 (SVG-EAR).
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     blocks = as_block_map(blocks, sizes, fields)
     if blocks.k_permutation is not None:
         raise ValueError(

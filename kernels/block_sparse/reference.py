@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..common.numbers import softmax_scale
 from .blocks import BlockMap, Tail, as_block_map
 
 LSE_CHUNK = 1 << 22
@@ -27,7 +28,7 @@ def block_sparse_attention_reference(
     One dense attention for each query cluster over its selected keys, all heads of a map at once: memory stays linear.
     `attend` is that attention.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     blocks = as_block_map(blocks, sizes, fields)
     q_permutation, tail = blocks.q_permutation, blocks.tail
     B, H, S, D = q.shape
@@ -40,7 +41,7 @@ def block_sparse_attention_reference(
     map_index = blocks.map_index.reshape(-1)
     for m in map_index.unique().tolist():
         heads = (map_index == m).nonzero().squeeze(1)
-        part = None if tail is None else Tail(*(x.flatten(0, 1)[heads] for x in tail[:2]), tail.bias[m])
+        part = None if tail is None else Tail(tail.k.flatten(0, 1)[heads], tail.v.flatten(0, 1)[heads], tail.bias[m])
         out[heads], lse[heads] = _attend_one_map(
             rows[heads],
             keys[heads],
@@ -72,7 +73,7 @@ def _attend_one_map(q, k, v, block_map, q_sizes, k_sizes, sm_scale, with_lse, at
         if size and tail is not None:
             rows = _with_tail(q[:, start:stop], k, v, token_map[i], tail, i, sm_scale, with_lse)
             out[:, start:stop] = rows[0]
-            if with_lse:
+            if rows[1] is not None:
                 lse[:, start:stop] = rows[1]
             continue
         if size == 0 or selected_counts[i] == 0:
@@ -104,7 +105,7 @@ def _with_tail(q, k, v, selected, tail, i, sm_scale, with_lse):
     return out.to(k.dtype), _log_sum_exp(q, keys, sm_scale, bias) if with_lse else None
 
 
-def _log_sum_exp(q, k, sm_scale, bias=0.0):
+def _log_sum_exp(q, k, sm_scale, bias: torch.Tensor | float = 0.0):
     chunk = max(1, LSE_CHUNK // (k.shape[0] * k.shape[1]))
     parts = [torch.logsumexp(part @ k.transpose(1, 2) * sm_scale + bias, dim=-1) for part in q.split(chunk, dim=1)]
     return torch.cat(parts, dim=1)

@@ -43,7 +43,7 @@ LAUNCH = LaunchTable({
 }, measured=[(90, (2, 64)), (90, (2, 128))])  # fmt: skip
 
 
-def launch(q, k, v, blocks, *, sm_scale, return_lse):
+def launch(q, k, v, blocks, *, sm_scale, return_lse) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     B, H, S, D = q.shape
     q_sizes, q_permutation, map_index, tail = blocks.q_sizes, blocks.q_permutation, blocks.map_index, blocks.tail
     Cq = blocks.block_map.shape[1]

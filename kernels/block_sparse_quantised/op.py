@@ -22,6 +22,7 @@ import torch
 
 from ..block_sparse.blocks import BlockMap, as_block_map, check
 from ..common import target
+from ..common.numbers import softmax_scale
 from ..quantize.precision import SPARSE_PRECISIONS, Quantisation, as_quantisation, find_precision
 from .reference import block_sparse_attention_quantised_reference
 from .triton import launch
@@ -63,7 +64,7 @@ def block_sparse_attention_quantised(
 
     Source: arXiv 2505.18875, section 4.4 (dynamic block sizes), with the quantisation of arXiv 2411.10958, section 3.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     how = as_quantisation(how, fields)
     blocks = as_block_map(blocks, sizes, fields)
     check(q, k, v, blocks, sm_scale)

@@ -10,7 +10,7 @@ from ..block_sparse.blocks import BlockMap, as_block_map
 from ..block_sparse.reference import block_sparse_attention_reference
 from ..clustering.permute import gather_tokens_reference
 from ..common.merge import merge_attention_reference
-from ..common.numbers import base2
+from ..common.numbers import base2, softmax_scale
 from ..common.rounded import note_failure_reference, rounded_attention
 from ..common.smoothing import unsmoothed_lse_reference
 from ..quantize.channels import fp8_values, quantize_channels_reference, statistics_reference
@@ -40,7 +40,7 @@ def block_sparse_attention_quantised_reference(
     not quantised.
     """
     D = q.shape[-1]
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, D)
     how = as_quantisation(how, fields)
     blocks = as_block_map(blocks, sizes, fields)
     if blocks.tail is not None:
@@ -85,6 +85,7 @@ def block_sparse_attention_quantised_reference(
     if kind.fp8:
         out = out * channels.scale[:, :, None, :D]
     if how.smooth_v:
+        assert channels.mean is not None
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + channels.mean[:, :, None, :D])
     note_failure_reference(failed, out)
     out = torch.empty_like(q).copy_(out)

@@ -88,7 +88,9 @@ def kmeans_and_tiles(
     """
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}: pass the tokens of a tile")
-    return _kmeans(x, centroids, iterations, tile)
+    found, means = _kmeans(x, centroids, iterations, tile)
+    assert means is not None
+    return found, means
 
 
 def kmeans_and_tiles_reference(

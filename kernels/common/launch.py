@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -60,10 +61,16 @@ class LaunchTable(dict):
 
     def row(self, device: torch.device, *key):
         """The row of a device: its architecture's, and of it the one for a key, where there are keys."""
-        found = target.launch_row(self, device)
-        return found[key if len(key) > 1 else key[0]] if key else found
+        found: Any = target.launch_row(self, device)
+        return found[_joined(key)] if key else found
 
     def status(self, arch: int, *key) -> str:
         """ "measured" or "compiled only"; arguments as in the table."""
-        pair = (arch, key if len(key) > 1 else key[0]) if key else arch
+        pair = (arch, _joined(key)) if key else arch
         return "measured" if arch in self.measured or pair in self.measured else "compiled only"
+
+
+def _joined(key: tuple[Any, ...]) -> Any:
+    """A key as rows have it: one value by itself, several as a tuple."""
+    first, *rest = key
+    return key if rest else first

@@ -21,3 +21,8 @@ INT_AS_FLOAT_BITS = tl.constexpr(0x4B400000)
 def base2(sm_scale: float) -> float:
     """A softmax scale as kernels take it: their exponentials have base 2."""
     return sm_scale * math.log2(math.e)
+
+
+def softmax_scale(sm_scale: float | None, dim: int) -> float:
+    """The scale of scores that is given, or that of a head dim."""
+    return float(dim) ** -0.5 if sm_scale is None else float(sm_scale)

@@ -17,7 +17,7 @@ import torch
 from ..common import target
 from ..common.checks import check_inputs
 from ..common.launch import Launch, LaunchTable
-from ..common.numbers import LN_2, LOG2_FP4_RANGE, base2
+from ..common.numbers import LN_2, LOG2_FP4_RANGE, base2, softmax_scale
 from ..common.quantised_tile import hide, note_failure
 from ..common.rounded import SCORE_CHUNK, note_failure_reference
 from ..common.rounded import hide as hide_reference
@@ -78,7 +78,7 @@ def fp4_attention(
 
     Source: arXiv 2505.11594, section 3 and algorithm 1.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     check_inputs(q, k, v, sm_scale, mask)
     target.refuse_gradients("fp4_attention", q, k, v)
     op = _launch if target.use_triton(q) else fp4_attention_reference
@@ -107,7 +107,7 @@ def fp4_attention_reference(
     """
     S, D = q.shape[2:]
     Sk = k.shape[2]
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, D)
     mean = statistics_reference(k, v).k_mean if smooth_k else None
     rows = quantize_nvfp4_reference(q, packed=False, own_mean=smooth_q)
     bias = mean_scores(rows.mean, k, mean) if smooth_q else None

@@ -25,6 +25,7 @@ import torch
 
 from ..common import target
 from ..common.checks import check_inputs
+from ..common.numbers import softmax_scale
 from ..quantize.precision import Quantisation, as_quantisation, find_precision, refuse_keywords
 from ..quantize.tokens import GROUPS
 from .reference import quantised_attention_reference
@@ -68,7 +69,7 @@ def quantised_attention(
 
     Source: arXiv 2411.10958, section 3; arXiv 2505.21136, section 3 (sums in fp16).
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     how = as_quantisation(how, fields)
     refuse_keywords("quantised_attention", fields)
     find_precision(how.precision, smooth_v=how.smooth_v)

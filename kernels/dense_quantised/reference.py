@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..common.numbers import softmax_scale
 from ..common.rounded import note_failure_reference, rounded_attention
 from ..common.smoothing import mean_scores, unsmoothed_lse_reference
 from ..quantize.channels import fp8_values, quantize_channels_reference, statistics_reference
@@ -32,12 +33,12 @@ def quantised_attention_reference(
     refuse_keywords("quantised_attention_reference", fields)
     kind = how.kind
     D = q.shape[-1]
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, D)
     stats = statistics_reference(k, v)
     mean = stats.k_mean if how.smooth_k else None
     rows = quantize_tokens_reference(q, side="q", groups=how.q_groups, bits=kind.bits, own_mean=how.smooths_q)
     keys = quantize_tokens_reference(k, side="k", groups=how.k_groups, bits=kind.bits, mean=mean)
-    bias = mean_scores(rows.mean, k, mean) if how.smooths_q else None
+    bias = None if rows.mean is None else mean_scores(rows.mean, k, mean)
     if kind.fp8:
         channels = quantize_channels_reference(v, stats, smooth=how.smooth_v, limit=kind.v_range)
         values = fp8_values(channels, v.shape[2], D)
@@ -51,6 +52,7 @@ def quantised_attention_reference(
     if kind.fp8:
         out = out * channels.scale[:, :, None, :D].repeat_interleave(heads, 1)
     if how.smooth_v:
+        assert channels.mean is not None
         mean_out = channels.mean[:, :, None, :D].repeat_interleave(heads, 1)
         out = torch.where(lse[..., None] == -torch.inf, 0.0, out + mean_out)
     note_failure_reference(failed, out)

@@ -11,6 +11,7 @@ import torch
 
 from ..common import target
 from ..common.checks import check_inputs
+from ..common.numbers import softmax_scale
 from ..common.target import tl, triton
 from ..quantize.channels import quantize_channels, statistics
 from ..quantize.precision import (
@@ -63,7 +64,7 @@ def varlen_attention(
 
     Source: arXiv 2411.10958, section 3, with K smoothed in each sequence.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     how = as_quantisation(how, fields)
     refuse_keywords("varlen_attention", fields)
     find_precision(how.precision, SPARSE_PRECISIONS, how.smooth_v)

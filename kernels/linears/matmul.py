@@ -46,7 +46,7 @@ def fp8_linear(
     target.require_fp8(x.values.device)
     if x.values.numel() == 0:
         return x.scale.new_zeros((*x.shape[:-1], N), dtype=x.dtype)
-    out = torch._scaled_mm(
+    out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]  # it has no public name
         x.values.view(-1, K), weight.values.t(), x.scale.view(-1, 1), weight.scale.view(1, N),
         bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=fast,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from ..common import target
 from ..common.launch import Launch, LaunchTable
-from ..common.numbers import base2
+from ..common.numbers import base2, softmax_scale
 from ..common.target import tl, triton
 
 MAX_HEAD_DIM = 128
@@ -51,7 +51,7 @@ def probe_attention(
     Source: arXiv 2502.01776, section 3.2 (online profiling).
     """
     _check(q, k, v, masks, visible, mask_index)
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     op = _launch if target.use_triton(k) else probe_attention_reference
     return op(q, k, v, masks, visible, sm_scale, mask_index)
 
@@ -66,7 +66,7 @@ def probe_attention_reference(
     mask_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Specification of `probe_attention` in plain torch; same arguments and result (fp64 stays fp64)."""
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     if mask_index is not None:
         alone = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))  # [B * H, 1, .., D]
         picked = mask_index.flatten().long()

@@ -14,6 +14,7 @@ import torch
 
 from ..common import target
 from ..common.checks import check_inputs as check_shapes
+from ..common.numbers import softmax_scale
 from ..quantize.tokens import DTYPES
 from . import backward, forward
 from .inputs import Kept
@@ -52,7 +53,7 @@ def training_attention(
 
     Source: arXiv 2505.11594, section 4 (8-bit attention for training), algorithm 2; arXiv 2603.02170.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     check_inputs(q, k, v, sm_scale, cu_seqlens_q, cu_seqlens_k)
     target.refuse_gradients("svg.kernels.training_attention", q, k, v)
     op = forward.launch if target.use_triton(q) else training_attention_reference
@@ -76,7 +77,7 @@ def check_inputs(
     check_shapes(q, k, v, sm_scale)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k must be given together, got one: pass it twice for both")
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
         return
     for name, starts, tokens in (
         ("cu_seqlens_q", cu_seqlens_q, q.shape[2]),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..common.numbers import softmax_scale
 from ..quantize.channels import statistics_reference
 from .inputs import (
     Kept,
@@ -32,13 +33,14 @@ def training_attention_reference(
     cu_seqlens_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Kept]:
     """Specification of `training_attention` in plain torch; same arguments and result."""
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    sm_scale = softmax_scale(sm_scale, q.shape[-1])
     rows, columns = layouts(q, k, cu_seqlens_q, cu_seqlens_k)
     stats = statistics_reference(k, v)
     packed = pack_keys_reference(k, v, stats, columns)
     queries, q_scale = pack_queries_reference(q, rows, sm_scale)
     lse = torch.full_like(q_scale, torch.inf)
     kept = Kept(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
+    assert packed.values8 is not None
     steps = packed.values8[:, :, operand_order(columns.tokens, q.device).argsort()].transpose(1, 2)  # [Hkv, T, Dp]
     v_scale, total = channel_scale(stats), q.new_zeros(*queries.shape[:2], q.shape[3], dtype=torch.float32)
     for b, h, kv, m, n in pairs(kept, rows, columns):
@@ -92,7 +94,8 @@ def training_attention_backward_reference(
     rows, columns = layouts(out, dk, cu_seqlens_q, cu_seqlens_k)
     inputs = grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows
     packed = pack_gradients_reference(*inputs, products == "bf16")
-    if products == "int8":
+    steps = None
+    if packed.turned is not None:
         steps = packed.turned[:, :, operand_order(rows.tokens, out.device).argsort()].transpose(1, 2)  # [H, T, Dp]
     sum_q, sum_k, sum_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (kept.queries, kept.keys, kept.keys))
     for _, h, kv, m, n in pairs(kept, rows, columns):
@@ -101,12 +104,13 @@ def training_attention_backward_reference(
         wide = packed.values[h, m].float() @ kept.values[kv, n].float().T - packed.delta[h, m, None] * k_scale
         p, ds = (torch.exp2(scores - lse[h, m, None]) * x for lse, x in ((packed.lse, 1), (kept.lse, wide)))
         factor, back = sm_scale * packed.scale[h, m, None], (LN_2 / k_scale)[:, None]
-        if products == "int8":
+        if steps is not None:
             sum_q[h, m] = rounded(ds, GROUPS["q"]) @ keys * (factor / q_scale)
             sum_k[kv, n] += rounded((ds * packed.scale[h, m, None]).T, GROUPS["k"]) @ kept.queries[h, m].float() * back
             sum_v[kv, n] += rounded(p.T, GROUPS["v"]) @ steps[h, m].float()
         else:
             sum_q[h, m] = ds.bfloat16().float() @ keys * factor
+            assert packed.queries is not None
             queries = packed.queries[h, m].float()
             sum_k[kv, n] += (ds * packed.scale[h, m, None]).bfloat16().float().T @ queries * back
             sum_v[kv, n] += p.bfloat16().float().T @ packed.values[h, m].float()

@@ -55,9 +55,8 @@ def layouts(
     q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None
 ) -> tuple[Sequences, Sequences]:
     """Where the sequences of queries and of keys lie; arguments as in `training_attention`."""
-    return tuple(
-        sequences(x.shape[0], x.shape[2], starts, x.device) for x, starts in ((q, cu_seqlens_q), (k, cu_seqlens_k))
-    )
+    rows = sequences(q.shape[0], q.shape[2], cu_seqlens_q, q.device)
+    return rows, sequences(k.shape[0], k.shape[2], cu_seqlens_k, k.device)
 
 
 def packed_tokens(batch: int, tokens: int, count: int | None) -> int:

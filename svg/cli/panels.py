@@ -5,6 +5,8 @@ rich-click draws it; it is a dependency, but nothing else of the program needs i
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 COMMANDS = {
@@ -37,18 +39,22 @@ OPTIONS = {
     "Help": ("--help", "--version"),
 }
 
+Command: type[click.Command] = click.Command
+Group: type[click.Group] = click.Group
+SETTINGS: dict[str, Any] = {}
 try:
-    from rich_click import RichCommand as Command
-    from rich_click import RichGroup
+    from rich_click import RichCommand, RichGroup
 except ModuleNotFoundError:
-    Command, Group, SETTINGS = click.Command, click.Group, {}
+    pass
 else:
 
-    class Group(RichGroup):
+    class _Group(RichGroup):
         """rich-click's, whose errors stay with the caller as click's do."""
 
-        main = click.Group.main
+        def main(self, *args: Any, **options: Any) -> Any:
+            return click.Group.main(self, *args, **options)
 
+    Command, Group = RichCommand, _Group
     SETTINGS = {
         "rich_help_config": {
             "text_markup": None,

@@ -68,12 +68,14 @@ def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed
         return _execute_quantised(plan, q, k, v, precision, failed)
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
-    return block_sparse_attention(q, k, v, replace(plan.blocks, k_permutation=None), sm_scale=plan.sm_scale)
+    blocks = replace(plan.blocks, k_permutation=None)
+    return output_of(block_sparse_attention(q, k, v, blocks, sm_scale=plan.sm_scale))
 
 
 def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
     how = Quantisation(precision, pv_threshold=plan.pv_threshold)
-    return block_sparse_attention_quantised(q, k, v, plan.blocks, how=how, sm_scale=plan.sm_scale, failed=failed)
+    found = block_sparse_attention_quantised(q, k, v, plan.blocks, how=how, sm_scale=plan.sm_scale, failed=failed)
+    return output_of(found)
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
@@ -84,3 +86,9 @@ def is_emulated(precision: str, device: torch.device) -> bool:
         device: where the call runs.
     """
     return precision.startswith("int4") or (precision == "nvfp4" and not target.has_fp4(device))
+
+
+def output_of(found: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """The output of an attention that was not asked for its log-sum-exp."""
+    assert isinstance(found, Tensor)
+    return found

@@ -28,14 +28,17 @@ class CallPlan(Protocol):
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, float32 [B, H]."""
+        ...
 
     def execute(self, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None = None) -> Tensor:
         """Attention as planned, [B, H, S, D]; see `svg.engine.execute.execute`."""
+        ...
 
     def probe_rows(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """How far some rows are from unquantised attention; see `svg.engine.repair.probe_rows`."""
+        ...
 
     def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
         """Compute failed heads again without quantisation, in place; see `svg.engine.repair.repair`."""
@@ -89,7 +92,9 @@ class Plan:
         Returns:
             The plan.
         """
-        plan = replace(self, tail=None if means is None else Tail(*means, self.tail.bias), reused=True)
+        plan = replace(
+            self, tail=None if means is None or self.tail is None else Tail(*means, self.tail.bias), reused=True
+        )
         plan._density.extend(self._density)
         return plan
 
@@ -120,7 +125,7 @@ class Plan:
             visible_keys=self.visible_keys[maps],
             kind=part(self.kind),
             pv_threshold=None if self.pv_threshold is None else self.pv_threshold[heads],
-            tail=None if self.tail is None else Tail(part(self.tail.k), part(self.tail.v), self.tail.bias[maps]),
+            tail=None if self.tail is None else Tail(self.tail.k[group], self.tail.v[group], self.tail.bias[maps]),
             share=None if self.share is None else self.share[maps],
         )
 

@@ -18,8 +18,7 @@ class Timer:
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._end = None
+        self._start = self._end = self._mark()
 
     def stop(self) -> None:
         self._end = self._mark()
@@ -31,7 +30,8 @@ class Timer:
         self._end.synchronize()
         return self._start.elapsed_time(self._end) / 1000
 
-    def _mark(self):
+    def _mark(self) -> Any:
+        """Seconds, or an event of the current stream."""
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -13,7 +13,7 @@ from svg.kernels.block_sparse.op import block_sparse_attention
 from svg.kernels.clustering.permute import gather_tokens
 from svg.kernels.common.heads import move_heads
 
-from .execute import head_groups
+from .execute import head_groups, output_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -65,9 +65,10 @@ def _attend_rows(plan: Plan, rows: Tensor, k: Tensor, v: Tensor, cluster: int, c
     if tail is not None:
         bias = tail.bias[:, cluster : cluster + 1]
         tail = tail._replace(bias=torch.cat([bias, torch.full_like(bias, -torch.inf)], 1))
-    return block_sparse_attention(
+    found = block_sparse_attention(
         rows, k, v, seen, sizes, plan.k_sizes, map_index=plan.map_index, tail=tail, sm_scale=plan.sm_scale
     )
+    return output_of(found)
 
 
 def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
@@ -97,7 +98,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
         map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail, sm_scale=plan.sm_scale,
     )  # fmt: skip
-    move_heads(again, out, failed)
+    move_heads(output_of(again), out, failed)
 
 
 def restricted_to_heads(plan: Plan, chosen: Tensor, skip: bool) -> Plan:

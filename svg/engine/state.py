@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from .records import AttentionRecord, ObservedAttention, Timer
 __all__ = ["LayerState", "RunState", "Timer", "device_name"]
 
 CHECKED = ("q", "k", "v")
+
+
+class Forward(NamedTuple):
+    """Where in a run a forward is."""
+
+    step: int
+    num_steps: int
+    branch: str
+    layout: TokenLayout
 
 
 @dataclass
@@ -59,9 +68,10 @@ class LayerState:
 
     def deal(self, peers: Peers | None) -> None:
         """Take the heads of another deal: centroids go with their heads, all else is made anew."""
-        if None not in (peers, self.peers) and peers.deal != self.peers.deal:
+        if peers is not None and self.peers is not None and peers.deal != self.peers.deal:
             moved = {name: x for name, x in self.cache.items() if name.endswith("centroids")}
-            self.cache = {name: self.peers.gather(x)[:, peers.own] for name, x in sorted(moved.items())}
+            before = self.peers
+            self.cache = {name: before.gather(x)[:, peers.own] for name, x in sorted(moved.items())}
         self.peers = peers
 
     def head_budgets(self, config: MethodConfig, device: torch.device) -> float | Tensor:
@@ -76,8 +86,8 @@ class LayerState:
         """
         own = config.head_budgets(self.layer)
         if own is None:
-            return getattr(config, config.budget_field)
-        key = ("head_budgets", own)
+            return getattr(config, str(config.budget_field))
+        key = f"head_budgets {own}"
         if key not in self.cache:
             self.cache[key] = torch.tensor(own, dtype=torch.float32, device=device)
         return self.cache[key]
@@ -99,7 +109,7 @@ class RunState:
         name: the transformer's name in its pipeline.
 
     Attributes:
-        step, num_steps, branch, layout: set by `begin_forward`; step is None outside a run.
+        step, num_steps, branch, layout: of the last forward that `begin_forward` began; RuntimeError before the first.
         timing: whether calls are timed.
         observer: called with an ObservedAttention after every attention call, or None; it outlives runs.
         peers: processes that have other heads of the layer that runs, or None; its deal is `deals[layer]`, once that is known.
@@ -122,10 +132,7 @@ class RunState:
 
     def reset(self) -> None:
         """Forget everything but the config: layer caches, generators, records, position in the run."""
-        self.step: int | None = None
-        self.num_steps: int | None = None
-        self.branch: str | None = None
-        self.layout: TokenLayout | None = None
+        self._forward: Forward | None = None
         self.records: list[AttentionRecord] = []
         self.peers: Peers | None = None
         self.deals: dict[int, Deal] = {}
@@ -134,6 +141,41 @@ class RunState:
         self._sums = DeferredReads()  # of inputs, whether they are finite
         self._decisions = DeferredReads()  # what the next forward depends on
         self._probed: dict[tuple[int, str], int] = {}
+
+    @property
+    def forward(self) -> Forward:
+        """Where the run is.
+
+        Raises:
+            RuntimeError: no forward was begun.
+        """
+        if self._forward is None:
+            raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
+        return self._forward
+
+    @property
+    def step(self) -> int:
+        """Index of the step, from 0."""
+        return self.forward.step
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.forward.num_steps
+
+    @property
+    def branch(self) -> str:
+        """Guidance branch."""
+        return self.forward.branch
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Token layout of this forward; a processor that sees more of the sequence than the forward's arguments tell sets it."""
+        return self.forward.layout
+
+    @layout.setter
+    def layout(self, layout: TokenLayout) -> None:
+        self._forward = self.forward._replace(layout=layout)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and what is pickled, has the settings and no run."""
@@ -164,7 +206,7 @@ class RunState:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
         self._sums.read()
         self._decisions.read()
-        self.step, self.num_steps, self.branch, self.layout = step, num_steps, branch, layout
+        self._forward = Forward(step, num_steps, branch, layout)
 
     def end_run(self) -> None:
         """Say that the run is over.
@@ -219,22 +261,28 @@ class RunState:
         if q.device.type == "cpu":
             self._sums.read()
 
-    def probe_generator(self, layer: int) -> torch.Generator | None:
-        """Private CPU generator that chooses the rows a call probes, or None where no probe is due."""
-        every, last = self.config.probe_every, self._probed.get((layer, self.branch))
+    def probe_generator(self, layer: int, every: int) -> torch.Generator | None:
+        """Private CPU generator that chooses the rows a call probes, or None where no probe is due.
+
+        Args:
+            layer: index of the layer.
+            every: steps from one probe of a layer to the next; 0: never.
+        """
+        last = self._probed.get((layer, self.branch))
         if every == 0 or (last is not None and self.step - last < every):
             return None
         self._probed[layer, self.branch] = self.step
         return torch.Generator().manual_seed(_seed(self.config.seed, layer, f"{self.branch} probe {self.step}"))
 
-    def note_cosine(self, layer: int, cosine: Tensor) -> None:
-        """Note how close a layer's probed rows were; read before the next forward.
+    def note_cosine(self, layer: int, cosine: Tensor, at_least: float) -> None:
+        """Note how close a layer's probed rows were; read before the next forward, which takes a safer precision if too far.
 
         Args:
             layer: index of the layer.
             cosine: fp32 [].
+            at_least: the least that is close enough.
         """
-        self._decisions.add(cosine, partial(self._take_safer, layer))
+        self._decisions.add(cosine, partial(self._take_safer, layer, at_least))
 
     def note_work(self, layer: int, work: Tensor) -> None:
         """Note what the heads of a layer cost, of all processes; from the next forward on they are dealt by it.
@@ -243,13 +291,14 @@ class RunState:
             layer: index of the layer.
             work: fp32 [H], the same on every process.
         """
+        assert self.peers is not None, "only what several processes compute is dealt"
         self._decisions.add(work, partial(self._deal, layer, self.peers.ranks))
 
     def _deal(self, layer: int, ranks: int, work: list[float]) -> None:
         self.deals.setdefault(layer, balanced_deal(work, ranks))
 
-    def _take_safer(self, layer: int, cosine: list[float]) -> None:
-        if not cosine[0] >= self.config.min_cosine:
+    def _take_safer(self, layer: int, at_least: float, cosine: list[float]) -> None:
+        if not cosine[0] >= at_least:
             self.safer[layer] = self.safer.get(layer, 0) + 1
 
     def _refuse_not_finite(self, layer: int, sums: list[float]) -> None:

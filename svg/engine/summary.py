@@ -120,7 +120,9 @@ def _head_kinds(sparse: list[AttentionRecord]) -> dict[str, dict[str, float]] | 
     records = [record for record in sparse if record.kind is not None]
     if not records:
         return None
-    groups = _group(records, _read([record.kind for record in records]), lambda record: record.layer)
+    groups = _group(
+        records, _read([record.kind for record in records if record.kind is not None]), lambda record: record.layer
+    )
     shares = {}
     for layer in sorted(groups):
         temporal = torch.cat([kind.flatten() for _, kind in groups[layer]]).mean().item()
@@ -151,11 +153,11 @@ def _head_means(rows: list[tuple[AttentionRecord, Tensor]] | None) -> list[float
 
 def _kinds_map(records: list[AttentionRecord]) -> dict[str, Any] | None:
     sparse = [record for record in records if record.kind is not None and not record.dense]
-    return _map(sparse, _read([record.kind for record in sparse]))
+    return _map(sparse, _read([record.kind for record in sparse if record.kind is not None]))
 
 
 def _seconds(records: list[AttentionRecord]) -> dict[str, float] | None:
-    timed = [(record.dense, record.seconds) for record in records if record.timer is not None]
+    timed = [(record.dense, record.timer.seconds()) for record in records if record.timer is not None]
     if not timed:
         return None
     dense = sum(seconds for is_dense, seconds in timed if is_dense)
@@ -181,8 +183,9 @@ def _quantised(records: list[AttentionRecord], safer: dict[int, int]) -> dict[st
 def _guard(records: list[AttentionRecord]) -> dict[str, Any] | None:
     if not records:
         return None
-    failed = [values != 0 for values in _read([record.guarded.failed for record in records])]
-    cosines = _read([record.guarded.cosine for record in records if record.guarded.cosine is not None])
+    outcomes = [record.guarded for record in records if record.guarded is not None]
+    failed = [values != 0 for values in _read([outcome.failed for outcome in outcomes])]
+    cosines = _read([outcome.cosine for outcome in outcomes if outcome.cosine is not None])
     per_layer = {
         str(layer): sum(int(values.sum()) for _, values in rows)
         for layer, rows in sorted(_group(records, failed, lambda record: record.layer).items())

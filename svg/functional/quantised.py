@@ -231,7 +231,7 @@ def _attention(
             q, k, v, **options, precision=precision, smooth_v=smooth_v, q_groups=q_groups, k_groups=k_groups,
             return_lse=return_lse,
         )  # fmt: skip
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    return result if isinstance(result, tuple) else (result, q.new_empty(0, dtype=torch.float32))
 
 
 @_attention.register_fake
@@ -260,7 +260,7 @@ def _attention_varlen(
         q, k, v, q_ends, k_ends, precision=precision, is_causal=is_causal, sm_scale=scale, smooth_k=smooth_k,
         smooth_v=smooth_v, return_lse=return_lse,
     )  # fmt: skip
-    out, lse = result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    out, lse = result if isinstance(result, tuple) else (result, q.new_empty(0, dtype=torch.float32))
     return out.transpose(0, 1), lse
 
 

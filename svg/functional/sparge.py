@@ -113,7 +113,10 @@ def _attention(
     grid: list[int],
 ) -> Tensor:
     batch, heads = q.shape[:2]
-    order = video_blocks(TokenLayout(*grid), "hilbert", q.device).order if grid else None
+    order = None
+    if grid:
+        frames, height, width = grid
+        order = video_blocks(TokenLayout(frames, height, width), "hilbert", q.device).order
 
     def for_heads(value: float) -> Tensor:
         return torch.full((heads,), float(value), device=q.device)

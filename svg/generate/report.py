@@ -72,6 +72,7 @@ def _generation(job: Job) -> dict[str, Any]:
 
 def run_summary(result: GenerationResult) -> dict[str, Any]:
     """What a report says of one run: config, seconds and the transformers' summaries."""
+    assert result.report is not None, "a job's pipelines are accelerated, the dense ones too"
     transformers = result.report["transformers"]
     if result.report["config"]["method"] == "dense":  # a table of ones tells nothing
         kept = ("calls", "attention_seconds", "transformer_seconds")
@@ -109,8 +110,9 @@ def overall_density(run: dict[str, Any] | None) -> dict[str, float | None] | Non
 
 
 def _weighted(pairs: list[tuple[float | None, int]]) -> float | None:
-    total = sum(count for _, count in pairs)
-    return sum(value * count for value, count in pairs if count) / total if total else None
+    weighted = [(value, count) for value, count in pairs if value is not None and count]
+    total = sum(count for _, count in weighted)
+    return sum(value * count for value, count in weighted) / total if total else None
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Display(Protocol):
 
     def run(self, name: str, steps: int) -> AbstractContextManager[Callable[[StepProgress], None]]:
         """A timed run begins; call what it gives after each step."""
+        ...
 
 
 def run(job: Job, display: Display) -> dict[str, Any]:
@@ -163,7 +164,12 @@ class _Run:
             sparse_step = last_step if name == "accelerated" else None
             later = len(self._names()) - 1 - self._names().index(name)
             estimate = Estimate(self.pipe, self.job, config, later, sparse_step, self.display.stage)
-            result = generate(self.pipe, self.job.request, lambda progress: (on_step(progress), estimate(progress)))
+
+            def step(progress: StepProgress) -> None:
+                on_step(progress)
+                estimate(progress)
+
+            result = generate(self.pipe, self.job.request, step)
         disable_cache(self.pipe)
         self.frames[name] = to_uint8(result.frames, name)
         self.results[name] = result
@@ -231,7 +237,7 @@ class _Follower(_Run):
         return {"state": state, "stopped": stopped, "runs": {}}
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -286,7 +286,8 @@ def filter_curves(call: Call, head: int, sampling: Sampling, simthresh: float, c
     above = (peaks - running).nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(-1)  # [I, Nb, groups]
     above = above.masked_fill(~kept[..., None], torch.inf)  # not computed, so not skipped
     at, index = above.transpose(1, 2).flatten(0, 1).sort(-1)  # [I * groups, Nb]
-    split = Parts(*(_by_group(x, groups, dim) for x, dim in zip(parts[:4], (2, 2, 1, 1))), parts.peaks)
+    rows = {"weight": 2, "value": 2, "dense": 1, "real": 1}  # the dim of the rows
+    split = parts._replace(**{name: _by_group(getattr(parts, name), groups, dim) for name, dim in rows.items()})
     kept = kept.repeat_interleave(groups, 0)
     total = (split.weight * kept[..., None]).sum(1)  # [I * groups, r / groups]
     picked = torch.arange(sampled * groups, device=index.device)[:, None]

@@ -104,7 +104,7 @@ class Measure:
         state.begin_forward(call.step, call.num_steps, call.branch, call.layout)
         seen: list[ObservedAttention] = []
         state.observer = seen.append
-        attend(*(x.transpose(1, 2) for x in (q, k, v)), state, call.layer, text_mask)
+        attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state, call.layer, text_mask)
         state.end_run()
         (observed,) = seen
         density = state.records[-1].density.float().mean(0).tolist()  # [H]

@@ -69,9 +69,7 @@ def _video(out: Path, entry: dict[str, Any], record: dict[str, Any]) -> dict[str
     return {"video": path}
 
 
-def _quality(
-    out: Path, record: dict[str, Any], reference: dict[str, Any], lpips: str, device: Any
-) -> dict[str, dict[str, Any]]:
+def _quality(out: Path, record: dict[str, Any], reference: dict[str, Any], lpips: str, device: Any) -> dict[str, Any]:
     """All metrics again where one is missing or of another network, and both videos' frames are there."""
     quality = record["quality"]
     if quality is None or reference["frames"] is None:

@@ -35,7 +35,7 @@ class Mapping(dict):
 
     def where(self, key: str | None = None) -> str:
         """ "line 7: ", or nothing where there is no file."""
-        line = self.lines.get(key, self.line)
+        line = self.line if key is None else self.lines.get(key, self.line)
         return f"line {line}: " if line else ""
 
     def check(self, name: str, choices: list[str]) -> None:

@@ -28,9 +28,11 @@ class Pool(Protocol):
 
     def submit(self, slot: int, cell: Cell, reference: np.ndarray | None) -> Future:
         """Start a cell on worker `slot`, which is idle; the future gives what Worker.run returns."""
+        ...
 
     def lost(self, slot: int, error: BaseException) -> bool:
         """Whether an error means that the worker is gone, not that the cell failed; the worker is then replaced."""
+        ...
 
     def close(self) -> None:
         """Stop what runs and give everything back."""
@@ -117,6 +119,7 @@ def _start_here(device: str, threads: int, stop: Any) -> None:
 
 
 def _run_here(cell: Cell, reference: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+    assert _here is not None, "a process begins with `_start_here`"
     return _here.run(cell, reference)
 
 
@@ -149,7 +152,7 @@ class RayPool:
         self._device = device
         self._threads = threads or max(1, torch.get_num_threads() // self.size)
         self._actors = [self._start() for _ in range(self.size)]
-        self._reference: tuple[str, Any] | None = None
+        self._reference: tuple[str | None, Any] | None = None
 
     def submit(self, slot: int, cell: Cell, reference: np.ndarray | None) -> Future:
         return self._actors[slot].run.remote(cell, self._stored(cell, reference)).future()

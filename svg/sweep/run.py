@@ -129,7 +129,7 @@ class Results:
 
     def status(self, cell_id: str | None) -> str:
         """finished, failed or pending."""
-        return self.records.get(cell_id, {}).get("status", "pending")
+        return self.records.get(cell_id or "", {}).get("status", "pending")
 
     def count(self, status: str) -> int:
         return sum(self.status(cell.id) == status for cell in self.cells)
@@ -165,7 +165,7 @@ class Results:
     def _entry(self, cell: Cell) -> dict[str, Any]:
         record = self.records.get(cell.id, {"status": "pending"})
         entry = {**self._first_blocks[cell.id], **record}
-        if record["status"] == "finished" and self.status(cell.reference) == "finished":
+        if record["status"] == "finished" and cell.reference and self.status(cell.reference) == "finished":
             before, after = self.records[cell.reference]["seconds"], record["seconds"]
             entry["speedup"] = {stage: before[stage] / after[stage] for stage in after if after[stage]}
         return entry
@@ -177,9 +177,9 @@ class Results:
             "video": f"videos/{cell.id}.mp4" if videos else None,
             "frames": f"frames/{cell.id}.npz" if keep else None,
         }
-        if videos:
+        if files["video"]:
             write_video(self.out / files["video"], frames, fps)
-        if keep:
+        if files["frames"]:
             write_frames(self.out / files["frames"], frames, fps)
         return files
 

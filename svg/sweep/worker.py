@@ -156,4 +156,4 @@ class Worker:
 def _density(summary: dict[str, Any]) -> dict[str, float | None]:
     if summary["config"]["method"] == "dense":
         return {"all_calls": 1.0, "sparse_calls": None}
-    return overall_density(summary)
+    return overall_density(summary) or {}

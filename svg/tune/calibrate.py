@@ -158,7 +158,7 @@ class _Probe:
         table = [[1.0] * self._state.records[-1].density.shape[1] for _ in self._fixed]
         for head in heads:
             table[layer][head] = self._config.probed_level
-        return dataclasses.replace(self._config, **{self._config.head_field: table})
+        return dataclasses.replace(self._config, **{str(self._config.head_field): table})
 
 
 def is_fixed(config: MethodConfig, layer: int, num_layers: int) -> bool:

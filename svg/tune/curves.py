@@ -62,22 +62,22 @@ def measure_call(
     scale = exact.square().sum()
     state = RunState(_bare(config), call.num_layers, call.transformer)
     state.begin_forward(call.step, call.num_steps, call.branch, call.layout)
-    inputs = [x.transpose(1, 2) for x in (q, k, v)]
-    attend(*inputs, state, call.layer, text_mask)  # also compiles
+    q_in, k_in, v_in = (x.transpose(1, 2) for x in (q, k, v))
+    attend(q_in, k_in, v_in, state, call.layer, text_mask)  # also compiles
 
     def timed() -> tuple[Tensor, float]:
         """The output of a call, and what it takes where the GPU is busy while the host queues it."""
         if q.is_cuda:
             torch.cuda._sleep(BUSY_CYCLES)
-        out = attend(*inputs, state, call.layer, text_mask)
-        return out.transpose(1, 2), state.records[-1].seconds
+        out = attend(q_in, k_in, v_in, state, call.layer, text_mask)
+        return out.transpose(1, 2), state.records[-1].seconds or 0.0
 
     memory = state.layer(call.layer)
     start = {name: value for name, value in memory.cache.items() if name != "kept"}  # a map is of one level
     refresh = getattr(config, "refresh", 1)
     rows: dict[str, list] = {"density": [], "error": [], "seconds": []}
     for level in levels[:-1]:
-        state.config = dataclasses.replace(state.config, **{config.budget_field: level})
+        state.config = dataclasses.replace(state.config, **{str(config.budget_field): level})
         memory.cache = dict(start)
         out, seconds = timed()
         rows["density"].append(state.records[-1].density.double().mean(0).tolist())

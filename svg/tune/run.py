@@ -87,7 +87,7 @@ class Plan:
             raise ValueError(
                 f"--tune-steps must be among the sparse steps, {self.sparse_steps[0]} to {total - 1}, got {self.steps}"
             )
-        if config.tuned_for is not None or getattr(config, config.head_field) is not None:
+        if getattr(config, "tuned_for", None) is not None or getattr(config, str(config.head_field)) is not None:
             raise ValueError(
                 f"--preset must have no per-head budgets yet, got {self.job.preset}: start from an untuned one"
             )
@@ -151,7 +151,7 @@ class Tuner:
                     f"{place} must hold what svg tune measured, got {error!r}: remove it to measure again"
                 ) from error
             tuned, uniform = self._families(problem)
-            start = uniform_cost(problem, getattr(self._config, self._config.budget_field))
+            start = uniform_cost(problem, getattr(self._config, str(self._config.budget_field)))
             best = {family.name: self._verified(family, start) for family in (tuned, uniform)}
             equal = self._at_equal_cost(uniform, best["tuned"])
         finally:
@@ -195,13 +195,13 @@ class Tuner:
         config = self._config
 
         def tuned(cost: float) -> MethodConfig:
-            return dataclasses.replace(config, **{config.head_field: within(problem, cost).table()})
+            return dataclasses.replace(config, **{str(config.head_field): within(problem, cost).table()})
 
         def uniform(cost: float) -> MethodConfig:
-            return dataclasses.replace(config, **{config.budget_field: round(uniform_value(problem, cost), 4)})
+            return dataclasses.replace(config, **{str(config.budget_field): round(uniform_value(problem, cost), 4)})
 
         # Where planning is dear, all heads at the lowest level may cost more than dense attention.
-        ends = tuple(uniform_cost(problem, value) for value in (self._levels[0], 1.0))
+        ends = (uniform_cost(problem, self._levels[0]), uniform_cost(problem, 1.0))
         return _Family("tuned", tuned, (within(problem, 0.0).cost, 1.0)), _Family("uniform", uniform, ends)
 
     def _verified(self, family: _Family, start: float) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Tuner:
     def _try(self, stage: Stage, family: _Family, spent: float) -> dict[str, Any]:
         """One setting on a stage's videos: what it reaches and costs."""
         config = family.config(spent)
-        budget = f"{config.budget_field}={getattr(config, config.budget_field):g}"
+        budget = f"{config.budget_field}={getattr(config, str(config.budget_field)):g}"
         label = f"{config.method} " + (f"tuned {spent:.4f}" if config.head_budgets(0) else f"uniform {budget}")
         cells, dense = stage.try_out(config, label)
         trial = {

@@ -34,6 +34,7 @@ def test_refresh_keeps_map_and_order_and_renews_the_means(layout, make_qkv, make
     state = make_state(config, layout)
     state.layer(0).cache["kept"] = "of an earlier run"
     state.begin_run()
+    state.begin_forward(0, 10, "cond", layout)
     assert "kept" not in state.layer(0).cache
 
 

@@ -12,6 +12,7 @@ from svg.kernels import fp4_attention, quantised_attention
 from svg.kernels.common import target
 from svg.kernels.quantize.precision import PRECISIONS, default_precision
 
+from ...engine.execute import output_of
 from ...engine.plan import Plan
 from ...engine.state import RunState
 from .config import Sage2Config, Sage3Config
@@ -52,7 +53,7 @@ def safer(precision: str) -> str:
 
 def quantised(
     precision: str, config: Sage2Config, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Tensor | None], Tensor]:
     """Dense attention in a precision, to be run by the guard.
 
     Args:
@@ -70,8 +71,8 @@ def quantised(
     mask = None if visible is None else visible[:, None, None]
     if precision == "nvfp4":
         smooth_q = config.smooth_q is not False
-        return lambda failed: fp4_attention(
-            q, k, v, mask=mask, smooth_q=smooth_q, smooth_k=config.smooth_k, failed=failed
+        return lambda failed: output_of(
+            fp4_attention(q, k, v, mask=mask, smooth_q=smooth_q, smooth_k=config.smooth_k, failed=failed)
         )
     if PRECISIONS[precision].fp8:
         target.require_fp8(q.device)
@@ -80,7 +81,7 @@ def quantised(
         smooth_k=config.smooth_k, smooth_v=config.smooth_v and not precision.endswith("fp16"),
         q_groups=config.q_groups, k_groups=config.k_groups,
     )  # fmt: skip
-    return lambda failed: run(failed=failed)
+    return lambda failed: output_of(run(failed=failed))
 
 
 def dense_plan(q: Tensor, visible: Tensor | None) -> Plan:

@@ -273,7 +273,7 @@ def _densities(table: tuple[tuple[float, ...], ...] | None) -> tuple[float, ...]
 def _density_index(densities: tuple[float, ...], config: SVG1Config, state: LayerState, device: torch.device) -> Tensor:
     """Which of the densities each head of a layer has, int64 [H]."""
     if "density_index" not in state.cache:
-        index = [densities.index(density) for density in config.head_budgets(state.layer)]
+        index = [densities.index(density) for density in config.head_budgets(state.layer) or ()]
         state.cache["density_index"] = torch.tensor(index, device=device)
     return state.cache["density_index"]
 
@@ -307,13 +307,15 @@ def band_grid(layout: TokenLayout, block_size: int, device: torch.device) -> Ban
         k_block.scatter_(-1, band, (torch.arange(video - sink) // block_size + 1).expand(2, -1))
         area = torch.stack([_area(q_range, k_range[:, kind], q_sizes, k_sizes, video) for kind in (SPATIAL, TEMPORAL)])
         k_sizes = torch.cat([torch.tensor([sink]), k_sizes])
-        narrow = (x.to(device, torch.int32) for x in (q_sizes, k_sizes, q_range, k_range))
         return BandGrid(
             order.to(device, torch.int32),
             k_order.to(device, torch.int32),
             (coordinate // (Q_BLOCKS * block_size)).to(device),
             k_block.to(device),
-            *narrow,
+            q_sizes.to(device, torch.int32),
+            k_sizes.to(device, torch.int32),
+            q_range.to(device, torch.int32),
+            k_range.to(device, torch.int32),
             area.to(device),
         )
 

@@ -125,7 +125,9 @@ def _assembled(
         map_index=torch.arange(batch * heads, dtype=torch.int32, device=k.device).view(batch, heads),
         visible_keys=visible.repeat_interleave(heads),
         key_multiple=tile_multiple(K_TILE, layout) if config.selection == "tiles" else 1,
-        tail=_tail(block_map, chosen.k_blocks, means, k, v, layout) if config.compensate else None,
+        tail=_tail(block_map, chosen.k_blocks, means, k, v, layout)
+        if config.compensate and means is not None
+        else None,
         one_map_per_head=True,
     )
 
