@@ -98,7 +98,9 @@ def test_steps_count_from_0_and_slower_is_said_in_words(browser, run_folder):
 def test_small_videos_show_their_own_pixels(browser, run_folder):
     browser.open(build_page(run_folder))
     browser.wait(LOADED)
-    look = "[...document.querySelectorAll('.screen video, .screen canvas')].map((e) => getComputedStyle(e).imageRendering)"
+    look = (
+        "[...document.querySelectorAll('.screen video, .screen canvas')].map((e) => getComputedStyle(e).imageRendering)"
+    )
     assert browser.evaluate(look) == ["pixelated"] * 3
 
 
