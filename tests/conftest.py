@@ -14,31 +14,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes longest, by file or folder: left out by default, as all tests that are marked slow.
 SLOW = (
-    *(
-        "bench/",
-        "cli/",
-        "scripts/",
-        "sweep/test_ray",
-        "sweep/test_resume",
-        "sweep/test_sweep",
-        "tune/test_tune",
-        "tune/test_measure",
-    ),
+    *("bench/", "cli/", "scripts/", "kernels/training/", "kernels/dense_quantised/", "kernels/granules/"),
+    *("kernels/block_sparse_quantised/", "kernels/clustering/"),
+    *("sweep/test_pools", "sweep/test_resume", "sweep/test_sweep", "tune/test_tune", "tune/test_measure"),
     *(
         "pipelines/test_beside_stock",
         "pipelines/test_coexistence",
         "pipelines/test_families",
         "pipelines/test_fused_blocks",
     ),
-    *("pipelines/test_generate", "pipelines/test_parallel", "pipelines/test_training", "recordings/test_sparge_tune"),
-    *(
-        "eval/test_real_clips",
-        "eval/test_lpips",
-        "functional/test_training",
-        "kernels/training/",
-        "kernels/dense_quantised/",
-    ),
-    *("kernels/block_sparse_quantised/", "kernels/granules/", "kernels/clustering/"),
+    *("pipelines/test_generate", "pipelines/test_parallel", "pipelines/test_quantised", "pipelines/test_sparse"),
+    *("pipelines/test_steps", "pipelines/test_training"),
+    *("recordings/test_layer_precisions", "recordings/test_sparge_tune", "generate/test_partial"),
+    *("eval/test_real_clips", "eval/test_lpips", "functional/test_training"),
+    *("test_examples", "test_public_names", "test_moved.py::test_new", "test_moved.py::test_old_modules_do_not"),
 )
 
 

@@ -1,6 +1,7 @@
 """The documentation's site is built strictly: a dead link, a name that is gone or a broken page fails."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,31 @@ def test_every_page_is_in_the_navigation():
     listed = (ROOT / "mkdocs.yml").read_text()
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
     assert {page for page in pages if page not in listed} == set()
+
+
+def test_files_that_the_architecture_names_are_there():
+    """Paths from the root of the repository, or below a folder that is named in the same line."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(
+        re.findall(r"(?:svg|kernels|pipelines|eval|configs|tests|scripts)(?:/\w+)*/\w+\.(?:py|yaml|html)", text)
+    )
+    assert len(named) > 20 and {path for path in named if not (ROOT / path).is_file()} == set()
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("svg/methods/svg2/config.py", "top_p"),
+        ("svg/methods/svg2/plan.py", "top_p_block_map("),
+        ("kernels/selection/top_p.py", "def top_p_block_map("),
+        ("kernels/dense_quantised/hopper.py", "of_a_consumer"),
+        ("kernels/training/forward_hopper.py", "of_a_consumer"),
+        ("kernels/block_sparse/hopper.py", "MAX_REGISTERS ="),
+        ("kernels/block_sparse_quantised/hopper.py", "MAX_REGISTERS ="),
+        ("pipelines/registry.py", "ModelSpec"),
+        ("kernels/common/launch.py", "measured"),
+    ],
+)
+def test_what_the_architecture_says_is_where_is_there(path, name):
+    assert path in (ROOT / "docs" / "architecture.md").read_text() or path.endswith("hopper.py")
+    assert name in (ROOT / path).read_text()
