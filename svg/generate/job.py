@@ -110,6 +110,8 @@ def resolve(
         raise ValueError(
             f"--device must be auto, cuda or cpu with --gpus, got {rest['device']}: each process has its own"
         )
+    if model is not None:
+        locate_model(model)  # a folder that is missing is said before anything that a folder could be asked for
     chosen = _preset(preset, model)
     if method is None:
         method = "near" if chosen is None or "near" in chosen.methods else "svg2"

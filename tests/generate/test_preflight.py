@@ -10,6 +10,7 @@ import diffusers
 import pytest
 from PIL import Image
 
+from svg.cli import main
 from svg.pipelines.generation import rules_of
 from svg.pipelines.loading import load_pipeline
 from svg.pipelines.model_files import GENERATORS, read_json, read_rules
@@ -65,6 +66,14 @@ def test_wrong_input_is_refused_in_three_seconds(without_weights, model, change,
     assert run.returncode == 2 and words in run.stderr, run.stderr
     assert len(run.stderr.splitlines()) == 1 and not (without_weights / "svg-out").exists()
     assert time.monotonic() - start[1] < 3
+
+
+@pytest.mark.parametrize("command", [["generate", "a ball"], ["sweep", "--prompt", "a ball"], ["tune", "--min-psnr", "30"]])
+def test_a_missing_folder_is_said_before_its_sizes_are_asked_for(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--model", "no/such/folder"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the path 'no/such/folder', which does not exist" in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
