@@ -1,5 +1,6 @@
 """Every example runs, on tiny random pipelines, and stays short enough to be read."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -107,3 +108,23 @@ def test_hunyuan(example, models, monkeypatch):
     monkeypatch.setattr(HunyuanVideoPipeline, "__call__", small_text)
     out = example("hunyuan.py", "--model", models("hunyuan"), "--prompt", "a cat", *SIZE)
     assert "in attention" in out and len(read_video("hunyuan.mp4")[0]) == 9
+
+
+def test_notebook(models, tmp_path):
+    """Every cell of the notebook runs, as somebody runs it who has a small model of his own."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    (path,) = EXAMPLES.glob("*.ipynb")
+    assert f"({path.name})" in (EXAMPLES / "README.md").read_text()
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert all(not cell.get("outputs") for cell in book.cells), "outputs are not committed"
+    settings = 'MODEL, SIZE, STEPS = "tiny-wan", (17, 128, 160), 20'
+    (cell,) = (cell for cell in book.cells if settings in cell.source)
+    cell.source = cell.source.replace(settings, f"MODEL, SIZE, STEPS = {models('wan')!r}, (9, 96, 96), 3")
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    texts = "".join(output.get("text", "") for output in outputs)
+    assert " dB, SSIM 0." in texts or " dB, SSIM 1.0" in texts
+    assert re.search(r"layer \d: 0\.\d{3}", texts), texts
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("near" in output.get("data", {}).get("text/html", "") for output in outputs)
