@@ -30,7 +30,17 @@ OPTIONS = {
     ),
     "Search": ("--rounds", "--tune-steps", "--probe", "--l1", "--l2", "--blocks", "--rows", "--min-cosine"),
     "Recording": ("--record-steps", "--record-layers", "--record-branches", "--recorded"),
-    "Machine": ("--device", "--dtype", "--offload", "--vae-tiling", "--compile", "--yes", "--ray", "--workers"),
+    "Machine": (
+        "--device",
+        "--dtype",
+        "--offload",
+        "--vae-tiling",
+        "--compile",
+        "--yes",
+        "--gpus",
+        "--ray",
+        "--workers",
+    ),
     "Comparison": ("--fast", "--no-dense", "--no-control", "--lpips", "--metric"),
     "Results": (
         *("--out", "--force", "--json", "--csv", "--plots", "--keep-frames", "--no-run", "--save", "--docs"),
