@@ -56,7 +56,7 @@ def difference_error(reference, output):
 
 
 def ssim(reference, output, device="cpu"):
-    """Return the structural similarity of each frame: 11 x 11 Gaussian window, sigma 1.5, K1 .01, K2 .03, per channel.
+    """Return the structural similarity of each frame: 11 x 11 Gaussian window, sigma 1.5, K1 0.01, K2 0.03, per channel.
 
     Args:
         reference, output: uint8 [F, H, W, 3], sides of at least 11 pixels.

@@ -8,7 +8,7 @@ from svg.config import METHODS, MethodConfig, NearConfig, config_from_dict
 
 LEVELS = ("quality", "balanced", "fast")
 # Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
-# density .25 against cuDNN on an H100 take 3.2 times as long at 7 200 tokens and .88 times at 18 000 (`svg bench scale`).
+# density 0.25 against cuDNN on an H100 take 3.2 times as long at 7,200 tokens and 0.88 times at 18,000 (`svg bench scale`).
 DENSE_BELOW = 16_384
 TOO_SHORT = 1024  # on a CPU, where nothing is faster: means and text alone would be most of the map
 # Share of the attention map that is computed, by word.

@@ -15,7 +15,7 @@ Sums in fp16 run at twice the rate on sm89 and sm120; sm90 and sm100 have the in
 16-bit sums), at the rate of the other: there it saves registers at best. On a CPU fp16 sums are emulated exactly.
 The output is clamped to what V's quantised range allows: a weighted mean cannot leave it, though rounding of P could.
 e4m3 has 3 mantissa bits: where attention averages V's of mean zero, P and V each cost 3e-4 of cosine similarity,
-whatever the scales; where V's channels have means, as in trained models, errors average out and .9999 is passed.
+whatever the scales; where V's channels have means, as in trained models, errors average out and 0.9999 is passed.
 sm80 and newer, head dims up to 128, padded to 64 or 128 with zeros (exact). fp16, bf16, fp32 inputs.
 """
 

@@ -5,8 +5,8 @@
 
 The means and v_scale are vectors over the channels of a head, k_scale is one number a head: it goes into the scales of the
 queries, and no score is rescaled. Finer scales of K buy little where P and V are FP8. Errors of the output on recorded calls of
-tiny-wan (2 000 tokens, layers 0 to 6), from INT8 alone: .0030 a head, .0027 a granule of 16, .0024 a key, .0048 a channel
-(folded into Q); FP8 adds .005 to .012.
+tiny-wan (2,000 tokens, layers 0 to 6), from INT8 alone: 0.0030 a head, 0.0027 a granule of 16, 0.0024 a key, 0.0048 a channel
+(folded into Q); FP8 adds 0.005 to 0.012.
 
 The statistics of K and V are one read of both; the pass itself reads the rows in sorted order, and quantises every granule's
 mean beside its tokens.

@@ -9,7 +9,7 @@ from .int8_matmul import int8_matmul
 
 
 class Steering:
-    """The threshold of one linear's input over which blocks fall back, held where .1 to .3 of them do.
+    """The threshold of one linear's input over which blocks fall back, held where 0.1 to 0.3 of them do.
 
     Training nudges it in the backward pass, so that a forward that checkpointing computes twice gives the same twice.
     """

@@ -8,7 +8,7 @@ import torch
 
 from ..common import target
 
-# fp16's largest number must hold a sum of 64 products: 64 x 448 x 2.25 = 64 512.
+# fp16's largest number must hold a sum of 64 products: 64 x 448 x 2.25 = 64,512.
 V_RANGE, V_RANGE_ACC16 = 448.0, 2.25
 
 

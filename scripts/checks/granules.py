@@ -3,7 +3,7 @@
     python scripts/checks/granules.py --out granules.json [--sweep] [--no-timing]
 
 Fresh random inputs, outputs poisoned beforehand, two runs compared bit for bit, device waits forbidden, a CUDA graph, and
-the size that is timed. Timing: 8 heads of 75 600 tokens, head dim 128, N(0, 1), lists of random granules at several total
+the size that is timed. Timing: 8 heads of 75,600 tokens, head dim 128, N(0, 1), lists of random granules at several total
 densities with and without a tail, against lists of whole tiles, block-sparse attention over random tiles of 128 x 64, and
 cuDNN. Useful work: pairs of queries and listed keys, and of queries and means. Exits 1 when a check fails.
 """
@@ -253,7 +253,7 @@ def timed(cases, flops, density, repeats=7):
 
 
 def time_sweep():
-    """Other stages, other sizes of granules, and the kernel of other GPUs, at density .25 with a tail."""
+    """Other stages, other sizes of granules, and the kernel of other GPUs, at density 0.25 with a tail."""
     problems = {size: timed_problem(0.25 - 1 / size, size=size) for size in values.SIZES}
     cases, flops = {}, {}
 

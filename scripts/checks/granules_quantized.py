@@ -3,7 +3,7 @@
     python scripts/checks/granules_quantized.py --out granules8.json [--no-timing] [--tokens 75600]
 
 Fresh seeds and shapes, text around the video, partial granules, poisoned memory, rows that no order names, two runs compared
-bit for bit, a CUDA graph, no host synchronisation. Timings: random lists at a total density of .10, .25 and .50 (the means
+bit for bit, a CUDA graph, no host synchronisation. Timings: random lists at a total density of 0.10, 0.25 and 0.50 (the means
 counted) with and without the tail, the same in whole tiles of 64 keys, everything listed, the quantising pass; beside them
 `block_sparse_attention_quantised` on random tiles and cuDNN's dense attention in bf16. Exits 1 when a check fails.
 """

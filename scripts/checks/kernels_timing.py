@@ -88,7 +88,7 @@ def time_attention(note, S, H, D, Cq, Ck, sweep):
     blocks = torch.full((1, S // 64 + 1), 64, device=DEVICE, dtype=torch.int32)
     blocks[0, -1] = S - 64 * (S // 64)
     place = torch.arange(S // 64 + 1, device=DEVICE)
-    band = ((place[:, None] - place).abs() < 0.134 * (S / 64))[None]  # 1 - (1 - w)^2 = .25
+    band = ((place[:, None] - place).abs() < 0.134 * (S / 64))[None]  # 1 - (1 - w)^2 = 0.25
     area = torch.einsum("mi,mij,mj->", blocks.double(), band.double(), blocks.double()).item() / S**2
     index = torch.zeros(1, H, device=DEVICE, dtype=torch.int32)
     t = seconds(lambda: block_sparse_attention(q, k, v, band, blocks, blocks, map_index=index))

@@ -3,7 +3,7 @@
     python scripts/checks/linears.py --out linears.json [--no-timing]
 
 Fresh seeds and shapes, odd tokens, strided rows, zero rows and rows with NaN, poisoned memory, two runs compared bit for bit, no
-host synchronisation. With timings: the product against bf16 at 75 600 tokens, sums left to the tensor cores and not. Exits 1 when
+host synchronisation. With timings: the product against bf16 at 75,600 tokens, sums left to the tensor cores and not. Exits 1 when
 a check fails.
 """
 

@@ -3,7 +3,7 @@
     python scripts/checks/quantised.py --out quantised.json [--sweep] [--no-timing] [--groups dense,sparse]
 
 Inputs with the outliers of trained models, outputs poisoned beforehand, two runs compared bit for bit, tiles that start
-at every offset from 16 bytes, offsets beyond 2^31 elements, more than 160 000 tokens, torch.compile. Timings have the
+at every offset from 16 bytes, offsets beyond 2^31 elements, more than 160,000 tokens, torch.compile. Timings have the
 keys of docs/benchmarks; with --sweep also every row of `quantised_tile.candidates()`. Every group runs in a process of
 its own, all at once, so that a crash of one hides nothing of the others. Exits 1 when a check fails.
 """

@@ -10,7 +10,7 @@ import torch
 class BatchedMuon(torch.optim.Optimizer):
     """Muon (orthogonalised momentum) over stacks of equal shapes.
 
-    `torch.optim.Muon` takes the matrices one by one: some 2 000 small kernels a step here, more host time than the model's own.
+    `torch.optim.Muon` takes the matrices one by one: some 2,000 small kernels a step here, more host time than the model's own.
     Same arithmetic: Nesterov momentum, five Newton-Schulz iterations in bf16, update scaled to AdamW's typical size.
     """
 

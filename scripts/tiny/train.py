@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from world import captions, render, sample_scenes
 
-SHORT = (17, 128, 160)  # frames, height, width: 5 x 16 x 20 = 1 600 video tokens
-LONG = (33, 256, 256)  # 9 x 32 x 32 = 9 216 video tokens
+SHORT = (17, 128, 160)  # frames, height, width: 5 x 16 x 20 = 1,600 video tokens
+LONG = (33, 256, 256)  # 9 x 32 x 32 = 9,216 video tokens
 SMALL = (17, 64, 80)  # 5 x 8 x 10 = 400 video tokens
 # Training clips of a size come from `seed` + SCENE_SEED[size], CACHE_BATCH[size] scenes at a time.
 SCENE_SEED = {SHORT: 1000, LONG: 1001, SMALL: 1002}

@@ -1,4 +1,4 @@
-"""near at 75 600 tokens: whole calls with a fresh plan and with a kept one, their parts, and the error of the output."""
+"""near at 75,600 tokens: whole calls with a fresh plan and with a kept one, their parts, and the error of the output."""
 
 from __future__ import annotations
 

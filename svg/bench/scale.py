@@ -1,4 +1,4 @@
-"""Time and memory of a whole SVG2 call from 7 200 to 302 400 tokens at one budget, dense cuDNN beside it.
+"""Time and memory of a whole SVG2 call from 7,200 to 302,400 tokens at one budget, dense cuDNN beside it.
 
 Time is quadratic for both, at a fixed share of the map. Memory is what a call takes beyond its inputs, output included;
 with a fixed number of clusters it grows as the tokens do, with equal stretches of tokens ("tiles") the map grows faster.

@@ -26,7 +26,7 @@ def bench_calls(
     whole_call: Callable[..., tuple[float, float]],
     recall: Callable[[Plan, Tensor, Tensor], float],
 ) -> None:
-    """Time calls at topk .25.
+    """Time calls at topk 0.25.
 
     Args:
         bench: collects the results.
@@ -56,7 +56,7 @@ def bench_calls(
 
 
 def sparge_config(**settings) -> SpargeConfig:
-    """SpargeAttn at topk .25, no step or layer dense."""
+    """SpargeAttn at topk 0.25, no step or layer dense."""
     return SpargeConfig(topk=0.25, warmup_steps=0.0, warmup_layers=0.0, **settings)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--l1", type=float, default=0.07, show_default=True,
               help="Relative L1 that the selection may cost "
               "(the paper: 0.05 for CogVideoX, 0.07 for Wan and HunyuanVideo).")  # fmt: skip
-@click.option("--l2", type=float, default=0.08, show_default=True, help="The same with the filter of P V (.06; .08).")
+@click.option("--l2", type=float, default=0.08, show_default=True, help="The same with the filter of P V (0.06; 0.08).")
 @click.option("--order", type=click.Choice(ORDERS), default="hilbert", show_default=True, help="How blocks are cut.")
 @click.option("--attention-sink", is_flag=True, help="Always keep the first key block.")
 @click.option("--blocks", type=int, default=32, show_default=True, help="Query blocks of a head and call to look at.")

@@ -22,7 +22,7 @@ CONFIGS = {
     "sparge": SpargeConfig(topk=0.03, **ALWAYS),
 }
 HEADS, DIM = 56, 128
-LAYOUT = TokenLayout(84, 45, 80)  # 302 400 tokens
+LAYOUT = TokenLayout(84, 45, 80)  # 302,400 tokens
 NEEDED = 48 << 30  # bytes of free memory
 
 

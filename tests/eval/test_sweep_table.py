@@ -34,7 +34,7 @@ def test_tables(tmp_path):
 
 
 def test_the_interval_is_of_the_differences_not_of_the_values():
-    """Differences 2 and 1: mean 1.5, standard deviation .7071, 12.706 * .7071 / sqrt(2) = 6.353 to either side."""
+    """Differences 2 and 1: mean 1.5, standard deviation 0.7071, 12.706 * 0.7071 / sqrt(2) = 6.353 to either side."""
     cells = [
         {"label": c["label"], "role": c["role"], "status": c["status"], "model": "tiny", "prompt": c["generation"]["prompt"],
          "seed": 0, "psnr": c["quality"]["psnr"]["mean"], "ssim": None, "lpips": None, "temporal_psnr": None, "vmaf": None}

@@ -85,7 +85,7 @@ def test_selection_curves_equal_attention_run_for_each_candidate(layout, make_qk
     _, calls = problem(layout, make_qkv, sink=True)
     for call in calls:
         curves = selection_curves(call, 1, WHOLE)
-        for index in (0, 4, 6):  # simthresh -1, 3/16, 5/16: similarities lie around .25
+        for index in (0, 4, 6):  # simthresh -1, 3/16, 5/16: similarities lie around 0.25
             for cdf in (0.3, 0.6, 0.9, 1.0):
                 limit = cdf if cdf < 1 else 1e30
                 count = (curves.at[index] <= limit).sum(-1, keepdim=True).clamp_min(1)
@@ -116,7 +116,7 @@ def test_fit_selection_finds_the_sparsest_within_the_bound(make_qkv):
         sum(size for _, size in found) / 2, abs=1e-5
     )
     assert density < 0.95
-    for other in SIMTHRESH[:8]:  # above .4 nothing is similar
+    for other in SIMTHRESH[:8]:  # above 0.4 nothing is similar
         for step in range(1, 17):
             candidate = [brute_force(call, 0, other, step / 16) for call in calls]
             if max(error for error, _ in candidate) < 0.2:

@@ -224,7 +224,7 @@ def test_huge_scores_stay_finite():
     q, k, *rest = arguments
     out, lse = block_sparse_attention(q * 100, k * 100, *rest, **plan, return_lse=True)
     exact, exact_lse = brute_force((q * 100, k * 100, *rest), plan)
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)  # scores near 1e5 are known to about .01
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)  # scores near 1e5 are known to about 0.01
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-2)
 
 

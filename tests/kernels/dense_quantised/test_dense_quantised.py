@@ -65,7 +65,7 @@ def test_masks(precision):
 
 
 def test_sums_in_fp16_stay_in_range():
-    """P V of 64 keys at the largest value, all of one sign: 64 x 448 x 2.25 = 64 512."""
+    """P V of 64 keys at the largest value, all of one sign: 64 x 448 x 2.25 = 64,512."""
     q, k, _ = outliers(129, 300)
     v = torch.full_like(k, 7.0)
     out = quantised_attention(torch.zeros_like(q), k, v, precision="int8-fp8-acc16")

@@ -51,7 +51,7 @@ def test_rounding_at_random_is_right_on_average():
     x = torch.full((128, 128), 0.3)
     x[0, 0] = 127  # scale 1
     mean = torch.stack([quantize_blocks(x, seed=seed).dequantize()[1:] for seed in range(20)]).mean()
-    assert abs(mean - 0.3) < 0.004  # 325 000 draws: 5 standard deviations
+    assert abs(mean - 0.3) < 0.004  # 325,000 draws: 5 standard deviations
     assert torch.equal(quantize_blocks(x, seed=3).values, quantize_blocks(x, seed=3).values)
     assert not torch.equal(quantize_blocks(x, seed=3).values, quantize_blocks(x, seed=4).values)
     share = random_share((200, 200), 1, x.device)
