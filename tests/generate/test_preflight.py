@@ -68,7 +68,9 @@ def test_wrong_input_is_refused_in_three_seconds(without_weights, model, change,
     assert time.monotonic() - start[1] < 3
 
 
-@pytest.mark.parametrize("command", [["generate", "a ball"], ["sweep", "--prompt", "a ball"], ["tune", "--min-psnr", "30"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "a ball"], ["sweep", "--prompt", "a ball"], ["tune", "--min-psnr", "30"]]
+)
 def test_a_missing_folder_is_said_before_its_sizes_are_asked_for(command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main([*command, "--model", "no/such/folder"]) == 2
