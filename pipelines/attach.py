@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
@@ -172,7 +173,9 @@ def report(pipe: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def at_step(transformer: nn.Module, step: int, num_steps: int, branch: str = "cond") -> Iterator[None]:
+def at_step(
+    transformer: nn.Module, step: int, num_steps: int, branch: str = "cond", noise: Sequence[float] | None = None
+) -> Iterator[None]:
     """Within the block, forwards of a transformer belong to a step of a run, where no pipeline tells.
 
     What `transformer.cache_context(branch, step_index=step, num_inference_steps=num_steps)` says for Diffusers' own.
@@ -182,17 +185,25 @@ def at_step(transformer: nn.Module, step: int, num_steps: int, branch: str = "co
         step: index of the step, from 0.
         num_steps: steps of the run.
         branch: guidance branch; branches share no state.
+        noise: share of noise in the latents of each of the run's steps, for a warm-up by noise.
 
     Example:
         with svg.at_step(dit, i, len(timesteps)):
             noise = dit(latents, timestep, text)
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
-    _set_cache_context(transformer, CacheContext(branch, step_index=step, num_inference_steps=num_steps))
+    _set_cache_context(transformer, _Told(branch, step_index=step, num_inference_steps=num_steps, noise=noise))
     try:
         yield
     finally:
         _set_cache_context(transformer, None)
+
+
+@dataclass(frozen=True)
+class _Told(CacheContext):
+    """What `at_step` was told: Diffusers' context, and the noise of the run's steps."""
+
+    noise: Sequence[float] | None = None
 
 
 def attached(pipe: Any) -> dict[str, RunHook]:

@@ -133,7 +133,7 @@ class RunHook(ModelHook):
         latents = latents[0] if isinstance(latents, (list, tuple)) else latents
         position = self.position
         if position.enter(transformer, self._context(), latents, inputs[self.spec.timestep]):
-            self.state.begin_run()
+            self._begin_run()
             self.timers = []
             self.started = time.perf_counter()
             self._warn_of_no_warmup()
@@ -141,6 +141,13 @@ class RunHook(ModelHook):
             step=position.step, num_steps=position.num_steps, branch=position.branch, layout=layout
         )
         self._running = Timer(latents.device)
+
+    def _begin_run(self) -> None:
+        try:
+            self.state.begin_run(None if self.state.config.warmup_noise is None else self.position.noise())
+        except ValueError:
+            self.position.forget()  # nothing has begun
+            raise
 
     @torch.compiler.disable
     def _after(self, transformer: nn.Module, args: tuple, output: Any) -> None:
@@ -161,6 +168,8 @@ class RunHook(ModelHook):
         """A run that starts in the middle of its schedule, as video-to-video does, may start after its warm-up."""
         config, step, steps = self.state.config, self.position.step, self.position.num_steps
         layers = range(self.state.num_layers)
+        if config.warmup_noise is not None:
+            return
         if step == 0 or self.state.name != "transformer" or all(config.is_dense(layer) for layer in layers):
             return
         first, now = (config.is_warmup(index, steps, layers[-1], layers.stop) for index in (0, step))

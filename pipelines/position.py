@@ -53,6 +53,8 @@ class Position:
         self.num_steps: int | None = None
         self.branch: str | None = None
         self.timesteps: Tensor | None = None
+        self._scheduler: Any = None
+        self._told_noise: list[float] | None = None
         self._over = False
         self._calls_in_step = 0
         self._names: set[str] = set()
@@ -88,7 +90,8 @@ class Position:
         new = new or (num_steps == 1 and self._repeats(context, latents))
         if new:
             self.forget()
-            self.timesteps = timesteps
+            self.timesteps, self._scheduler = timesteps, scheduler
+            self._told_noise = getattr(context, "noise", None)
         if new or step != self.step:
             self._calls_in_step, self._names = 0, set()
         else:
@@ -98,6 +101,10 @@ class Position:
         self._names.add(self.branch)
         self._latents = weakref.ref(latents)
         return new
+
+    def noise(self) -> list[float] | None:
+        """Share of noise in the latents of every step of the run, or None where nothing tells it."""
+        return noise_of(self._scheduler) if self._told_noise is None else list(self._told_noise)
 
     def _owner(self, transformer: nn.Module) -> Any:
         pipe = self._pipe()
@@ -173,6 +180,35 @@ def find_step(
     if step is None or num_steps is None:
         raise _unknown("neither a cache context nor a scheduler tells it")
     return step, num_steps
+
+
+def noise_of(scheduler: Any) -> list[float] | None:
+    """Share of noise in the latents of every step of a scheduler's run.
+
+    Args:
+        scheduler: a Diffusers scheduler after `set_timesteps`, or None.
+
+    Returns:
+        For every step the weight of the noise where those of video and noise sum to 1: what flow matching calls sigma.
+        None: the scheduler does not tell it.
+    """
+    timesteps, config = getattr(scheduler, "timesteps", None), getattr(scheduler, "config", {})
+    if timesteps is None or not isinstance(scheduler, SchedulerMixin):
+        return None
+    if (
+        "Flow" in type(scheduler).__name__
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
+        return [step / config.get("num_train_timesteps", 1000) for step in timesteps.double().tolist()]
+    alphas, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
+    if alphas is not None:
+        kept = alphas.double().cpu()[timesteps.long().cpu().clamp(0, len(alphas) - 1)]  # of the video's variance
+        noise = (1 - kept).sqrt()
+        return (noise / (noise + kept.sqrt())).tolist()
+    if sigmas is not None and len(sigmas) == len(timesteps) + 1:
+        return [sigma / (1 + sigma) for sigma in sigmas.double().tolist()[:-1]]
+    return None
 
 
 def _position(timesteps: Tensor, timestep: Tensor) -> int | None:

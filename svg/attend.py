@@ -124,7 +124,7 @@ def _planned(
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
-        settings = config.at_step(state.step, state.num_steps)
+        settings = state.scheduled.at_step(state.step, state.num_steps)
         plan = planner(config).plan(q, k, v, settings, memory, layout, text_mask)
     if precision == "native" or not isinstance(config, GuardedConfig) or not config.guard:
         return plan.execute(q, k, v, precision), plan, None

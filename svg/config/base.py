@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
@@ -34,6 +34,8 @@ class MethodConfig:
 
     Args:
         warmup_steps: share of the steps, from the first on, that stays dense, in [0, 1].
+        warmup_noise: steps stay dense while the noise's share of the latents, by the scheduler, is above this, in [0, 1];
+            in the place of `warmup_steps`, for schedules of few steps and for runs that begin in the middle. None: off.
         warmup_layers: share of the layers, from the first on, that stays dense in every step, in [0, 1].
         min_tokens: sequences of fewer tokens run dense, >= 0: below some length planning costs more than it saves.
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
@@ -66,6 +68,11 @@ class MethodConfig:
     probed_level: ClassVar[float] = 0.0
 
     warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
+    warmup_noise: float | None = setting(
+        None,
+        flag=float,
+        help="Steps with a larger share of noise stay dense, in [0, 1]; in the place of --warmup-steps.",
+    )
     warmup_layers: float = setting(0.03, flag=float, help="Share of the layers kept dense, in [0, 1].")
     min_tokens: int = 0
     seed: int = 0
@@ -78,6 +85,8 @@ class MethodConfig:
     def __post_init__(self):
         share(self, "warmup_steps")
         share(self, "warmup_layers")
+        if self.warmup_noise is not None:
+            share(self, "warmup_noise")
         integer(self, "min_tokens", least=0)
         integer(self, "seed", least=0)
         if self.dense_backend not in DENSE_BACKENDS:
@@ -102,6 +111,28 @@ class MethodConfig:
             True iff step < ceil(warmup_steps * num_steps) or layer < ceil(warmup_layers * num_layers).
         """
         return step < count(self.warmup_steps, num_steps) or layer < count(self.warmup_layers, num_layers)
+
+    def on_schedule(self, noise: list[float] | None) -> MethodConfig:
+        """The settings with `warmup_steps` where `warmup_noise` is given.
+
+        Args:
+            noise: of every step of a run, in its order; None: not known.
+
+        Returns:
+            Settings without `warmup_noise`.
+
+        Raises:
+            ValueError: `warmup_noise` is given and the noise is not known.
+        """
+        if self.warmup_noise is None:
+            return self
+        if noise is None:
+            raise ValueError(
+                "warmup_noise must be left out where no scheduler tells how much noise a step has: use warmup_steps, or pass "
+                "the noise of all steps to svg.at_step"
+            )
+        dense = sum(level > self.warmup_noise for level in noise)
+        return replace(self, warmup_noise=None, warmup_steps=dense / len(noise))
 
     def at_step(self, step: int, num_steps: int) -> MethodConfig:
         """The settings in one step of a run; a method whose budget depends on the step gives others.

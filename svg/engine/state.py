@@ -133,6 +133,7 @@ class RunState:
     def reset(self) -> None:
         """Forget everything but the config: layer caches, generators, records, position in the run."""
         self._forward: Forward | None = None
+        self._scheduled: MethodConfig | None = None  # the config, its warm-up in steps
         self.records: list[AttentionRecord] = []
         self.peers: Peers | None = None
         self.deals: dict[int, Deal] = {}
@@ -185,9 +186,17 @@ class RunState:
         vars(self).update(state)
         self.reset()
 
-    def begin_run(self) -> None:
-        """Start a run: nothing of an earlier one, finished or interrupted, is left."""
+    def begin_run(self, noise: list[float] | None = None) -> None:
+        """Start a run: nothing of an earlier one, finished or interrupted, is left.
+
+        Args:
+            noise: share of noise in the latents of every step, where that is known.
+
+        Raises:
+            ValueError: the config's warm-up is by noise, and it is not known.
+        """
         self.reset()
+        self._scheduled = self.config.on_schedule(noise)
 
     def begin_forward(self, step: int, num_steps: int, branch: str, layout: TokenLayout) -> None:
         """Say where the run is before the transformer's forward; checks the forward before it.
@@ -241,7 +250,14 @@ class RunState:
 
     def is_warmup(self, layer: int) -> bool:
         """Whether a layer runs dense attention in the current step."""
-        return self.config.is_warmup(self.step, self.num_steps, layer, self.num_layers)
+        return self.scheduled.is_warmup(self.step, self.num_steps, layer, self.num_layers)
+
+    @property
+    def scheduled(self) -> MethodConfig:
+        """The config with its warm-up in steps of this run."""
+        if self._scheduled is None:
+            self._scheduled = self.config.on_schedule(None)
+        return self._scheduled
 
     def generator(self, layer: int, device: torch.device | str) -> torch.Generator:
         """Private generator of a layer and the current branch; its draws never touch the global one."""

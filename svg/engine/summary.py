@@ -21,6 +21,7 @@ def summarise(state: RunState) -> dict[str, Any]:
 
     Returns:
         name, config (as a dict), calls {total, dense, sparse, reused (sparse ones that took an earlier call's clustering)};
+        steps {total, dense (those in which every call was)};
         density: all_calls and sparse_calls (means; None where there is no such call), per_step and per_layer (lists of
         {step or layer, all_calls, sparse_calls}), per_branch {branch: {all_calls, sparse_calls}}, per_head
         {layer: one mean a head over the sparse calls}, map {steps, layers, heads, values: [step][layer][head], means
@@ -49,6 +50,7 @@ def summarise(state: RunState) -> dict[str, Any]:
             "sparse": len(sparse),
             "reused": sum(record.reused for record in records),
         },
+        "steps": _steps(records),
         "density": {
             **_density(zip(records, means)),
             "per_step": _table("step", records, means),
@@ -64,6 +66,11 @@ def summarise(state: RunState) -> dict[str, Any]:
         "attention_seconds": _seconds(records),
         "quantised": _quantised(records, state.safer),
     }
+
+
+def _steps(records: list[AttentionRecord]) -> dict[str, int]:
+    every, sparse = ({record.step for record in rows} for rows in (records, [r for r in records if not r.dense]))
+    return {"total": len(every), "dense": len(every - sparse)}
 
 
 def _read(tensors: list[Tensor]) -> list[Tensor]:

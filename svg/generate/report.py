@@ -75,7 +75,7 @@ def run_summary(result: GenerationResult) -> dict[str, Any]:
     assert result.report is not None, "a job's pipelines are accelerated, the dense ones too"
     transformers = result.report["transformers"]
     if result.report["config"]["method"] == "dense":  # a table of ones tells nothing
-        kept = ("calls", "attention_seconds", "transformer_seconds")
+        kept = ("calls", "steps", "attention_seconds", "transformer_seconds")
         transformers = {name: {key: part[key] for key in kept} for name, part in transformers.items()}
     return {
         "config": result.report["config"],
@@ -132,6 +132,10 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     density = report["density"]
     if density and density["sparse_calls"] is None:
         notes.append("no attention call was sparse: warm-up covers every step or layer; lower --warmup-steps")
+    elif (
+        density and sum(part["steps"]["dense"] for part in report["runs"]["accelerated"]["transformers"].values()) == 0
+    ):
+        notes.append("every step was sparse: none was dense from the first layer to the last")
     quality = report["quality"]
     notes += dict.fromkeys(note for part in quality.values() for note in failures(part))
     psnr = {name: part["psnr"]["mean"] for name, part in quality.items()}
