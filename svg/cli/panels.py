@@ -22,6 +22,7 @@ OPTIONS = {
     "Method": (
         *("--method", "--methods", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
         *("--num-k-clusters", "--topk", "--cdf", "--thresholds", "--order", "--attention-sink", "--warmup-steps"),
+        "--warmup-noise",
         *("--warmup-layers", "--dense-backend", "--linears", "--set", "--cache"),
     ),
     "Video": (
