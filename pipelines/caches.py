@@ -1,69 +1,107 @@
-"""Caches of Diffusers that skip blocks whose input changed little since the last step."""
+"""Caches that skip blocks, or steps, whose input changed little: Diffusers' own, and cache-dit's DBCache if it is there."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
-# Name on the command line -> class in Diffusers and its one number, by name, with Diffusers' or its authors' value.
-# Attention of every block; TaylorSeer's own patterns know none of Wan's and CogVideoX's names, and would cache nothing.
-_ATTENTION = r"(.*\.)?(\w+_)?blocks\.\d+\.attn\d*"
+from svg.documents import MEBIBYTE, read_json
+
+# Name on the command line -> class of its config and its one number, by name, with Diffusers' or its authors' value.
 CACHES = {
     "first-block": ("FirstBlockCacheConfig", "threshold", 0.05),
     "taylorseer": ("TaylorSeerCacheConfig", "cache_interval", 5),
+    "dbcache": ("DBCacheConfig", "residual_diff_threshold", 0.08),
 }
+# Whose numbers are of one model and are read from a file: what Diffusers prints with `MagCacheConfig(calibrate=True)`.
+FROM_FILE = {"magcache": ("MagCacheConfig", "mag_ratios")}
+CACHE_DIT = ("DBCacheConfig",)
+# What TaylorSeer predicts. Diffusers' own pattern wants a name that ends in attn, which Wan's attn1 does not.
+PREDICTED = (
+    r"(.*\.)?[a-z_]*(blocks|layers)\.\d+\.(.*\.)?(attn\d*|self_attn|self_attention|cross_attention|ffn?|feed_forward)"
+)
 
 
-def parse_cache(text: str) -> tuple[str, str, float]:
+def parse_cache(text: str) -> tuple[str, str, Any]:
     """Read a cache option.
 
     Args:
-        text: a name of CACHES, or "name=number".
+        text: a name of CACHES, "name=number", or "magcache=FILE" with a JSON list of ratios.
 
     Returns:
-        Class of its config in Diffusers, the field of its one number, and the number.
+        Class of its config, the field of its one number, and the number, or list of numbers.
 
     Raises:
-        ValueError: another name, or no number.
+        ValueError: another name, no number, no such file, or a package that is not installed.
     """
     name, sign, value = text.partition("=")
+    if name in FROM_FILE:
+        return (*FROM_FILE[name], _ratios(name, value))
     if name not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {name!r}")
+        raise ValueError(f"cache must be one of {', '.join([*CACHES, *FROM_FILE])}, got {name!r}")
     kind, field, default = CACHES[name]
+    if kind in CACHE_DIT and importlib.util.find_spec("cache_dit") is None:
+        raise ValueError(f"cache {name} needs the package cache-dit, which is not installed: pip install cache-dit")
     try:
         return kind, field, type(default)(value) if sign else default
     except ValueError:
         raise ValueError(f"cache must be {name}=NUMBER, such as {name}={default}, got {text!r}") from None
 
 
-def enable_cache(pipe: Any, cache: str) -> None:
+def cache_file(cache: str) -> str | None:
+    """The file that a cache option reads, or None."""
+    name, _, value = cache.partition("=")
+    return value if name in FROM_FILE else None
+
+
+def _ratios(name: str, path: str) -> list[float]:
+    found = read_json(path, MEBIBYTE) if Path(path).is_file() else None
+    if not isinstance(found, list) or not found or not all(type(one) in (int, float) for one in found):
+        raise ValueError(
+            f"cache must be {name}=FILE with a JSON list of ratios, which Diffusers prints with "
+            f"MagCacheConfig(calibrate=True), got {path!r}"
+        )
+    return [float(one) for one in found]
+
+
+def enable_cache(pipe: Any, cache: str, steps: int) -> None:
     """Let a pipeline skip blocks whose input changed little since the last step.
 
     Args:
         pipe: a Diffusers pipeline.
-        cache: a name of CACHES, or "name=number".
+        cache: as `parse_cache` takes it.
+        steps: of the run.
 
     Raises:
-        ValueError: another name, no number, or a cache that finds nothing to skip in this transformer.
+        ValueError: as `parse_cache`.
     """
     import diffusers
 
     from .attach import transformers_of
 
     kind, field, value = parse_cache(cache)
-    settings = {field: value, **({"cache_identifiers": [_ATTENTION]} if cache.startswith("taylorseer") else {})}
+    if kind in CACHE_DIT:
+        import cache_dit
+
+        cache_dit.enable_cache(pipe, cache_config=getattr(cache_dit, kind)(**{field: value}))
+        return
+    more = {
+        "MagCacheConfig": {"num_inference_steps": steps},
+        "TaylorSeerCacheConfig": {"cache_identifiers": [PREDICTED]},
+    }
     for transformer in transformers_of(pipe).values():
-        transformer.enable_cache(getattr(diffusers, kind)(**settings))
-        if not any(getattr(module, "_diffusers_hook", None) for module in transformer.modules()):
-            transformer.disable_cache()
-            raise ValueError(
-                f"cache must fit the transformer, got {cache}, which finds no block in {type(transformer).__name__}"
-            )
+        transformer.enable_cache(getattr(diffusers, kind)(**{field: value}, **more.get(kind, {})))
 
 
 def disable_cache(pipe: Any) -> None:
     """Undo `enable_cache`; a pipeline without one is left as it is."""
     from .attach import transformers_of
 
+    if getattr(pipe, "_is_cached", False):  # by cache-dit
+        import cache_dit
+
+        cache_dit.disable_cache(pipe)
     for transformer in transformers_of(pipe).values():
         if transformer.is_cache_enabled:
             transformer.disable_cache()

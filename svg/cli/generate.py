@@ -80,7 +80,9 @@ _GENERATION_FLAGS = (
     "--compile", "compiled", is_flag=True, help="torch.compile the transformer's blocks: minutes once, faster steps."
 )
 @click.option(
-    "--cache", help="A cache of Diffusers for the accelerated run: first-block[=threshold] or taylorseer[=interval]."
+    "--cache",
+    help="A step cache for the accelerated run: first-block[=threshold], taylorseer[=interval], dbcache[=threshold] (cache-dit), "
+    "magcache=FILE of ratios.",
 )
 @click.option(
     "--gpus",

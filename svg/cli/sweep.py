@@ -24,6 +24,9 @@ _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if
 @click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
 @click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
 @click.option("--budgets", type=Numbers(float), help=f"With commas: {_BUDGETS}.")
+@click.option(
+    "--caches", help="Step caches as `svg generate --cache` takes them, and none, with commas [default: none]."
+)
 @click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
 @click.option("--negative-prompt", help="What the videos must not show.")
 @size_options
@@ -45,7 +48,7 @@ _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if
 )
 @click.option("--out", type=click.Path(), default="svg-sweep", show_default=True, help="Folder of the results.")
 def sweep(grid: str | None, **options: Any) -> int:
-    """Generate every cell of models x methods x budgets x prompts x seeds, measured against dense.
+    """Generate every cell of models x methods x budgets x caches x prompts x seeds, measured against dense.
 
     GRID is a YAML file; flags win over it. What is finished is never run again: the same command goes on after a kill,
     and a larger grid adds to the folder. Exit code 1 if a cell failed.
@@ -140,8 +143,10 @@ def _flags(options: dict[str, Any]) -> dict[str, Any]:
     plain += ("flow_shift", "fps", "device", "dtype", "offload", "vae_tiling", "lpips")
     lists = {key: list(options[key]) or None for key in ("prompts", "models")}
     methods = options["methods"].split(",") if options["methods"] else None
+    caches = [None if one == "none" else one for one in options["caches"].split(",")] if options["caches"] else None
     control = False if options["no_control"] else None
-    return {**{key: options[key] for key in plain}, **lists, "methods": methods, "control": control}
+    given = {"methods": methods, "caches": caches, "control": control}
+    return {**{key: options[key] for key in plain}, **lists, **given}
 
 
 def _device_of(device: str, address: str | None, workers: int | None, resolve_device: Callable) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from svg.configs import Preset, load_preset, preset_names
 from svg.eval.page import PAGE
-from svg.pipelines.caches import parse_cache
+from svg.pipelines.caches import cache_file, parse_cache
 from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.model_files import BUNDLED, locate_model
 from svg.pipelines.request import GenerationRequest
@@ -45,7 +45,7 @@ class Job:
         loras: file, folder or hub id of each LoRA, and its scale.
         revision, variant: of the model's files, as `svg.pipelines.load_pipeline` takes them.
         compiled: compile the transformers' repeated blocks.
-        cache: a cache of Diffusers for the accelerated run, or None.
+        cache: a step cache for the accelerated run, as `svg.pipelines.caches.parse_cache` takes it, or None.
         last_image_path: where the request's last image came from, or None.
         yes: run billions of weights on a CPU all the same.
         gpus: processes that make the video together, each on a GPU of its own.
@@ -146,6 +146,7 @@ def inputs_of(job: Job) -> list[str | Path]:
     """Files and folders that a job reads: none of them may be written to."""
     settings = (getattr(job.config, name, None) for name in ("thresholds", "layers"))
     files = [job.image_path, job.last_image_path, job.preset, *settings, *(source for source, _ in job.loras)]
+    files += [] if job.cache is None else [cache_file(job.cache)]
     model = locate_model(job.model)
     return [path for path in (*files, model if isinstance(model, Path) else None) if path is not None]
 

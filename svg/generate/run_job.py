@@ -158,7 +158,7 @@ class _Run:
             return
         accelerate(self.pipe, config)
         if name == "accelerated" and self.job.cache is not None:
-            enable_cache(self.pipe, self.job.cache)
+            enable_cache(self.pipe, self.job.cache, self.job.request.steps)
         label = config.method if name == "accelerated" else name
         with self.display.run(label, self.job.request.steps) as on_step:
             sparse_step = last_step if name == "accelerated" else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svg.pipelines import GenerationRequest
+from svg.pipelines.caches import cache_file
 from svg.pipelines.fingerprint import file_sha256
 
 from ..config import config_from_dict
@@ -30,7 +31,8 @@ class Cell:
         method: the method's settings, "method" among them; of a control: those of its reference.
         generation: fields of GenerationRequest, with "image" as a path and "image_sha256"; "thresholds_sha256" and
             "layers_sha256" where the method reads such a file.
-        run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}.
+        run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}, and "cache" where the
+            cell has one.
         reference: id of the dense cell it is compared with, or None for the dense cell.
         control: id of the control cell of its group, or None.
     """
@@ -104,6 +106,8 @@ def cell_of(
         file = getattr(job.config, name, None)
         if file is not None:  # a file that is made again makes other cells
             request[f"{name}_sha256"] = file_sha256(file)
+    if job.cache is not None and (file := cache_file(job.cache)) is not None:
+        request["cache_sha256"] = file_sha256(file)
     return Cell(
         role=role,
         label=label,
@@ -117,6 +121,7 @@ def cell_of(
             "flow_shift": job.flow_shift,
             "vae_tiling": job.vae_tiling,
             "lpips": job.lpips,
+            **({} if job.cache is None else {"cache": job.cache}),
         },
         reference=None if reference is None else reference.id,
     )

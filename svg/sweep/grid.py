@@ -1,4 +1,4 @@
-"""The grid of a sweep: models x methods x budgets x prompts x seeds, from YAML or flags, as a list of cells."""
+"""The grid of a sweep: models x methods x budgets x caches x prompts x seeds, from YAML or flags, as a list of cells."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svg.eval.names import LPIPS_NETS
+from svg.pipelines.caches import cache_file, parse_cache
 from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.model_files import BUNDLED, locate_model
 
@@ -25,8 +26,19 @@ from .grid_file import GridError, Mapping, read_mapping
 
 SIZE_KEYS = ("height", "width", "frames", "steps", "guidance", "true_cfg", "flow_shift", "fps")
 RUN_KEYS = ("device", "dtype", "offload", "vae_tiling", "lpips")
-KEYS = ("models", "prompts", "seeds", "budgets", "methods", "control", "negative_prompt", *SIZE_KEYS, *RUN_KEYS)
-_DEFAULTS = {"models": [BUNDLED], "seeds": [0], "methods": ["svg1", "svg2"], "control": True}
+KEYS = (
+    "models",
+    "prompts",
+    "seeds",
+    "budgets",
+    "methods",
+    "caches",
+    "control",
+    "negative_prompt",
+    *SIZE_KEYS,
+    *RUN_KEYS,
+)
+_DEFAULTS = {"models": [BUNDLED], "seeds": [0], "methods": ["svg1", "svg2"], "caches": [None], "control": True}
 _RUN_DEFAULTS = {"device": "auto", "dtype": None, "offload": "none", "vae_tiling": False, "lpips": "alex"}
 _CHOICES = {
     "dtype": (None, *DTYPES),
@@ -48,6 +60,7 @@ class Grid:
         prompts: {"prompt", and optionally "negative_prompt", "image"} each.
         seeds: seeds of the noise.
         methods: (settings of one method, where they stand) each.
+        caches: step caches as `svg generate --cache` takes them, and None for none; each beside every method.
         size: height, width, frames, steps and so on that override the presets'.
         run: device, dtype, offload, vae_tiling, lpips.
         control: whether every group gets a control cell.
@@ -57,6 +70,7 @@ class Grid:
     prompts: list[dict[str, Any]]
     seeds: list[int]
     methods: list[tuple[dict[str, Any], Mapping]]
+    caches: list[str | None]
     size: dict[str, Any]
     run: dict[str, Any]
     control: bool
@@ -104,7 +118,12 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
     Raises:
         ValueError: sizes are missing, or a preset, model or setting is not there.
     """
-    count = len(grid.models) * len(grid.prompts) * len(grid.seeds) * (len(grid.methods) + 1 + grid.control)
+    count = (
+        len(grid.models)
+        * len(grid.prompts)
+        * len(grid.seeds)
+        * (len(grid.methods) * len(grid.caches) + 1 + grid.control)
+    )
     if count > MOST_CELLS:
         raise GridError(f"a grid must have at most {MOST_CELLS} cells, got {count}: sweep it in parts")
     dtype = dtype or grid.run["dtype"] or ("bf16" if device == "cuda" else "fp32")
@@ -112,7 +131,7 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
     for model in grid.models:
         mark = fingerprint(model["model"] or BUNDLED)
         jobs = _jobs(grid, model)
-        labels = _labels([job.config for job in jobs])
+        labels = _labels(jobs)
         for prompt, seed in itertools.product(grid.prompts, grid.seeds):
             for cell in _group(grid, jobs, labels, prompt, seed, {"mark": mark, "device": device, "dtype": dtype}):
                 cells.setdefault(cell.id, cell)
@@ -128,6 +147,7 @@ def inputs_of(grid: Grid) -> list[str | Path]:
         *(prompt.get("image") for prompt in grid.prompts),
     ]
     values += [settings.get(name) for settings, _ in grid.methods for name in ("thresholds", "layers")]
+    values += [cache_file(cache) for cache in grid.caches if cache is not None]
     return [value for value in values if isinstance(value, (str, Path))]
 
 
@@ -140,8 +160,8 @@ def method_configs(grid: Grid) -> list[tuple[str, MethodConfig]]:
     Returns:
         (label, config) each.
     """
-    configs = [job.config for job in _jobs(grid, grid.models[0])]
-    return list(zip(_labels(configs), configs))
+    jobs = _jobs(dataclasses.replace(grid, caches=[None]), grid.models[0])
+    return list(zip(_labels(jobs), (job.config for job in jobs)))
 
 
 def _group(
@@ -155,10 +175,11 @@ def _group(
         job = dataclasses.replace(job, request=request, image_path=image_path)
         return cell_of(job, role=role, label=label, reference=reference, **common)
 
-    base = dataclasses.replace(jobs[0], config=DenseConfig())
+    base = dataclasses.replace(jobs[0], config=DenseConfig(), cache=None)
     dense = cell(base, "dense", "dense")
     control = cell(base, "control", "control", dense) if grid.control else None
-    rest = [cell(job, "accelerated", label, dense) for job, label in zip(jobs, labels) if job.config != DenseConfig()]
+    changed = ((job, label) for job, label in zip(jobs, labels) if job.config != DenseConfig() or job.cache)
+    rest = [cell(job, "accelerated", label, dense) for job, label in changed]
     mark = None if control is None else control.id
     for found in (dense, control, *rest):
         if found is not None:
@@ -166,8 +187,9 @@ def _group(
 
 
 def _jobs(grid: Grid, model: Mapping) -> list[Job]:
-    """One job a method, with a prompt to be replaced."""
-    return [_job(grid, model, settings, where) for settings, where in grid.methods]
+    """One job a method and cache, with a prompt to be replaced."""
+    jobs = [_job(grid, model, settings, where) for settings, where in grid.methods]
+    return [dataclasses.replace(job, cache=cache) for job in jobs for cache in grid.caches]
 
 
 def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -> Job:
@@ -193,16 +215,18 @@ def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -
         raise GridError(f"{where.where(key)}{error}") from error
 
 
-def _labels(configs: list[MethodConfig]) -> list[str]:
-    """The method and those settings that differ among the configs of one method."""
+def _labels(jobs: list[Job]) -> list[str]:
+    """The method, those settings that differ among the configs of one method, and the cache."""
     labels, values = [], defaultdict(set)
-    for config in configs:
-        for field in fields(config):
-            values[config.method, field.name].add(getattr(config, field.name))
-    for config in configs:
+    for job in jobs:
+        for field in fields(job.config):
+            values[job.config.method, field.name].add(getattr(job.config, field.name))
+    for job in jobs:
+        config = job.config
         varying = [f.name for f in fields(config) if len(values[config.method, f.name]) > 1]
         given = [name for name in varying if getattr(config, name) is not None]
-        labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in given)]))
+        cache = [] if job.cache is None else [f"cache={job.cache}"]
+        labels.append(" ".join([config.method, *(f"{name}={getattr(config, name)}" for name in given), *cache]))
     return labels
 
 
@@ -223,6 +247,7 @@ def _grid(content: Mapping, prompts_needed: bool) -> Grid:
         ],
         seeds=[_seed(item, content) for item in _list(content, values, "seeds")],
         methods=_methods(content, values),
+        caches=[_cache(item, content) for item in _list(content, values, "caches")],
         size={key: values[key] for key in SIZE_KEYS if values.get(key) is not None},
         run={key: values[key] for key in RUN_KEYS},
         control=values["control"],
@@ -257,6 +282,18 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
 def _seed(item: Any, content: Mapping) -> int:
     if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**63:
         raise GridError(f"{content.where('seeds')}a seed must be an integer in [0, 2**63), got {shown(item)}")
+    return item
+
+
+def _cache(item: Any, content: Mapping) -> str | None:
+    if item is None:
+        return None
+    if not isinstance(item, str):
+        raise GridError(f"{content.where('caches')}a cache must be text or null, got {shown(item)}")
+    try:
+        parse_cache(item)
+    except ValueError as error:
+        raise GridError(f"{content.where('caches')}{error}") from error
     return item
 
 

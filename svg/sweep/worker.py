@@ -11,6 +11,7 @@ import numpy as np
 
 from svg.eval.compare import compare
 from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, restore, validate_request
+from svg.pipelines.caches import disable_cache, enable_cache
 from svg.pipelines.fingerprint import fingerprint
 
 from ..config import MethodConfig
@@ -75,8 +76,11 @@ class Worker:
         try:
             config = self._warmed_up(pipe, cell, job)
             accelerate(pipe, config)
+            if job.cache is not None:
+                enable_cache(pipe, job.cache, job.request.steps)
             result = generate(pipe, job.request, lambda progress: self._step(cell, progress))
         finally:
+            disable_cache(pipe)
             restore(pipe)
         frames = to_uint8(result.frames, cell.label)
         device = pipe._execution_device
@@ -107,7 +111,11 @@ class Worker:
         Raises:
             ValueError: as `svg.pipelines.load_pipeline`.
         """
-        key = (cell.model["name"], cell.model["fingerprint"], *(v for k, v in cell.run.items() if k != "lpips"))
+        key = (
+            cell.model["name"],
+            cell.model["fingerprint"],
+            *(v for k, v in cell.run.items() if k not in ("lpips", "cache")),
+        )
         if key != self._loaded:
             self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit
             if fingerprint(job.model) != cell.model["fingerprint"]:
