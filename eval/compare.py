@@ -75,8 +75,8 @@ class _Taken:
             except Exception as error:
                 self._note = _reason(error)
 
-    def result(self, summarise):
-        return summarise(np.concatenate(self._values)) if self._note is None else {"mean": None, "note": self._note}
+    def result(self, summarize):
+        return summarize(np.concatenate(self._values)) if self._note is None else {"mean": None, "note": self._note}
 
 
 def failures(result):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .loading import load_pipeline
     from .request import GenerationRequest
 
-_HOME = {
+_PUBLIC = {
     "GenerationRequest": "request",
     "GenerationResult": "generation",
     "StepProgress": "generation",
@@ -41,8 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -13,7 +13,7 @@ from torch import nn
 
 from svg.config import MethodConfig
 from svg.engine.state import RunState
-from svg.engine.summary import summarise
+from svg.engine.summary import summarize
 
 from .choose import resolve
 from .hook import HOOK_NAME, RunHook
@@ -168,7 +168,7 @@ def report(pipe: Any) -> dict[str, Any]:
     for hook in hooks.values():
         if not hook.same_run(latest):  # Wan2.2 may leave one of its transformers out of a run
             hook.reset()
-    summaries = {name: {**summarise(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
+    summaries = {name: {**summarize(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
     return {"config": latest.state.config.to_dict(), "transformers": summaries}
 
 

@@ -62,7 +62,7 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (q, k, v))
         if rotary is not None and self.fuses(q, attn.norm_q, attn.norm_k):
             return norm_and_rotate(q, attn.norm_q, *rotary), norm_and_rotate(k, attn.norm_k, *rotary), v
-        q, k = _normalise(q, attn.norm_q), _normalise(k, attn.norm_k)
+        q, k = _normalize(q, attn.norm_q), _normalize(k, attn.norm_k)
         if rotary is not None:
             q, k = self.rotate(q, rotary, video), self.rotate(k, rotary, video)
         return q, k, v
@@ -93,14 +93,14 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         return self.attend(q, k, v, text_mask, text)
 
 
-def _normalise(x: Tensor, norm: nn.Module | None) -> Tensor:
+def _normalize(x: Tensor, norm: nn.Module | None) -> Tensor:
     return x if norm is None else norm(x)
 
 
 def _text_qkv(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, text, H, D]
-    return _normalise(q, attn.norm_added_q), _normalise(k, attn.norm_added_k), v
+    return _normalize(q, attn.norm_added_q), _normalize(k, attn.norm_added_k), v
 
 
 def attention_modules(transformer: nn.Module) -> list[nn.Module]:

@@ -64,7 +64,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` fi
 
 __version__ = "0.1.0"
 
-_HOME = {
+_PUBLIC = {
     "accelerate": "svg.pipelines.attach",
     "accelerated": "svg.pipelines.attach",
     "restore": "svg.pipelines.attach",
@@ -96,7 +96,7 @@ _HOME = {
     "load_preset": "svg.configs",
 }
 # `svg.attend` is the module: a function of that name here would be hidden by it as soon as it is imported.
-__all__ = list(_HOME)
+__all__ = list(_PUBLIC)
 
 # Distributions that install a module called `svg` too and overwrite files of this one, or are overwritten by it.
 _FOREIGN = ("svg.py", "svg.path", "sparse-videogen")
@@ -107,7 +107,7 @@ if not TYPE_CHECKING:  # a type checker would take every name for one that exist
     def __getattr__(name: str):
         if f"svg.{name}" in _moved.MODULES:
             return importlib.import_module(f"svg.{name}")
-        home = _HOME.get(name, "svg.config" if name.endswith("Config") else None)
+        home = _PUBLIC.get(name, "svg.config" if name.endswith("Config") else None)
         if home is None:
             raise AttributeError(f"module 'svg' has no attribute {name!r}; choose from {', '.join(__all__)}")
         value = getattr(importlib.import_module(home), name)

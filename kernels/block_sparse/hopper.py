@@ -19,7 +19,7 @@ QUERY_ROWS, TILE_KEYS = 128, 64  # of a query tile and of a list entry; two entr
 MAX_REGISTERS = 168  # a thread, for 12 warps; the consumers take 240 each, the producer 24
 
 
-def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row) -> bool:
+def supports(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row) -> bool:
     """Whether this kernel computes these inputs: Hopper, 16 bits, head dim up to 128, contiguous k and v, tiles 128 x 64.
 
     Args:

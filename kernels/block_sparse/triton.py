@@ -68,7 +68,7 @@ def launch(q, k, v, blocks, *, sm_scale, return_lse) -> torch.Tensor | tuple[tor
         if row.specialised and 4 * S >= k.shape[2]:
             # A copy costs a fiftieth of the call, the other kernel half as much again.
             k, v = k.contiguous(), v.contiguous()
-        if row.specialised and block_sparse_hopper.takes(q, k, v, row):
+        if row.specialised and block_sparse_hopper.supports(q, k, v, row):
             scale = base2(sm_scale)
             block_sparse_hopper.launch(
                 q, k, v, out, lse, q_permutation, map_index, lists, Cq, scale, row.num_stages, tail

@@ -26,7 +26,7 @@ ONES = {64: True, 128: True}  # padded head dim -> row sums as `dense_quantised.
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
-def takes(q: torch.Tensor, kind, row) -> bool:
+def supports(q: torch.Tensor, kind, row) -> bool:
     """Whether this kernel computes these inputs: Hopper, 16-bit q, P V in FP8 with fp32 sums.
 
     Args:

@@ -46,7 +46,7 @@ def launch(q, k, v, blocks, *, how, sm_scale, failed, return_lse):
     B, H, S, D = q.shape
     Sk, block_d = k.shape[2], padded_head_dim(D)
     row = LAUNCH.row(q.device, fp8, block_d)
-    specialised = hopper.takes(q, kind, row)
+    specialised = hopper.supports(q, kind, row)
     if tail is not None and not (specialised and pv_threshold is None):
         alone = dataclasses.replace(blocks, tail=None)
         found = launch(q, k, v, alone, how=how, sm_scale=sm_scale, failed=failed, return_lse=True)

@@ -38,7 +38,7 @@ def kmeans_assign(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     if not target.use_triton(x):
         return kmeans_assign_reference(x, centroids)
     check_triton("kmeans_assign", x)
-    return _assign(x, centred(x, centroids))
+    return _assign(x, centered(x, centroids))
 
 
 def kmeans_assign_reference(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class Scored(NamedTuple):
     offsets: torch.Tensor
 
 
-def centred(x: torch.Tensor, centroids: torch.Tensor) -> Scored:
+def centered(x: torch.Tensor, centroids: torch.Tensor) -> Scored:
     B, H, C, D = centroids.shape
     padded = triton.cdiv(C, kmeans_hopper.PAD) * kmeans_hopper.PAD
     centroids = centroids.contiguous()
@@ -106,7 +106,7 @@ def _assign(x: torch.Tensor, scored: Scored, counts: torch.Tensor | None = None)
     labels = torch.empty(B, H, S, dtype=torch.int32, device=x.device)
     row = LAUNCH.row(x.device, x.element_size())
     with target.on_device(x):
-        if row.specialised and kmeans_hopper.takes(x):
+        if row.specialised and kmeans_hopper.supports(x):
             kmeans_hopper.launch(x, scored.directions, scored.offsets, labels, counts, CHUNK)
         else:
             _assign_kernel[(triton.cdiv(S, row.block_m), B * H)](

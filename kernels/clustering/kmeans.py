@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from ..common import target
-from .assign import assign_and_sort, centred, check, check_triton, nearest
+from .assign import assign_and_sort, centered, check, check_triton, nearest
 from .means import PART_ROWS, cluster_means, cluster_means_reference, kmeans_update_reference, run_means
 from .permute import MAX_COUNTED, new_counters, sort_labels
 
@@ -112,7 +112,7 @@ def _kmeans(
             return kmeans_and_tiles_reference(x, centroids, iterations, tile)
         return kmeans_reference(x, centroids, iterations), None
     check_triton("kmeans", x)
-    scored = centred(x, centroids)
+    scored = centered(x, centroids)
     fused = tile is not None and PART_ROWS[x.element_size()] % tile == 0
     B, H, C, _ = centroids.shape
     counters = new_counters(B * H, x.shape[2], C, x.device) if C <= MAX_COUNTED else None

@@ -26,7 +26,7 @@ FEW = 320  # centroids that stay in shared memory
 FEW_TILE, FEW_GROUPS, FEW_ROW_STAGES = 64, 3, 3  # centroids of a product, consumer warpgroups, buffered slabs of each
 
 
-def takes(x: torch.Tensor) -> bool:
+def supports(x: torch.Tensor) -> bool:
     """Whether this kernel assigns these tokens: Hopper, 16 bits, head dim up to 128, rows that a descriptor can address.
 
     Args:

@@ -49,7 +49,7 @@ def candidates() -> Iterator[Launch]:
         yield Launch(4, 6, 96, 112, ones)  # at head dim 128 it spills
 
 
-def takes(device: torch.device, kind) -> bool:
+def supports(device: torch.device, kind) -> bool:
     """Whether this kernel computes a precision on a device: Hopper, P V in FP8 with fp32 sums.
 
     Args:

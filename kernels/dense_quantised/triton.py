@@ -65,7 +65,7 @@ def runs_specialised(q: torch.Tensor, how: Quantisation, plain: bool) -> bool:
         plain: no mask of any kind, no packed sequences.
     """
     plain = plain and not how.smooths_q and how.k_groups == "block"
-    if not (plain and quantised_hopper.takes(q.device, how.kind)):
+    if not (plain and quantised_hopper.supports(q.device, how.kind)):
         return False
     return launch_for(how.kind, padded_head_dim(q.shape[-1]), q.device).specialised
 

@@ -32,25 +32,25 @@ from ..common.target import tl, triton
 from . import backward_hopper as training_backward_hopper
 from . import forward_hopper as training_hopper
 from .forward import larger, operand, options, tile
-from .inputs import Kept, PackedGradients, empty_gradients, pack_gradients, turn, whole
+from .inputs import PackedGradients, SavedForBackward, empty_gradients, pack_gradients, turn, whole
 from .sequences import Sequences, layouts
 
 
 def packed_gradients(
-    grad: torch.Tensor, out: torch.Tensor, kept: Kept, rows: Sequences, products: str
+    grad: torch.Tensor, out: torch.Tensor, kept: SavedForBackward, rows: Sequences, products: str
 ) -> PackedGradients:
     """`pack_gradients` for what the forward kept; Hopper's kernels sum in bf16 whatever is asked for."""
     wide = products == "bf16" or _specialised(launch_of(kept, products).query, out.device)
     return pack_gradients(grad, out, kept.v_mean, kept.queries, kept.q_scale, kept.lse, rows, wide)
 
 
-def launch_of(kept: Kept, products: str) -> "BackwardLaunch":
+def launch_of(kept: SavedForBackward, products: str) -> "BackwardLaunch":
     """The launches for what the forward kept, on its device."""
     return LAUNCH.row(kept.queries.device, products, kept.queries.shape[2])
 
 
 def _specialised(row: Launch, device: torch.device) -> bool:
-    return row.specialised and training_hopper.takes(device)
+    return row.specialised and training_hopper.supports(device)
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def launch(grad, out, kept, *, key_tokens, is_causal, sm_scale, cu_seqlens_q, cu
 def query_gradient(
     row: Launch,
     dq: torch.Tensor,
-    kept: Kept,
+    kept: SavedForBackward,
     packed: PackedGradients,
     rows: Sequences,
     columns: Sequences,
@@ -169,7 +169,7 @@ def key_gradients(
     launch: BackwardLaunch,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    kept: Kept,
+    kept: SavedForBackward,
     packed: PackedGradients,
     rows: Sequences,
     columns: Sequences,

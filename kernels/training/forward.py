@@ -9,7 +9,7 @@ from ..common.launch import Launch, LaunchTable
 from ..common.target import tl, triton
 from ..quantize.channels import statistics
 from . import forward_hopper as training_hopper
-from .inputs import Kept, PackedKeys, channel_scale, pack_keys, pack_queries, whole
+from .inputs import PackedKeys, SavedForBackward, channel_scale, pack_keys, pack_queries, whole
 from .sequences import Sequences, layouts
 
 
@@ -50,7 +50,7 @@ def launch(q, k, v, *, is_causal, sm_scale, cu_seqlens_q, cu_seqlens_k):
     packed = pack_keys(k, v, stats, columns)
     queries, q_scale = pack_queries(q, rows, sm_scale)
     out, lse = attend_packed(queries, q_scale, packed, channel_scale(stats), stats.v_mean, rows, columns, q, is_causal)
-    return out, Kept(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
+    return out, SavedForBackward(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
 
 
 def attend_packed(

@@ -45,7 +45,7 @@ TWO, THREE = Launch(2, 3, True, 168, 240), Launch(3, 4, False, 128, 160)
 LAUNCH = TWO
 
 
-def takes(device: torch.device) -> bool:
+def supports(device: torch.device) -> bool:
     """Whether this kernel is the forward on a device: Hopper."""
     return LOADABLE and target.arch(device) == 90
 

@@ -28,7 +28,7 @@ from .sequences import Sequences, operand_order, pack
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedForBackward:
     """What the backward needs of the forward besides its output.
 
     Args:
@@ -147,7 +147,7 @@ def pack_keys(
         The packed keys.
     """
     if wide is None:
-        wide = target.use_triton(k) and training_hopper.takes(k.device)
+        wide = target.use_triton(k) and training_hopper.supports(k.device)
     return (_pack_keys if target.use_triton(k) else pack_keys_reference)(k, v, stats, layout, wide)
 
 

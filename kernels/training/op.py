@@ -17,7 +17,7 @@ from ..common.checks import check_inputs as check_shapes
 from ..common.numbers import softmax_scale
 from ..quantize.tokens import DTYPES
 from . import backward, forward
-from .inputs import Kept
+from .inputs import SavedForBackward
 from .reference import training_attention_backward_reference, training_attention_reference
 
 PRODUCTS = ("int8", "bf16")
@@ -32,7 +32,7 @@ def training_attention(
     sm_scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Kept]:
+) -> tuple[torch.Tensor, SavedForBackward]:
     """INT8 attention of every query to every key, and what `training_attention_backward` needs.
 
     Args:
@@ -99,7 +99,7 @@ def check_inputs(
 def training_attention_backward(
     grad: torch.Tensor,
     out: torch.Tensor,
-    kept: Kept,
+    kept: SavedForBackward,
     *,
     key_tokens: int,
     is_causal: bool = False,

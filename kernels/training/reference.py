@@ -8,7 +8,7 @@ import torch
 from ..common.numbers import softmax_scale
 from ..quantize.channels import statistics_reference
 from .inputs import (
-    Kept,
+    SavedForBackward,
     channel_scale,
     empty_gradients,
     pack_gradients_reference,
@@ -31,7 +31,7 @@ def training_attention_reference(
     sm_scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Kept]:
+) -> tuple[torch.Tensor, SavedForBackward]:
     """Specification of `training_attention` in plain torch; same arguments and result."""
     sm_scale = softmax_scale(sm_scale, q.shape[-1])
     rows, columns = layouts(q, k, cu_seqlens_q, cu_seqlens_k)
@@ -39,7 +39,7 @@ def training_attention_reference(
     packed = pack_keys_reference(k, v, stats, columns)
     queries, q_scale = pack_queries_reference(q, rows, sm_scale)
     lse = torch.full_like(q_scale, torch.inf)
-    kept = Kept(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
+    kept = SavedForBackward(queries, q_scale, packed.keys, packed.scale, packed.values, stats.v_mean, lse)
     assert packed.values8 is not None
     steps = packed.values8[:, :, operand_order(columns.tokens, q.device).argsort()].transpose(1, 2)  # [Hkv, T, Dp]
     v_scale, total = channel_scale(stats), q.new_zeros(*queries.shape[:2], q.shape[3], dtype=torch.float32)
@@ -52,7 +52,7 @@ def training_attention_reference(
     return unpack(total, rows, torch.empty_like(q)), kept
 
 
-def pairs(kept: Kept, rows: Sequences, columns: Sequences) -> Iterator[tuple[int, int, int, slice, slice]]:
+def pairs(kept: SavedForBackward, rows: Sequences, columns: Sequences) -> Iterator[tuple[int, int, int, slice, slice]]:
     """Batch, head, key head, packed rows and packed columns of every sequence and head."""
     heads = kept.queries.shape[0]
     group = heads // kept.keys.shape[0]
@@ -61,7 +61,7 @@ def pairs(kept: Kept, rows: Sequences, columns: Sequences) -> Iterator[tuple[int
             yield b, h, h // group, slice(start, start + count), slice(first, first + keys)
 
 
-def scores_of(kept: Kept, h: int, kv: int, m: slice, n: slice, is_causal: bool) -> torch.Tensor:
+def scores_of(kept: SavedForBackward, h: int, kv: int, m: slice, n: slice, is_causal: bool) -> torch.Tensor:
     """Scores of one head and sequence, base 2: fp32 [queries, keys]."""
     scores = kept.queries[h, m].float() @ kept.keys[kv, n].float().T
     scores = scores * kept.k_scale[kv, n] * kept.q_scale[h, m, None]
@@ -80,7 +80,7 @@ def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
 def training_attention_backward_reference(
     grad: torch.Tensor,
     out: torch.Tensor,
-    kept: Kept,
+    kept: SavedForBackward,
     *,
     key_tokens: int,
     is_causal: bool = False,

@@ -84,7 +84,7 @@ def operand_order(tokens: int, device: torch.device) -> torch.Tensor:
     return place // 16 * 16 + place // 2 % 2 * 8 + place // 4 % 4 * 2 + place % 2
 
 
-def places(layout: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def packed_rows(layout: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Batch and token of every packed row, int64 [T], and whether there is one, bool [T]."""
     owner = layout.owner.repeat_interleave(BLOCK)
     batch, first, length, start = layout.table[owner.clamp(min=0)].long().unbind(1)
@@ -95,7 +95,7 @@ def places(layout: Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def pack(x: torch.Tensor, layout: Sequences) -> torch.Tensor:
     """[B, H, S, D] as fp32 [H, T, Dp], zeros where there is no token."""
-    batch, token, inside = places(layout)
+    batch, token, inside = packed_rows(layout)
     packed = x.new_zeros(x.shape[1], layout.tokens, padded_head_dim(x.shape[3]), dtype=torch.float32)
     packed[:, inside, : x.shape[3]] = x[batch[inside], :, token[inside]].transpose(0, 1).float()
     return packed
@@ -103,7 +103,7 @@ def pack(x: torch.Tensor, layout: Sequences) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, layout: Sequences, out: torch.Tensor) -> torch.Tensor:
     """Write [H, T, Dp] into `out` [B, H, S, D], zeros where no sequence has the token; returns `out`."""
-    batch, token, inside = places(layout)
+    batch, token, inside = packed_rows(layout)
     out.zero_()
     out[batch[inside], :, token[inside]] = packed[:, inside, : out.shape[3]].transpose(0, 1).to(out.dtype)
     return out

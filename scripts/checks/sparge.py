@@ -158,7 +158,7 @@ def launched(precision: str, dim: int, q: torch.Tensor):
     """Query rows of a tile, tiles of 64 keys that are kept or skipped together, and a context without `ONES`."""
     padded = 64 if dim <= 64 else 128
     row = target.launch_row(LAUNCH, q.device)[precision == "int8-fp8", padded]
-    if sparse_hopper.takes(q, PRECISIONS[precision], row):
+    if sparse_hopper.supports(q, PRECISIONS[precision], row):
         return sparse_hopper.QUERY_ROWS, 2, replaced(sparse_hopper.ONES, padded, False)
     return row.block_m, row.block_n // 64, contextlib.nullcontext()
 

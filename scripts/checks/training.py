@@ -41,7 +41,7 @@ def main() -> None:
     parser = command_line(__doc__, sweep="also time other tile sizes")
     parser.add_argument("--no-checks", action="store_true", help="timing only")
     args, machine = begin(parser)
-    if training_hopper.takes(torch.device(DEVICE)):
+    if training_hopper.supports(torch.device(DEVICE)):
         BARS.update(HOPPER_BARS)
     bench = Bench(f"python scripts/checks/training.py --seed {args.seed}", show_result, print, args.sweep)
     results = {**machine, "checks": [], "results": bench.results}

@@ -65,14 +65,14 @@ def head_groups(plan: Plan) -> list[tuple[slice, slice]]:
 
 def _execute(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
     if precision != "native":
-        return _execute_quantised(plan, q, k, v, precision, failed)
+        return _execute_quantized(plan, q, k, v, precision, failed)
     if plan.k_permutation is not None:
         k, v = gather_tokens(k, plan.k_permutation), gather_tokens(v, plan.k_permutation)
     blocks = replace(plan.blocks, k_permutation=None)
     return output_of(block_sparse_attention(q, k, v, blocks, sm_scale=plan.sm_scale))
 
 
-def _execute_quantised(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
+def _execute_quantized(plan: Plan, q: Tensor, k: Tensor, v: Tensor, precision: str, failed: Tensor | None) -> Tensor:
     how = Quantisation(precision, pv_threshold=plan.pv_threshold)
     found = block_sparse_attention_quantised(q, k, v, plan.blocks, how=how, sm_scale=plan.sm_scale, failed=failed)
     return output_of(found)

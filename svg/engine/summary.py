@@ -13,7 +13,7 @@ from .records import AttentionRecord
 from .state import RunState
 
 
-def summarise(state: RunState) -> dict[str, Any]:
+def summarize(state: RunState) -> dict[str, Any]:
     """Aggregate the records of a run; reads the device once per kind of record.
 
     Args:
@@ -64,7 +64,7 @@ def summarise(state: RunState) -> dict[str, Any]:
         "head_kinds": _head_kinds(sparse),
         "head_kinds_map": _kinds_map(records),
         "attention_seconds": _seconds(records),
-        "quantised": _quantised(records, state.safer),
+        "quantised": _quantized(records, state.safer),
     }
 
 
@@ -172,7 +172,7 @@ def _seconds(records: list[AttentionRecord]) -> dict[str, float] | None:
     return {"total": dense + sparse, "dense": dense, "sparse": sparse}
 
 
-def _quantised(records: list[AttentionRecord], safer: dict[int, int]) -> dict[str, Any] | None:
+def _quantized(records: list[AttentionRecord], safer: dict[int, int]) -> dict[str, Any] | None:
     quantised = [record for record in records if record.precision is not None and not record.dense]
     if not quantised:
         return None

@@ -11,7 +11,7 @@ from svg.kernels import training_attention as kernel
 from svg.kernels import training_attention_backward
 from svg.kernels.common import target
 from svg.kernels.quantize.tokens import padded_head_dim
-from svg.kernels.training.inputs import Kept, empty_gradients
+from svg.kernels.training.inputs import SavedForBackward, empty_gradients
 from svg.kernels.training.op import PRODUCTS
 from svg.kernels.training.sequences import packed_tokens
 
@@ -150,7 +150,7 @@ def _backward(
     scale: float,
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = Kept(queries, q_scale, keys, k_scale, values, v_mean, lse)
+    kept = SavedForBackward(queries, q_scale, keys, k_scale, values, v_mean, lse)
     return training_attention_backward(
         grad, out, kept, key_tokens=key_tokens, is_causal=is_causal, sm_scale=scale, cu_seqlens_q=starts_q,
         cu_seqlens_k=starts_k, products=products,

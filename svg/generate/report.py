@@ -128,7 +128,7 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
         notes.append("the model is the bundled tiny-wan: small, trained on simple moving shapes")
     if device.type == "cpu" and job.config.method != "dense":
         notes.append("on a CPU sparse attention runs the plain-torch reference: no speed-up is expected")
-    notes += _quantised_notes(report["runs"].get("accelerated"))
+    notes += _quantized_notes(report["runs"].get("accelerated"))
     density = report["density"]
     if density and density["sparse_calls"] is None:
         notes.append("no attention call was sparse: warm-up covers every step or layer; lower --warmup-steps")
@@ -145,7 +145,7 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _quantised_notes(run: dict[str, Any] | None) -> list[str]:
+def _quantized_notes(run: dict[str, Any] | None) -> list[str]:
     """What a reader must know of attention in fewer bits: emulation, and heads that were computed again."""
     parts = [part["quantised"] for part in (run or {"transformers": {}})["transformers"].values()]
     parts = [part for part in parts if part is not None]

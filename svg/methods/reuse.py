@@ -40,7 +40,7 @@ class Sample(NamedTuple):
     spread: Tensor
 
 
-class Kept(NamedTuple):
+class SharedClustering(NamedTuple):
     """What calls share.
 
     Args:
@@ -56,7 +56,7 @@ class Kept(NamedTuple):
     sample: Sample | None
 
 
-def still_good(state: LayerState, config: SVG2Config | NearConfig) -> Kept | None:
+def still_good(state: LayerState, config: SVG2Config | NearConfig) -> SharedClustering | None:
     """What an earlier call left, if it serves this one: made fewer than `refresh` calls ago, within `max_drift`."""
     kept = state.cache.get("kept")
     if kept is None or kept.calls >= config.refresh:
@@ -70,7 +70,7 @@ def still_good(state: LayerState, config: SVG2Config | NearConfig) -> Kept | Non
 def remember(
     state: LayerState,
     config: SVG2Config | NearConfig,
-    kept: Kept | None,
+    kept: SharedClustering | None,
     plan: Plan,
     chosen: Chosen,
     q: Tensor,
@@ -97,7 +97,7 @@ def remember(
                 moved = state.peers.largest(moved)
             state.reads.add(moved, partial(_note_drift, state, last.calls))
         sample = kept.sample if kept is not None else with_spread(rows)
-    kept = Kept(plan, chosen, 0, sample) if kept is None else kept
+    kept = SharedClustering(plan, chosen, 0, sample) if kept is None else kept
     state.cache["kept"] = kept._replace(calls=kept.calls + 1)
 
 

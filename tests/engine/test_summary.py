@@ -8,7 +8,7 @@ from svg.config import DenseConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.records import AttentionRecord, Timer
 from svg.engine.state import RunState
-from svg.engine.summary import summarise
+from svg.engine.summary import summarize
 
 LAYOUT = TokenLayout(3, 3, 4, 5, "last")
 
@@ -36,7 +36,7 @@ def test_hand_made_records():
         AttentionRecord(1, 1, "cond", sparse, kind, False, timer),
         AttentionRecord(1, 1, "uncond", 2 * sparse, 1 - kind, False, timer),
     ]
-    summary = summarise(state)
+    summary = summarize(state)
     assert summary["calls"] == {"total": 5, "dense": 3, "sparse": 2, "reused": 0}
     density = summary["density"]
     assert density["all_calls"] == pytest.approx((3 + 0.3 + 0.6) / 5)
@@ -63,7 +63,7 @@ def test_hand_made_records():
     ids=lambda config: config.method,
 )
 def test_a_run_is_json(config, make_qkv):
-    summary = summarise(run(config, make_qkv))
+    summary = summarize(run(config, make_qkv))
     assert json.loads(json.dumps(summary)) == summary
     dense = config.method == "dense"
     assert summary["name"] == "transformer_2" and summary["config"] == config.to_dict()
@@ -79,7 +79,7 @@ def test_a_run_is_json(config, make_qkv):
 
 def test_an_empty_run_and_an_untimed_one(make_qkv):
     state = RunState(SVG1Config(), 2)
-    summary = summarise(state)
+    summary = summarize(state)
     assert summary["calls"]["total"] == 0 and summary["density"]["all_calls"] is None
     assert summary["attention_seconds"] is None
     json.dumps(summary)

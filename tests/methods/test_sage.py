@@ -18,7 +18,7 @@ from svg.config import (
 )
 from svg.engine import repair
 from svg.engine.layout import TokenLayout
-from svg.engine.summary import summarise
+from svg.engine.summary import summarize
 from svg.kernels.common import target
 from svg.methods.sage import precision as sage
 from svg.methods.sage.layers_file import layers_content
@@ -39,7 +39,7 @@ def test_close_to_dense_with_text_masks(method, layout, make_qkv, make_state, ma
     out = attend(*qkv, state, 3, mask)
     assert out.shape == expected.shape and out.dtype == expected.dtype
     assert 0 < relative(out, expected) < (0.2 if method == "sage3" else 0.06)
-    report = summarise(state)
+    report = summarize(state)
     assert report["calls"] == {"total": 1, "dense": 0, "sparse": 1, "reused": 0} and report["density"]["all_calls"] == 1
     assert report["quantised"]["guard"]["recomputed"] == 0 and report["quantised"]["guard"]["probed_calls"] == 1
     assert report["quantised"]["guard"]["least_cosine"] > 0.98
@@ -54,7 +54,7 @@ def test_sage3_takes_8_bits_at_both_ends(make_qkv, make_state):
         attend(*qkv, state, 0)
     eight = "int8-fp8"
     assert [record.precision for record in state.records] == [eight, eight, "nvfp4", "nvfp4", eight, eight]
-    precisions = summarise(state)["quantised"]["precisions"]
+    precisions = summarize(state)["quantised"]["precisions"]
     assert precisions == {eight: {"calls": 4, "emulated": False}, "nvfp4": {"calls": 2, "emulated": True}}
 
 
@@ -94,7 +94,7 @@ def test_a_broken_head_is_computed_again(config, layout, make_qkv, make_state, m
     torch.testing.assert_close(out[1, :, 2], expected[1, :, 2], rtol=0.02, atol=0.02)
     others = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert all(torch.equal(out[b, :, h], whole[b, :, h]) for b, h in others)
-    found = summarise(state)["quantised"]["guard"]
+    found = summarize(state)["quantised"]["guard"]
     assert (found["recomputed"], found["head_calls"], found["per_layer"]) == (1, 6, {"3": 1})
 
 
@@ -112,7 +112,7 @@ def test_probed_rows_over_the_tolerance_fail(make_qkv, make_state, monkeypatch):
     state = make_state(Sage2Config(), VIDEO)
     out = attend(*qkv, state, 0)
     torch.testing.assert_close(out[0, :, 1], expected[0, :, 1])
-    assert summarise(state)["quantised"]["guard"]["recomputed"] == 1
+    assert summarize(state)["quantised"]["guard"]["recomputed"] == 1
     for off in (Sage2Config(probe_every=0), Sage2Config(guard=False), Sage2Config(tolerance=0.6)):
         assert relative(attend(*qkv, make_state(off, VIDEO), 0)[0, :, 1], expected[0, :, 1]) > 0.4
 
@@ -127,7 +127,7 @@ def test_outliers_within_tokens_fail_honestly(make_qkv, make_state):
     blind = attend(q, k, v, make_state(Sage2Config(guard=False), VIDEO), 0)
     state = make_state(Sage2Config(), VIDEO)
     assert relative(attend(q, k, v, state, 0), expected) < 0.01 < relative(blind, expected)
-    assert summarise(state)["quantised"]["guard"]["recomputed"] == 6
+    assert summarize(state)["quantised"]["guard"]["recomputed"] == 6
 
 
 def test_probes_come_every_so_many_steps(make_qkv, make_state):
@@ -164,7 +164,7 @@ def test_a_layer_below_the_least_cosine_takes_a_safer_precision(make_qkv, make_s
         state.begin_forward(step, 10, "cond", VIDEO)
         attend(*qkv, state, 1)
     assert [record.precision for record in state.records] == ["nvfp4", "int8-fp16", "int8-fp16", "int8-fp16"]
-    assert summarise(state)["quantised"]["safer"] == {"1": 1}
+    assert summarize(state)["quantised"]["safer"] == {"1": 1}
     strict = make_state(Sage2Config(precision="int8-fp16", min_cosine=1.0, probe_every=1), VIDEO, step=0)
     for step in range(2):
         strict.begin_forward(step, 10, "cond", VIDEO)

@@ -118,7 +118,7 @@ def test_a_run_with_a_bound_on_drift_repeats_bit_for_bit(layout, make_qkv):
 
 def test_a_drift_that_is_not_a_number_clusters_anew(make_qkv):
     state = LayerState(0, "cond", 7)
-    state.cache.update(kept=reuse.Kept(None, None, 1, None), drift_a_call=math.nan)
+    state.cache.update(kept=reuse.SharedClustering(None, None, 1, None), drift_a_call=math.nan)
     assert reuse.still_good(state, DRIFTING) is None
     state.cache["drift_a_call"] = 0.2
     assert reuse.still_good(state, DRIFTING) is not None

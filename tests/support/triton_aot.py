@@ -249,9 +249,9 @@ def training(D, is_causal, products, group=1):
 
 def plain_training(D, is_causal, products):
     """What launches where Hopper's own kernels don't."""
-    takes, training_hopper.takes = training_hopper.takes, lambda device: False
+    supports, training_hopper.supports = training_hopper.supports, lambda device: False
     training(D, is_causal, products)
-    training_hopper.takes = takes
+    training_hopper.supports = supports
 
 
 def quantised_plain():

@@ -69,7 +69,7 @@ def plan(
         found = _assembled(chosen, chosen.k_blocks.means, k, v, config, layout, text_mask)
     else:
         chosen = kept.chosen
-        found = _again(kept, q, k, v, config, layout, text_mask)
+        found = _reused(kept, q, k, v, config, layout, text_mask)
     reuse.remember(state, config, kept, found, chosen, q[:, :, layout.video_slice], k[:, :, layout.video_slice])
     return found
 
@@ -87,8 +87,14 @@ class Chosen(NamedTuple):
     video_map: Tensor
 
 
-def _again(
-    kept: reuse.Kept, q: Tensor, k: Tensor, v: Tensor, config: SVG2Config, layout: TokenLayout, text_mask: Tensor | None
+def _reused(
+    kept: reuse.SharedClustering,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SVG2Config,
+    layout: TokenLayout,
+    text_mask: Tensor | None,
 ) -> Plan:
     """An earlier call's plan with this call's means."""
     blocks, means = kept.chosen.k_blocks, None

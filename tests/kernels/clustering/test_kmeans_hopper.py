@@ -19,13 +19,13 @@ on_hopper = pytest.mark.skipif(not HOPPER or not kmeans_hopper.LOADABLE, reason=
 def test_what_it_takes(monkeypatch):
     monkeypatch.setattr(target, "arch", lambda device: 90)
     x = torch.zeros(1, 63, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
-    assert kmeans_hopper.takes(x) and kmeans_hopper.takes(x[..., :96])
-    assert not kmeans_hopper.takes(x.float())
-    assert not kmeans_hopper.takes(x[..., :100])
-    assert not kmeans_hopper.takes(x[..., 1:97])  # starts between multiples of 16 bytes
-    assert not kmeans_hopper.takes(x[:, :1].expand(1, 2, 63, 128))
+    assert kmeans_hopper.supports(x) and kmeans_hopper.supports(x[..., :96])
+    assert not kmeans_hopper.supports(x.float())
+    assert not kmeans_hopper.supports(x[..., :100])
+    assert not kmeans_hopper.supports(x[..., 1:97])  # starts between multiples of 16 bytes
+    assert not kmeans_hopper.supports(x[:, :1].expand(1, 2, 63, 128))
     monkeypatch.setattr(target, "arch", lambda device: 100)
-    assert not kmeans_hopper.takes(x)
+    assert not kmeans_hopper.supports(x)
 
 
 def counted(x, scored):
@@ -48,7 +48,7 @@ def test_same_labels_and_counts_as_the_plain_kernel(monkeypatch, S, D, clusters,
     x = torch.randn(2, S, 3, D, device="cuda", dtype=dtype).transpose(1, 2)
     start = torch.randn(2, 3, clusters, D, device="cuda")
     start[:, :, clusters // 2 :] = start[:, :, : clusters - clusters // 2]  # ties, and empty clusters
-    scored = assign.centred(x, start)
+    scored = assign.centered(x, start)
     monkeypatch.setattr(kmeans_hopper, "launch", functools.partial(kmeans_hopper.launch, few=few))
     labels, counts = counted(x, scored)
     monkeypatch.setitem(assign.LAUNCH[90], 2, dataclasses.replace(assign.LAUNCH[90][2], specialised=False))
@@ -61,7 +61,7 @@ def test_same_labels_and_counts_as_the_plain_kernel(monkeypatch, S, D, clusters,
 @pytest.mark.parametrize("clusters", [300, 1000])
 def test_many_tokens_give_the_same_labels_every_time(monkeypatch, clusters):
     x = torch.randn(1, 75_600, 4, 128, device="cuda").bfloat16().transpose(1, 2)
-    scored = assign.centred(x, x[:, :, :clusters].float())
+    scored = assign.centered(x, x[:, :, :clusters].float())
     found = [counted(x, scored) for _ in range(20)]
     monkeypatch.setitem(assign.LAUNCH[90], 2, dataclasses.replace(assign.LAUNCH[90][2], specialised=False))
     plain_labels, plain_counts = counted(x, scored)
