@@ -165,7 +165,7 @@ function mean(numbers) {
 
 function speedup(cell, time) {
   const reference = BY_ID.get(cell.reference);
-  if (!reference?.seconds || !cell.seconds) return null;
+  if (!reference?.seconds?.[time] || !cell.seconds?.[time]) return null;
   return value(reference.seconds[time]) / value(cell.seconds[time]);
 }
 

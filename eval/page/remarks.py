@@ -17,7 +17,7 @@ def remarks(cells, budgets):
     Returns:
         Texts.
     """
-    sparse = [one for one in cells if one["role"] == "accelerated" and one["status"] == "finished" and one["density"]]
+    sparse = [one for one in cells if one["role"] == "accelerated" and one["status"] == "finished" and _density(one)]
     return [*_launch_bound(cells, sparse), *_collapsed(sparse, budgets)]
 
 
@@ -25,7 +25,7 @@ def _launch_bound(cells, sparse):
     """Times are those of a GPU only: elsewhere no speed is claimed."""
     by_id = {one["id"]: one for one in cells}
     for (_, method), own in _grouped(sparse, lambda one: (one["group"], one["method"])):
-        own = [one for one in own if one["device_type"] == "cuda" and one["seconds"]]
+        own = [one for one in own if one["device_type"] == "cuda" and (one["seconds"] or {}).get("attention")]
         settings = sorted(
             (_mean(_density(one) for one in same), _mean(one["seconds"]["attention"] for one in same))
             for _, same in _grouped(own, lambda one: one["label"])
@@ -34,7 +34,7 @@ def _launch_bound(cells, sparse):
             continue
         (low, fast), (high, slow) = settings[0], settings[-1]
         dense = [by_id[one["reference"]] for one in own if one["reference"] in by_id]
-        whole = _mean(one["seconds"]["attention"] for one in dense if one["seconds"])
+        whole = _mean(one["seconds"]["attention"] for one in dense if (one["seconds"] or {}).get("attention"))
         if high >= _LEAST_SPREAD * low and 1 - fast / slow < _FOLLOWS * (1 - low / high):
             yield (
                 f"launch-bound: attention of {method} takes {fast:.3g} s at density {low:.2f} and {slow:.3g} s at {high:.2f}: "
@@ -68,7 +68,7 @@ def _collapsed(sparse, budgets):
 
 
 def _density(one):
-    return one["density"]["all_calls"]
+    return one["density"]["all_calls"] if one["density"] else None
 
 
 def _grouped(items, key):

@@ -55,7 +55,8 @@ def load_cell(item, folder):
     Returns:
         dict of `svg.eval.page.cells.cell`.
     """
-    method, finished = item["method"], item["status"] == "finished"
+    peer, finished = item["run"].get("peer"), item["status"] == "finished"
+    method = item["method"] if peer is None else {"method": peer}
     error = item.get("error")
     return cell(
         folder=folder,

@@ -21,6 +21,7 @@ from .options import (
     method_options,
     model_option,
     preset_option,
+    read_prompts,
     seed_option,
     settings_option,
     size_options,
@@ -150,7 +151,7 @@ def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> l
     )
     if prompts is None:
         return [job]
-    texts = _read_prompts(Path(prompts))
+    texts = read_prompts(prompts)
     return [
         replace(job, request=replace(job.request, prompt=text), out=Path(job.out) / _folder_name(index, text))
         for index, text in enumerate(texts, 1)
@@ -163,17 +164,6 @@ def _with_own_budget(settings: dict[str, Any], method: str | None) -> dict[str, 
     if "budget" not in settings or own is None or own[0] in settings:
         return settings
     return {own[0] if name == "budget" else name: value for name, value in settings.items()}
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts must be text in UTF-8, a prompt a line, got {path}: {error}") from error
-    texts = [line for line in lines if line and not line.startswith("#")]
-    if not texts:
-        raise ValueError(f"--prompts must hold at least one prompt, got {path} without any")
-    return texts
 
 
 def _folder_name(index: int, prompt: str) -> str:

@@ -101,3 +101,25 @@ def pop_run_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `run_options` added out of a command's options, with defaults in place."""
     device, dtype, offload, tiling = (options.pop(name) for name in ("device", "dtype", "offload", "vae_tiling"))
     return {"device": device or "auto", "dtype": dtype, "offload": offload or "none", "vae_tiling": bool(tiling)}
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a file, one a line; empty lines and those that begin with # are left out.
+
+    Args:
+        path: the file.
+
+    Returns:
+        At least one prompt.
+
+    Raises:
+        ValueError: it is no text in UTF-8, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts must be text in UTF-8, a prompt a line, got {path}: {error}") from error
+    texts = [line for line in lines if line and not line.startswith("#")]
+    if not texts:
+        raise ValueError(f"--prompts must hold at least one prompt, got {path} without any")
+    return texts

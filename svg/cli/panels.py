@@ -23,7 +23,7 @@ OPTIONS = {
         *("--method", "--methods", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
         *("--num-k-clusters", "--topk", "--cdf", "--thresholds", "--order", "--attention-sink", "--warmup-steps"),
         "--warmup-noise",
-        *("--warmup-layers", "--dense-backend", "--linears", "--set", "--cache"),
+        *("--warmup-layers", "--dense-backend", "--linears", "--set", "--cache", "--caches"),
     ),
     "Video": (
         *("--prompt", "--prompts", "--held-out", "--negative-prompt", "--image", "--last-image", "--height"),
@@ -42,7 +42,7 @@ OPTIONS = {
         "--ray",
         "--workers",
     ),
-    "Comparison": ("--fast", "--no-dense", "--no-control", "--lpips", "--metric"),
+    "Comparison": ("--fast", "--no-dense", "--no-control", "--lpips", "--metric", "--peers"),
     "Results": (
         *("--out", "--force", "--json", "--csv", "--plots", "--keep-frames", "--no-run", "--save", "--docs"),
         *("--sweep", "--markdown"),

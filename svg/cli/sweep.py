@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 from svg.eval.names import LPIPS_NETS
 
 from ..config import METHODS
-from .options import Numbers, run_options, size_options
+from .options import Numbers, read_prompts, run_options, size_options
 from .panels import Command
 from .process import command_text, quiet_loading
 
@@ -21,11 +22,19 @@ _BUDGETS = ", ".join(f"{axis[1]} for {name}" for name, one in METHODS.items() if
 @click.command(cls=Command)
 @click.argument("grid", required=False, type=click.Path(dir_okay=False))
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; may be given several times.")
+@click.option(
+    "--prompts", "prompt_file", type=click.Path(exists=True, dir_okay=False), help="Text file, a prompt a line."
+)
 @click.option("--model", "models", multiple=True, help="Hub id or directory; several times for several.")
 @click.option("--methods", help=f"Of {', '.join(METHODS)}, with commas [default: svg1,svg2].")
 @click.option("--budgets", type=Numbers(float), help=f"With commas: {_BUDGETS}.")
 @click.option(
     "--caches", help="Step caches as `svg generate --cache` takes them, and none, with commas [default: none]."
+)
+@click.option(
+    "--peers",
+    help="Other people's ways beside them, with commas: sageattention, spargeattn, cache-dit, diffusers:BACKEND "
+    "(native, flash ...); what is not installed is left out.",
 )
 @click.option("--seeds", type=Numbers(int), help="Seeds of the noise, with commas [default: 0].")
 @click.option("--negative-prompt", help="What the videos must not show.")
@@ -79,12 +88,12 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from .sweep_display import SweepDisplay, print_summary
 
     quiet_loading()
-    plan = read_grid(grid, _flags(options))
+    plan, left_out = _without_missing_peers(read_grid(grid, _flags(options)))
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, options["workers"], resolve_device)
     check_folder("--out", options["out"], ("sweep.json", "sweep.csv", "paired.csv", PAGE), [grid, *inputs_of(plan)])
     header = {"command": command_text(), "lpips": plan.run["lpips"]}
-    results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"])
+    results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"], left_out)
     with SweepDisplay(console) as display:
 
         def pool() -> Any:
@@ -137,11 +146,22 @@ def _finish(console: Any, options: dict[str, Any]) -> int:
     return 0
 
 
+def _without_missing_peers(plan: Any) -> tuple[Any, list[str]]:
+    """A grid with the peers that can run here, and a note for each of the others."""
+    from svg.pipelines.peers import why_not
+
+    reasons = {name: why_not(name) for name in plan.peers}
+    notes = [f"peer {name} is left out: {reason}" for name, reason in reasons.items() if reason is not None]
+    return replace(plan, peers=tuple(name for name, reason in reasons.items() if reason is None)), notes
+
+
 def _flags(options: dict[str, Any]) -> dict[str, Any]:
     """Flags as a grid's keys, None where not given."""
     plain = ("budgets", "seeds", "negative_prompt", "height", "width", "frames", "steps", "guidance", "true_cfg")
     plain += ("flow_shift", "fps", "device", "dtype", "offload", "vae_tiling", "lpips")
-    lists = {key: list(options[key]) or None for key in ("prompts", "models")}
+    prompts = [*options["prompts"], *(read_prompts(options["prompt_file"]) if options["prompt_file"] else ())]
+    lists = {"prompts": prompts or None, "models": list(options["models"]) or None}
+    lists["peers"] = options["peers"].split(",") if options["peers"] else None
     methods = options["methods"].split(",") if options["methods"] else None
     caches = [None if one == "none" else one for one in options["caches"].split(",")] if options["caches"] else None
     control = False if options["no_control"] else None

@@ -119,7 +119,7 @@ def print_summary(console: Console, summary: dict[str, Any], out: str) -> None:
         table.add_row(
             f"{name} {label}" if several else label,
             str(len(cells)),
-            number(_mean([cell["density"]["all_calls"] for cell in cells]), 3),
+            number(_mean(_known([cell["density"]["all_calls"] for cell in cells])), 3),
             number(_mean([cell["seconds"]["end_to_end"] for cell in cells]), 2),
             speed(_mean(speedups)),
             *(number(_quality(cells, metric), METRICS[metric][1]) for metric in _METRICS),
@@ -156,7 +156,9 @@ def cell_line(cell: Cell, record: dict[str, Any]) -> str:
     if record["status"] == "failed":
         return f"failed: {where}: {record['error']['message']}"
     psnr = "" if record["quality"] is None else f", PSNR {_number(record['quality']['psnr']['mean'])} dB"
-    return f"{where}: {record['seconds']['end_to_end']:.2f} s, density {record['density']['all_calls']:.3f}{psnr}"
+    return (
+        f"{where}: {record['seconds']['end_to_end']:.2f} s, density {number(record['density']['all_calls'], 3)}{psnr}"
+    )
 
 
 def print_recorded(console: Console, result: dict[str, Any], out: str) -> None:
@@ -194,6 +196,10 @@ def _quality(cells: list[dict[str, Any]], metric: str) -> float | None:
     values = [float(mean) for mean in means if mean is not None]
     finite = [value for value in values if math.isfinite(value)]
     return _mean(finite or values)
+
+
+def _known(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -48,6 +48,7 @@ class Job:
         cache: a step cache for the accelerated run, as `svg.pipelines.caches.parse_cache` takes it, or None.
         last_image_path: where the request's last image came from, or None.
         yes: run billions of weights on a CPU all the same.
+        peer: another way than svg's, of a sweep's cell: a name of `svg.pipelines.peers`.
         gpus: processes that make the video together, each on a GPU of its own.
     """
 
@@ -73,6 +74,7 @@ class Job:
     cache: str | None = None
     last_image_path: str | None = None
     yes: bool = False
+    peer: str | None = None
     gpus: int = 1
 
 

@@ -79,15 +79,20 @@ def run_summary(result: GenerationResult) -> dict[str, Any]:
         transformers = {name: {key: part[key] for key in kept} for name, part in transformers.items()}
     return {
         "config": result.report["config"],
-        "seconds": {
-            "end_to_end": result.seconds,
-            "transformer": result.transformer_seconds,
-            "attention": result.attention_seconds,
-            "vae": result.vae_seconds,
-        },
+        "seconds": seconds_of(result),
         "peak_memory": result.peak_memory,
         "ranks": result.ranks,
         "transformers": transformers,
+    }
+
+
+def seconds_of(result: GenerationResult) -> dict[str, float | None]:
+    """Where a run's time went; the attention's is None where nobody timed it."""
+    return {
+        "end_to_end": result.seconds,
+        "transformer": result.transformer_seconds,
+        "attention": result.attention_seconds,
+        "vae": result.vae_seconds,
     }
 
 

@@ -122,6 +122,7 @@ def cell_of(
             "vae_tiling": job.vae_tiling,
             "lpips": job.lpips,
             **({} if job.cache is None else {"cache": job.cache}),
+            **({} if job.peer is None else {"peer": job.peer}),  # cells without one keep their names
         },
         reference=None if reference is None else reference.id,
     )

@@ -16,6 +16,7 @@ from svg.eval.names import LPIPS_NETS
 from svg.pipelines.caches import cache_file, parse_cache
 from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.model_files import BUNDLED, locate_model
+from svg.pipelines.peers import find_peer
 
 from ..config import METHODS, DenseConfig, MethodConfig, config_from_dict
 from ..config.run import DTYPES, OFFLOADS
@@ -33,6 +34,7 @@ KEYS = (
     "budgets",
     "methods",
     "caches",
+    "peers",
     "control",
     "negative_prompt",
     *SIZE_KEYS,
@@ -64,6 +66,7 @@ class Grid:
         size: height, width, frames, steps and so on that override the presets'.
         run: device, dtype, offload, vae_tiling, lpips.
         control: whether every group gets a control cell.
+        peers: other people's ways, by name (`svg.pipelines.peers`), each a cell of every group.
     """
 
     models: list[Mapping]
@@ -74,6 +77,7 @@ class Grid:
     size: dict[str, Any]
     run: dict[str, Any]
     control: bool
+    peers: tuple[str, ...] = ()
 
 
 def read_grid(path: str | Path | None, flags: dict[str, Any], prompts_needed: bool = True) -> Grid:
@@ -122,7 +126,7 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
         len(grid.models)
         * len(grid.prompts)
         * len(grid.seeds)
-        * (len(grid.methods) * len(grid.caches) + 1 + grid.control)
+        * (len(grid.methods) * len(grid.caches) + len(grid.peers) + 1 + grid.control)
     )
     if count > MOST_CELLS:
         raise GridError(f"a grid must have at most {MOST_CELLS} cells, got {count}: sweep it in parts")
@@ -180,6 +184,7 @@ def _group(
     control = cell(base, "control", "control", dense) if grid.control else None
     changed = ((job, label) for job, label in zip(jobs, labels) if job.config != DenseConfig() or job.cache)
     rest = [cell(job, "accelerated", label, dense) for job, label in changed]
+    rest += [cell(dataclasses.replace(base, peer=peer), "accelerated", f"peer {peer}", dense) for peer in grid.peers]
     mark = None if control is None else control.id
     for found in (dense, control, *rest):
         if found is not None:
@@ -251,7 +256,18 @@ def _grid(content: Mapping, prompts_needed: bool) -> Grid:
         size={key: values[key] for key in SIZE_KEYS if values.get(key) is not None},
         run={key: values[key] for key in RUN_KEYS},
         control=values["control"],
+        peers=_peers(content, values),
     )
+
+
+def _peers(content: Mapping, values: dict[str, Any]) -> tuple[str, ...]:
+    names = _list(content, {"peers": [], **values}, "peers", empty=True)
+    for name in names:
+        try:
+            find_peer(str(name))
+        except ValueError as error:
+            raise GridError(f"{content.where('peers')}{error}") from error
+    return tuple(dict.fromkeys(names))
 
 
 def _list(content: Mapping, values: dict[str, Any], key: str, empty: bool = False) -> list[Any]:

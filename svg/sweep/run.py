@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import traceback
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -60,15 +61,23 @@ class Results:
         cells: the cells of the grid.
         header: what sweep.json says of the sweep: command, lpips.
         keep_frames: keep raw frames of every cell.
+        notes: what a reader of the results must know from the start.
     """
 
-    def __init__(self, out: str | Path, cells: list[Cell], header: dict[str, Any], keep_frames: bool = False):
+    def __init__(
+        self,
+        out: str | Path,
+        cells: list[Cell],
+        header: dict[str, Any],
+        keep_frames: bool = False,
+        notes: Sequence[str] = (),
+    ):
         self.out, self.cells = Path(os.path.abspath(out)), cells
         self.journal = Journal(self.out, VERSION)
         self.records: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = []
         self._header = {**header, "created": now(), "versions": versions()}
-        self._keep_frames = keep_frames
+        self._keep_frames, self._notes = keep_frames, list(notes)
         self._first_blocks = {cell.id: _first_block(cell) for cell in cells}
         self._frames: tuple[str, np.ndarray] | None = None
 
@@ -76,7 +85,8 @@ class Results:
         """Read what is finished; call it with the journal locked."""
         for folder in ("videos", "frames"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
-        found, self.notes = self.journal.read()
+        found, problems = self.journal.read()
+        self.notes = [*self._notes, *problems]
         for cell in self.cells:
             if cell.id in found and self._is_usable(cell, found[cell.id]):
                 self.records[cell.id] = found[cell.id]
@@ -167,7 +177,9 @@ class Results:
         entry = {**self._first_blocks[cell.id], **record}
         if record["status"] == "finished" and cell.reference and self.status(cell.reference) == "finished":
             before, after = self.records[cell.reference]["seconds"], record["seconds"]
-            entry["speedup"] = {stage: before[stage] / after[stage] for stage in after if after[stage]}
+            entry["speedup"] = {
+                stage: before[stage] / after[stage] for stage in after if after[stage] and before[stage]
+            }
         return entry
 
     def _write_files(self, cell: Cell, frames: np.ndarray) -> dict[str, str | None]:
@@ -303,7 +315,19 @@ def read_frames(path: Path) -> tuple[np.ndarray, float]:
 def _first_block(cell: Cell) -> dict[str, Any]:
     known = dataclasses.asdict(cell)
     empty = dict.fromkeys(("error", "video", "frames", "quality", "seconds", "speedup", "density", "transformers"))
-    return {"id": cell.id, **known, "status": "pending", "reproduce": command_line(cell.job()), **empty}
+    return {"id": cell.id, **known, "status": "pending", "reproduce": _reproduce(cell), **empty}
+
+
+def _reproduce(cell: Cell) -> str:
+    """The command that makes a cell again: a peer's is a sweep, for `svg generate` runs svg's methods alone."""
+    job = cell.job()
+    if job.peer is None:
+        return command_line(job)
+    size = {"height": job.request.height, "width": job.request.width, "frames": job.request.num_frames}
+    size |= {name: getattr(job.request, name) for name in ("steps", "guidance", "fps")} | {"seeds": job.request.seed}
+    words = [word for name, value in size.items() for word in (f"--{name}", str(value))]
+    head = ["svg", "sweep", "--model", job.model, "--methods", "dense", "--peers", job.peer]
+    return shlex.join([*head, *words, "--prompt", job.request.prompt])
 
 
 def _describe(error: BaseException) -> dict[str, str]:

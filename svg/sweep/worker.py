@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
 from svg.eval.compare import compare
-from svg.pipelines import StepProgress, accelerate, generate, load_pipeline, restore, validate_request
+from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, load_pipeline, restore, validate_request
 from svg.pipelines.caches import disable_cache, enable_cache
 from svg.pipelines.fingerprint import fingerprint
+from svg.pipelines.peers import find_peer, use_peer
 
 from ..config import MethodConfig
 from ..environment import versions
 from ..generate.job import Job
-from ..generate.report import describe_device, overall_density, run_summary
+from ..generate.report import describe_device, overall_density, run_summary, seconds_of
 from ..generate.run_job import to_uint8
-from ..generate.warm_up import warm_up, warm_up_control
+from ..generate.warm_up import WARMUP_STEPS, warm_up, warm_up_control
 from .cell import Cell
 
 
@@ -73,6 +75,24 @@ class Worker:
         started, job = datetime.now(UTC), cell.job()
         pipe = self.load(cell, job)
         validate_request(pipe, job.request)
+        run = self._run_ours if job.peer is None else self._run_peer
+        result, summary = run(pipe, cell, job)
+        frames = to_uint8(result.frames, cell.label)
+        device = pipe._execution_device
+        return {
+            "method": summary["config"],
+            "quality": None if reference is None else compare(reference, frames, job.lpips, device),
+            "seconds": summary["seconds"],
+            "density": _density(summary, job.peer),
+            "transformers": summary["transformers"],
+            "pipeline": type(pipe).__name__,
+            "device": describe_device(device),
+            "versions": versions(),
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }, frames
+
+    def _run_ours(self, pipe: Any, cell: Cell, job: Job) -> tuple[GenerationResult, dict[str, Any]]:
         try:
             config = self._warmed_up(pipe, cell, job)
             accelerate(pipe, config)
@@ -82,21 +102,14 @@ class Worker:
         finally:
             disable_cache(pipe)
             restore(pipe)
-        frames = to_uint8(result.frames, cell.label)
-        device = pipe._execution_device
-        summary = run_summary(result)
-        return {
-            "method": summary["config"],
-            "quality": None if reference is None else compare(reference, frames, job.lpips, device),
-            "seconds": summary["seconds"],
-            "density": _density(summary),
-            "transformers": summary["transformers"],
-            "pipeline": type(pipe).__name__,
-            "device": describe_device(device),
-            "versions": versions(),
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }, frames
+        return result, run_summary(result)
+
+    def _run_peer(self, pipe: Any, cell: Cell, job: Job) -> tuple[GenerationResult, dict[str, Any]]:
+        """The plain pipeline with a peer, after an untimed run: what its attention takes and skips is not known."""
+        with use_peer(pipe, job.peer):
+            generate(pipe, replace(job.request, steps=WARMUP_STEPS), lambda progress: self._step(cell, progress))
+            result = generate(pipe, job.request, lambda progress: self._step(cell, progress))
+        return result, {"config": job.config.to_dict(), "seconds": seconds_of(result), "transformers": {}}
 
     def load(self, cell: Cell, job: Job) -> Any:
         """The pipeline of a cell; it stays until another model is asked for.
@@ -114,7 +127,7 @@ class Worker:
         key = (
             cell.model["name"],
             cell.model["fingerprint"],
-            *(v for k, v in cell.run.items() if k not in ("lpips", "cache")),
+            *(v for k, v in cell.run.items() if k not in ("lpips", "cache", "peer")),
         )
         if key != self._loaded:
             self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit
@@ -161,7 +174,9 @@ class Worker:
             self._on_step(cell, progress)
 
 
-def _density(summary: dict[str, Any]) -> dict[str, float | None]:
+def _density(summary: dict[str, Any], peer: str | None) -> dict[str, float | None]:
+    if peer is not None:
+        return {"all_calls": 1.0 if find_peer(peer).exact else None, "sparse_calls": None}
     if summary["config"]["method"] == "dense":
         return {"all_calls": 1.0, "sparse_calls": None}
     return overall_density(summary) or {}
