@@ -3,6 +3,7 @@
 import copy
 import pickle
 import sys
+import time
 import warnings
 
 import diffusers
@@ -13,7 +14,11 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 import svg
-from svg.config import DenseConfig, SpargeConfig, SVG2Config
+from svg.config import DenseConfig, NearConfig, SpargeConfig, SVG2Config
+from svg.engine.layout import TokenLayout
+from svg.engine.records import AttentionRecord
+from svg.engine.state import RunState
+from svg.engine.summary import summarise
 from svg.pipelines.attach import attached, transformers_of
 from svg.pipelines.processor import register_skip
 
@@ -363,3 +368,19 @@ def test_a_run_that_starts_after_its_warm_up_says_so(load):
     assert "begins at step 2 of 5, after its warm-up" in message
     svg.accelerate(pipe, DenseConfig())
     assert video_to_video(pipe, 0.6) == []
+
+
+def test_attaching_to_and_reporting_on_a_large_transformer_is_quick():
+    """Wan 14B's shape without its numbers; a report on as many calls as 25 steps of it make."""
+    with torch.device("meta"):
+        transformer = diffusers.WanTransformer3DModel()
+    began = time.thread_time()
+    svg.accelerate(transformer, NearConfig())
+    svg.restore(transformer)
+    state = RunState(NearConfig(), num_layers=40)
+    for step in range(25):
+        for branch in ("cond", "uncond"):
+            state.begin_forward(step, 25, branch, TokenLayout(21, 45, 80))
+            state.records += [AttentionRecord(step, n, branch, torch.ones(1, 40), None, False, None) for n in range(40)]
+    summarise(state)
+    assert time.thread_time() - began < 1.0

@@ -15,6 +15,7 @@ from svg.config import SVG2Config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "coexistence.md").read_text()
 SNIPPETS = dict(re.findall(r"```python (\w+)\n(.*?)```", PAGE, flags=re.S))
+PACKAGES = {"cache_dit": "cache_dit", "torchao": "torchao.quantization"}
 CLUSTERS = dict(num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_layers=0.0)
 FULL = SVG2Config(top_p=1.0, warmup_steps=0.0, **CLUSTERS)
 SPARSE = SVG2Config(top_p=0.5, warmup_steps=0.2, **CLUSTERS)
@@ -35,6 +36,8 @@ def apply(name, pipe):
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("name", [name for name in SNIPPETS if name != "context_parallel"])
 def test_snippet(load, run, name, order):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason=f"the package {PACKAGES[name]} is not installed")
     stock_pipe = load("wan")
     apply(name, stock_pipe)
     stock = run(stock_pipe)

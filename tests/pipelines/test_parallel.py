@@ -16,6 +16,7 @@ from tiny_transformers import FAMILIES
 import svg
 from svg.config import DenseConfig, SVG2Config
 from svg.pipelines.parallel import Ulysses
+from svg.pipelines.registry import MODELS
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -84,9 +85,14 @@ def test_ring_is_refused_in_words():
         svg.accelerate(transformer, DenseConfig())
 
 
-def test_a_family_whose_split_is_not_known_is_refused():
-    with pytest.raises(NotImplementedError, match="context parallelism must be off for MochiTransformer3DModel"):
-        svg.accelerate(parallel(FAMILIES["mochi"].make()), DenseConfig())
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not MODELS[FAMILIES[name].kind].parallel])
+def test_a_family_whose_split_is_not_known_is_refused(name):
+    """Wan's VACE, Animate and SkyReels among them, whose conditions Diffusers does not split with the video."""
+    transformer = parallel(FAMILIES[name].make())
+    with pytest.raises(
+        NotImplementedError, match=f"context parallelism must be off for {FAMILIES[name].kind}: it is not"
+    ):
+        svg.accelerate(transformer, DenseConfig())
 
 
 def test_settings_of_single_heads_are_refused():
