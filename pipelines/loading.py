@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,12 @@ from typing import Any
 import torch
 
 from svg.config.run import DTYPES, OFFLOADS
-from svg.documents import MEBIBYTE, read_json
 
-from .model_files import locate_model, read_index
+from .model_files import check_configs, locate_model, read_index
 from .registry import PIPELINES
+from .request import check_flow_shift
 
 _DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
-
-_SIZES = {
-    "patch_size",
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_layers",
-    "in_channels",
-    "out_channels",
-    "text_dim",
-}
 
 
 def load_pipeline(
@@ -60,17 +49,16 @@ def load_pipeline(
     """
     device = resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
-    _check_offload(offload, device)
-    if flow_shift is not None and (isinstance(flow_shift, bool) or not isinstance(flow_shift, (int, float))):
-        raise TypeError(f"flow_shift must be a number, got {flow_shift!r}")
-    if flow_shift is not None and not 0 < flow_shift < math.inf:
-        raise ValueError(f"flow_shift must be > 0, got {flow_shift}: Wan's is 3 at 480p and 5 at 720p")
+    check_offload(offload, device)
+    check_flow_shift(flow_shift)
     if not isinstance(vae_tiling, bool):
         raise TypeError(f"vae_tiling must be true or false, got {vae_tiling!r}")
     source = locate_model(model)
     if revision is not None and isinstance(source, Path):
         raise ValueError(f"revision must be left out for a directory, got {revision!r}; it is for hub ids")
     name = read_index(source, revision)["_class_name"]
+    if isinstance(source, Path):
+        check_configs(source)
     pipe = _from_pretrained(source, name, dtype, revision=revision, variant=variant)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
@@ -115,7 +103,8 @@ def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tor
     return resolved
 
 
-def _check_offload(offload: str, device: torch.device) -> None:
+def check_offload(offload: str, device: torch.device) -> None:
+    """Raise unless a way of offloading is known, and the device has other memory than the CPU's."""
     if offload not in OFFLOADS:
         raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
     if offload != "none" and device.type == "cpu":
@@ -125,7 +114,6 @@ def _check_offload(offload: str, device: torch.device) -> None:
 def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype, **which: str | None) -> Any:
     import diffusers
 
-    _check_configs(source)
     dtypes = {"default": dtype, **dict.fromkeys(PIPELINES[name].fp32_components, torch.float32)}
     try:
         return getattr(diffusers, name).from_pretrained(str(source), dtype=dtypes, use_safetensors=True, **which)
@@ -135,20 +123,6 @@ def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype, **which:
         raise ValueError(
             f"model must be complete and in safetensors, got {source}: {type(error).__name__}: {_one_line(error)}"
         ) from error
-
-
-def _check_configs(source: str | Path) -> None:
-    """Refuse a folder whose component configs are no objects, or have sizes below 1."""
-    if not isinstance(source, Path):
-        return
-    for path in sorted(source.glob("*/config.json")):
-        config = read_json(path, MEBIBYTE)
-        if not isinstance(config, dict):
-            raise ValueError(f"model must have a config.json with one JSON object a component, got {path}")
-        for name in set(config) & _SIZES:
-            values = config[name] if isinstance(config[name], list) else [config[name]]
-            if any(type(value) is not int or value < 1 for value in values if value is not None):
-                raise ValueError(f"{name} must be >= 1, got {config[name]!r} in {path}")
 
 
 def _one_line(error: Exception) -> str:

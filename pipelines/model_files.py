@@ -17,6 +17,18 @@ BUNDLED = "tiny-wan"
 TRANSFORMERS = ("transformer", "transformer_2")
 INDEX = "model_index.json"
 
+_NEEDED = ("vae", "text_encoder", "tokenizer", "scheduler")
+_LIBRARIES = ("diffusers", "transformers")
+# Sizes in configs; all others are for Diffusers and Transformers to judge.
+_LARGEST = 2**31 - 1
+_SIZES = {
+    *("patch_size", "patch_size_t", "num_attention_heads", "attention_head_dim", "num_layers", "num_single_layers"),
+    *("in_channels", "out_channels", "text_dim", "ffn_dim", "freq_dim"),
+    *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "latent_channels", "block_out_channels"),
+    *("scale_factor_spatial", "scale_factor_temporal", "spatial_compression_ratio", "temporal_compression_ratio"),
+    *("d_model", "d_ff", "d_kv", "num_heads", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+}
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -55,19 +67,25 @@ def locate_model(model: str | Path | None) -> str | Path:
                 f"model {BUNDLED} must be bundled, got an installation without {folder}; reinstall svg-video"
             )
         return folder
-    path, text = Path(model).expanduser(), str(model)
-    if path.is_dir():
+    text = str(model)
+    if not text.strip():
+        raise ValueError(f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {text!r}")
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ValueError(
             f"model must be a pipeline's directory, got the file {text}; single-file weights have no configs"
         )
     if _is_path(text):
-        raise ValueError(f"model must be an existing directory, got the path {text!r}, which does not exist")
+        raise ValueError(
+            f"model must be an existing directory, got the path {documents.shown(text)}, which does not exist"
+        )
     if _HUB_ID.fullmatch(text):
         return text
     raise ValueError(
-        f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {text!r}, which does not exist here"
+        f"model must be a pipeline's directory, a hub id (owner/name) or {BUNDLED}, got {documents.shown(text)}, which does not "
+        "exist here"
     )
 
 
@@ -88,10 +106,17 @@ def read_index(source: str | Path, revision: str | None = None) -> dict[str, Any
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in GENERATORS:
         raise ValueError(f"model must be one of {', '.join(GENERATORS)}, got {name} in {source}")
+    for component, entry in index.items():
+        _check_entry(component, entry, source)
     for component in TRANSFORMERS:
         _, found = index.get(component) or (None, None)  # (library, class)
         if found not in (None, GENERATORS[name].transformer):
             raise ValueError(f"{component} must be one of {GENERATORS[name].transformer}, got {found} in {source}")
+    missing = [part for part in _NEEDED if (index.get(part) or [None])[0] is None]
+    if not any((index.get(part) or [None])[0] for part in TRANSFORMERS):
+        missing.append(TRANSFORMERS[0])
+    if missing:
+        raise ValueError(f"model must have {', '.join(missing)}, got an {INDEX} without it in {source}")
     return index
 
 
@@ -110,17 +135,48 @@ def read_rules(source: str | Path, revision: str | None = None) -> PipelineRules
     index = read_index(source, revision)
     name = index["_class_name"]
     known = GENERATORS[name]
-    vae = read_json(source, "vae/config.json", revision)
+    vae = read_config(source, "vae/config.json", revision)
     transformer = next(component for component in TRANSFORMERS if (index.get(component) or [None])[0] is not None)
     return PipelineRules(
         name=name,
-        transformer=read_json(source, f"{transformer}/config.json", revision),
+        transformer=read_config(source, f"{transformer}/config.json", revision),
         spatial=_spatial(vae),
         temporal=vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4,
         image=known.image,
         last_image=known.last_image,
         true_cfg=known.true_cfg,
     )
+
+
+def read_config(source: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A component's config, its sizes checked.
+
+    Args:
+        source, name, revision: as `read_json`.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        ValueError: as `read_json`, or a size is no integer from 1 on.
+    """
+    config = read_json(source, name, revision)
+    for key in sorted(_SIZES & set(config)):
+        value = config[key]
+        sizes = value if isinstance(value, list) else [value]
+        if value is not None and not (sizes and all(type(size) is int and 1 <= size <= _LARGEST for size in sizes)):
+            raise ValueError(f"{key} must be integers >= 1, got {documents.shown(value)} in {source}/{name}")
+    if "quantization_config" in config:
+        raise ValueError(
+            f"model must not be quantised already, got a quantization_config in {source}/{name}: use the unquantised weights"
+        )
+    return config
+
+
+def check_configs(folder: Path) -> None:
+    """Refuse a directory with a component whose config cannot be read, or has sizes that no component has."""
+    for path in sorted(folder.glob("*/config.json")):
+        read_config(folder, path.relative_to(folder).as_posix())
 
 
 def check_complete(folder: Path, variant: str | None = None) -> None:
@@ -133,6 +189,7 @@ def check_complete(folder: Path, variant: str | None = None) -> None:
     Raises:
         ValueError: naming the first file that is missing.
     """
+    check_configs(folder)
     for component, entry in read_index(folder).items():
         if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
@@ -157,11 +214,14 @@ def read_json(source: str | Path, name: str, revision: str | None = None) -> dic
         ValueError: there is none, it is no JSON object, or the hub does not give it: which of these, and the way out.
     """
     path = source / name if isinstance(source, Path) else _fetch(source, name, revision)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"model must be a pipeline's directory, got {source} without {name}")
     try:
-        return dict(documents.read_json(path, documents.MEBIBYTE))
-    except (ValueError, TypeError) as error:
+        content = documents.read_json(path, documents.MEBIBYTE)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {documents.shown(content)}")
+        return content
+    except ValueError as error:
         raise ValueError(f"model must have a {name} with one JSON object, got {path}: {error}") from error
 
 
@@ -196,6 +256,19 @@ def _why_offline() -> str:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, so nothing is fetched: unset it"
     return "the hub cannot be reached: check the network or its proxy"
+
+
+def _check_entry(component: str, entry: Any, source: str | Path) -> None:
+    """Refuse what is no component (library, class) of libraries that run no code of the model's."""
+    if component.startswith("_") or not (isinstance(entry, list) or component in (*_NEEDED, *TRANSFORMERS)):
+        return  # a setting of the pipeline
+    pair = entry if isinstance(entry, list) and len(entry) == 2 else None
+    if entry is None or pair == [None, None]:
+        return
+    if pair is None or pair[0] not in _LIBRARIES or not isinstance(pair[1], str):
+        raise ValueError(
+            f"{component} must be a class of {' or '.join(_LIBRARIES)}, got {documents.shown(entry)} in {source}/{INDEX}"
+        )
 
 
 def _check_weights(folder: Path, variant: str | None) -> None:

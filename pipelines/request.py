@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 from PIL import Image
 
 _SIDE = 16  # every supported Diffusers pipeline refuses sides that 16 doesn't divide
+# Far beyond what any model makes: a typo or a stranger's file is refused before it takes the machine's memory or time.
+_MOST = {"height": 16_384, "width": 16_384, "num_frames": 100_000, "steps": 10_000, "fps": 1000, "max_sequence_length": 65_536}
+_MOST_GUIDANCE = 1000  # also of flow_shift: beyond it all numbers overflow
+_PIXEL_BYTES = 12  # a decoded pixel: three numbers of 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +91,28 @@ def check_request(request: GenerationRequest, rules: PipelineRules) -> None:
     if not request.prompt.strip():
         raise ValueError("prompt must not be empty")
     for field in ("height", "width", "num_frames", "steps", "fps"):
-        if getattr(request, field) < 1:
-            raise ValueError(f"{field} must be >= 1, got {getattr(request, field)}")
+        if not 1 <= getattr(request, field) <= _MOST[field]:
+            raise ValueError(f"{field} must be in [1, {_MOST[field]}], got {getattr(request, field)}")
     if not 0 <= request.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {request.seed}")
-    if not (math.isfinite(request.guidance) and request.guidance >= 0):
-        raise ValueError(f"guidance must be finite and >= 0, got {request.guidance}")
+    if not 0 <= request.guidance <= _MOST_GUIDANCE:
+        raise ValueError(f"guidance must be in [0, {_MOST_GUIDANCE}], got {request.guidance}")
     _check_size(request, rules)
+    _check_memory(request)
     _check_image(request, rules)
     _check_text(request, rules)
+
+
+def check_flow_shift(flow_shift: Any) -> None:
+    """Raise unless a scheduler's shift is None or a number it can have."""
+    if flow_shift is None:
+        return
+    if isinstance(flow_shift, bool) or not isinstance(flow_shift, (int, float)):
+        raise TypeError(f"flow_shift must be a number, got {flow_shift!r}")
+    if not 0 < flow_shift <= _MOST_GUIDANCE:
+        raise ValueError(
+            f"flow_shift must be in (0, {_MOST_GUIDANCE}], got {flow_shift}: Wan's is 3 at 480p and 5 at 720p"
+        )
 
 
 def _check_types(request: GenerationRequest) -> None:
@@ -144,6 +162,16 @@ def _check_size(request: GenerationRequest, rules: PipelineRules) -> None:
         )
 
 
+def _check_memory(request: GenerationRequest) -> None:
+    needed = request.height * request.width * request.num_frames * _PIXEL_BYTES
+    there = psutil.virtual_memory().total
+    if needed > there:
+        raise ValueError(
+            f"height, width and num_frames must make a video that fits this machine's {there / 2**30:.0f} GiB of memory, got "
+            f"{request.height} x {request.width} x {request.num_frames}, {needed / 2**30:.0f} GiB decoded: ask for less"
+        )
+
+
 def _check_image(request: GenerationRequest, rules: PipelineRules) -> None:
     if rules.image and request.image is None:
         raise ValueError(f"image must be given for {rules.name}, got none; pass the first frame")
@@ -159,8 +187,8 @@ def _check_image(request: GenerationRequest, rules: PipelineRules) -> None:
 
 def _check_text(request: GenerationRequest, rules: PipelineRules) -> None:
     length, config, true_cfg = request.max_sequence_length, rules.transformer, request.true_cfg
-    if length is not None and length < 1:
-        raise ValueError(f"max_sequence_length must be >= 1, got {length}")
+    if length is not None and not 1 <= length <= _MOST["max_sequence_length"]:
+        raise ValueError(f"max_sequence_length must be in [1, {_MOST['max_sequence_length']}], got {length}")
     # Wan I2V splits its cross-attention context at the last 512 tokens, CogVideoX adds a table of this length.
     fixed = 512 if config.get("added_kv_proj_dim") else config.get("max_text_seq_length")
     if length is not None and fixed is not None and length != fixed:
@@ -171,7 +199,9 @@ def _check_text(request: GenerationRequest, rules: PipelineRules) -> None:
                 f"negative_prompt must be left out without true_cfg on {rules.name}, which would ignore it; "
                 f"give true_cfg > 1 (twice the time)"
             )
-        if true_cfg is not None and not (true_cfg > 1 and request.negative_prompt is not None):
-            raise ValueError(f"true_cfg must be > 1 and come with a negative_prompt, got {true_cfg}")
+        if true_cfg is not None and not (1 < true_cfg <= _MOST_GUIDANCE and request.negative_prompt is not None):
+            raise ValueError(
+                f"true_cfg must be in (1, {_MOST_GUIDANCE}] and come with a negative_prompt, got {true_cfg}"
+            )
     elif true_cfg is not None:
         raise ValueError(f"true_cfg must be left out on {rules.name}, got {true_cfg}; use guidance")
