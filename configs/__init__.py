@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Generation:
         for name in ("steps", "height", "width", "frames", "fps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+                raise TypeError(f"{name} must be an integer, got {shown(value)}")
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         for name in ("guidance", "flow_shift"):
@@ -55,7 +56,7 @@ class Generation:
             if name == "flow_shift" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
         if self.guidance < 0:
             raise ValueError(f"guidance must be >= 0, got {self.guidance}")
         if self.flow_shift is not None and self.flow_shift <= 0:
@@ -87,7 +88,7 @@ class Preset:
             ValueError: the preset has no such method.
         """
         if method not in self.methods:
-            raise ValueError(f"method must be one of {', '.join(self.methods)}, got {method!r}")
+            raise ValueError(f"method must be one of {', '.join(self.methods)}, got {shown(method)}")
         return self.methods[method]
 
 
@@ -113,8 +114,10 @@ def load_preset(name: str | Path) -> Preset:
         svg.load_preset("wan2.1-t2v-720p").config("svg2").top_p
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"preset must be one of {', '.join(preset_names())}, or the path of a YAML file, got {name}")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"preset must be one of {', '.join(preset_names())}, or the path of a YAML file, got {shown(str(name))}"
+        )
     try:
         return _preset(path.stem, read_yaml(path))
     except yaml.YAMLError as error:
@@ -161,4 +164,4 @@ def _keys(where: str, mapping: Any, required, optional) -> None:
             raise ValueError(f"unknown key {shown(key)} in {where}; choose from {', '.join(choices)}")
     for key in required:
         if key not in mapping:
-            raise ValueError(f"key {key!r} is missing in {where}")
+            raise ValueError(f"key {shown(key)} is missing in {where}")

@@ -12,6 +12,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 
 from svg.config import MethodConfig
+from svg.documents import shown
 from svg.engine.state import RunState
 from svg.engine.summary import summarize
 
@@ -187,11 +188,16 @@ def at_step(
         branch: guidance branch; branches share no state.
         noise: share of noise in the latents of each of the run's steps, for a warm-up by noise.
 
+    Raises:
+        ValueError: the step is not one of the run's.
+        TypeError: an argument has the wrong type.
+
     Example:
         with svg.at_step(dit, i, len(timesteps)):
             noise = dit(latents, timestep, text)
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
+    _check_step(transformer, step, num_steps, branch)
     _set_cache_context(transformer, _Told(branch, step_index=step, num_inference_steps=num_steps, noise=noise))
     try:
         yield
@@ -204,6 +210,20 @@ class _Told(CacheContext):
     """What `at_step` was told: Diffusers' context, and the noise of the run's steps."""
 
     noise: Sequence[float] | None = None
+
+
+def _check_step(transformer: Any, step: Any, num_steps: Any, branch: Any) -> None:
+    if not isinstance(transformer, nn.Module):
+        raise TypeError(f"transformer must be a torch module, got {type(transformer).__name__}")
+    for name, value in (("step", step), ("num_steps", num_steps)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be >= 1, got {num_steps}")
+    if not 0 <= step < num_steps:
+        raise ValueError(f"step must be in [0, num_steps) = [0, {num_steps}), got {step}")
+    if not isinstance(branch, str):
+        raise TypeError(f"branch must be text, got {shown(branch)}")
 
 
 def attached(pipe: Any) -> dict[str, RunHook]:
@@ -247,7 +267,8 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
     found |= {name: part for name, part in getattr(pipe, "__dict__", {}).items() if type(part).__name__ in MODELS}
     # torch.compile(transformer) wraps the module; its attention modules and hooks are inside.
-    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items() if module is not None}
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
+    found = {name: module for name, module in found.items() if isinstance(module, nn.Module)}
     first = {id(module): name for name, module in reversed(found.items())}
     found = {name: module for name, module in found.items() if first[id(module)] == name}
     if not found:

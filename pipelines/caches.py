@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from svg.documents import MEBIBYTE, read_json
+from svg.documents import MEBIBYTE, read_json, shown
 
 # Name on the command line -> class of its config and its one number, by name, with Diffusers' or its authors' value.
 CACHES = {
@@ -39,14 +39,14 @@ def parse_cache(text: str) -> tuple[str, str, Any]:
     if name in FROM_FILE:
         return (*FROM_FILE[name], _ratios(name, value))
     if name not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join([*CACHES, *FROM_FILE])}, got {name!r}")
+        raise ValueError(f"cache must be one of {', '.join([*CACHES, *FROM_FILE])}, got {shown(name)}")
     kind, field, default = CACHES[name]
     if kind in CACHE_DIT and importlib.util.find_spec("cache_dit") is None:
         raise ValueError(f"cache {name} needs the package cache-dit, which is not installed: pip install cache-dit")
     try:
         return kind, field, type(default)(value) if sign else default
     except ValueError:
-        raise ValueError(f"cache must be {name}=NUMBER, such as {name}={default}, got {text!r}") from None
+        raise ValueError(f"cache must be {name}=NUMBER, such as {name}={default}, got {shown(text)}") from None
 
 
 def cache_file(cache: str) -> str | None:

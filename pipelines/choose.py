@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from svg.config import METHODS, MethodConfig, NearConfig, config_from_dict
+from svg.documents import shown
 
 LEVELS = ("quality", "balanced", "fast")
 # Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
@@ -57,7 +58,7 @@ def _preset(text: str) -> MethodConfig:
     if not name.endswith((".yaml", ".yml")) and name not in preset_names():
         raise ValueError(
             f"config must be a word ({', '.join(LEVELS)}), a method ({', '.join(METHODS)}), or a preset "
-            f"({', '.join(preset_names())}, or a YAML file), got {text!r}"
+            f"({', '.join(preset_names())}, or a YAML file), got {shown(text)}"
         )
     preset = load_preset(name)
     return preset.config(method or ("near" if "near" in preset.methods else "svg2"))

@@ -102,6 +102,7 @@ def rules_of(pipe: Any) -> PipelineRules:
         image="image" in parameters,
         last_image="last_image" in parameters,
         true_cfg="true_cfg_scale" in parameters,
+        transformers=tuple(transformers_of(pipe)),
     )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svg.config.run import DTYPES, OFFLOADS
+from svg.config.run import DTYPES, OFFLOADS, check_device_name
+from svg.documents import shown
 
 from .model_files import check_configs, locate_model, read_index
 from .registry import PIPELINES
@@ -52,10 +52,15 @@ def load_pipeline(
     check_offload(offload, device)
     check_flow_shift(flow_shift)
     if not isinstance(vae_tiling, bool):
-        raise TypeError(f"vae_tiling must be true or false, got {vae_tiling!r}")
+        raise TypeError(f"vae_tiling must be true or false, got {shown(vae_tiling)}")
     source = locate_model(model)
     if revision is not None and isinstance(source, Path):
-        raise ValueError(f"revision must be left out for a directory, got {revision!r}; it is for hub ids")
+        raise ValueError(f"revision must be left out for a directory, got {shown(revision)}; it is for hub ids")
+    for name, text in (("revision", revision), ("variant", variant)):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name} must be text, got {shown(text)}")
+        if text is not None and not (text.isprintable() and 0 < len(text) < 256):
+            raise ValueError(f"{name} must be a name, got {shown(text)}")
     name = read_index(source, revision)["_class_name"]
     if isinstance(source, Path):
         check_configs(source)
@@ -79,12 +84,9 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ValueError: another name, or a GPU that isn't there.
     """
-    if not isinstance(device, str):
-        raise TypeError(f"device must be text, got {device!r}")
+    check_device_name(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<index>, got {device!r}")
     resolved = torch.device(device)
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ValueError(
@@ -97,18 +99,18 @@ def resolve_device(device: str) -> torch.device:
 def _resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    resolved = _DTYPES.get(dtype, dtype) if isinstance(dtype, (str, torch.dtype)) else dtype
-    if resolved not in _DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    resolved = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or resolved not in _DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     return resolved
 
 
 def check_offload(offload: str, device: torch.device) -> None:
     """Raise unless a way of offloading is known, and the device has other memory than the CPU's."""
-    if offload not in OFFLOADS:
-        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if not isinstance(offload, str) or offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {shown(offload)}")
     if offload != "none" and device.type == "cpu":
-        raise ValueError(f"offload must be none on device cpu, got {offload!r}; leave it out or use device cuda")
+        raise ValueError(f"offload must be none on device cpu, got {shown(offload)}; leave it out or use device cuda")
 
 
 def _from_pretrained(source: str | Path, name: str, dtype: torch.dtype, **which: str | None) -> Any:

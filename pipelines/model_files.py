@@ -145,6 +145,7 @@ def read_rules(source: str | Path, revision: str | None = None) -> PipelineRules
         image=known.image,
         last_image=known.last_image,
         true_cfg=known.true_cfg,
+        transformers=tuple(part for part in TRANSFORMERS if (index.get(part) or [None])[0] is not None),
     )
 
 
@@ -166,10 +167,6 @@ def read_config(source: str | Path, name: str, revision: str | None = None) -> d
         sizes = value if isinstance(value, list) else [value]
         if value is not None and not (sizes and all(type(size) is int and 1 <= size <= _LARGEST for size in sizes)):
             raise ValueError(f"{key} must be integers >= 1, got {documents.shown(value)} in {source}/{name}")
-    if "quantization_config" in config:
-        raise ValueError(
-            f"model must not be quantised already, got a quantization_config in {source}/{name}: use the unquantised weights"
-        )
     return config
 
 

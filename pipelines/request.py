@@ -10,9 +10,18 @@ from typing import Any
 import psutil
 from PIL import Image
 
+from svg.documents import shown
+
 _SIDE = 16  # every supported Diffusers pipeline refuses sides that 16 doesn't divide
 # Far beyond what any model makes: a typo or a stranger's file is refused before it takes the machine's memory or time.
-_MOST = {"height": 16_384, "width": 16_384, "num_frames": 100_000, "steps": 10_000, "fps": 1000, "max_sequence_length": 65_536}
+_MOST = {
+    "height": 16_384,
+    "width": 16_384,
+    "num_frames": 100_000,
+    "steps": 10_000,
+    "fps": 1000,
+    "max_sequence_length": 65_536,
+}
 _MOST_GUIDANCE = 1000  # also of flow_shift: beyond it all numbers overflow
 _PIXEL_BYTES = 12  # a decoded pixel: three numbers of 32 bits
 
@@ -60,6 +69,7 @@ class PipelineRules:
         transformer: config of its transformer.
         spatial, temporal: pixels and frames that one latent of its VAE stands for.
         image, last_image, true_cfg: whether its call takes a first frame, a last frame, classifier-free guidance apart.
+        transformers: names of its transformers.
     """
 
     name: str
@@ -69,11 +79,29 @@ class PipelineRules:
     image: bool
     last_image: bool
     true_cfg: bool
+    transformers: tuple[str, ...]
 
     def patch(self) -> int:
         """Latents along a side that one token stands for."""
         size = self.transformer.get("patch_size") or 2
         return size[-1] if isinstance(size, (list, tuple)) else size
+
+    def layers(self) -> int | None:
+        """Attention layers of a transformer; None where its config leaves that to its class."""
+        layers = self.transformer.get("num_layers")
+        return None if layers is None else layers + (self.transformer.get("num_single_layers") or 0)
+
+    def heads(self) -> int | None:
+        """Attention heads of a layer; None where the config leaves that to its class."""
+        return self.transformer.get("num_attention_heads")
+
+    def tokens(self, request: GenerationRequest) -> tuple[int, int, int]:
+        """Frames, height and width of a request's latent video, in tokens."""
+        size = self.transformer.get("patch_size")
+        stride = size[0] if isinstance(size, (list, tuple)) else self.transformer.get("patch_size_t") or 1
+        frames = (request.num_frames - 1) // self.temporal + 1
+        side = self.spatial * self.patch()
+        return -(-frames // stride), request.height // side, request.width // side
 
 
 def check_request(request: GenerationRequest, rules: PipelineRules) -> None:
@@ -108,7 +136,7 @@ def check_flow_shift(flow_shift: Any) -> None:
     if flow_shift is None:
         return
     if isinstance(flow_shift, bool) or not isinstance(flow_shift, (int, float)):
-        raise TypeError(f"flow_shift must be a number, got {flow_shift!r}")
+        raise TypeError(f"flow_shift must be a number, got {shown(flow_shift)}")
     if not 0 < flow_shift <= _MOST_GUIDANCE:
         raise ValueError(
             f"flow_shift must be in (0, {_MOST_GUIDANCE}], got {flow_shift}: Wan's is 3 at 480p and 5 at 720p"
@@ -121,17 +149,17 @@ def _check_types(request: GenerationRequest) -> None:
         if value is None and field == "max_sequence_length":
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{field} must be an integer, got {value!r}")
+            raise TypeError(f"{field} must be an integer, got {shown(value)}")
     for field in ("prompt", "negative_prompt"):
         value = getattr(request, field)
         if not (isinstance(value, str) or (value is None and field == "negative_prompt")):
-            raise TypeError(f"{field} must be text, got {value!r}")
+            raise TypeError(f"{field} must be text, got {shown(value)}")
     for field in ("guidance", "true_cfg"):
         value = getattr(request, field)
         if value is None and field == "true_cfg":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{field} must be a number, got {value!r}")
+            raise TypeError(f"{field} must be a number, got {shown(value)}")
     for field in ("image", "last_image"):
         value = getattr(request, field)
         if value is not None and not isinstance(value, Image.Image):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from svg.documents import shown
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
@@ -42,6 +43,9 @@ class ModelSpec:
         others: class names of further pipelines it runs in, for the table.
         hub: hub ids of its weights, for the table.
         tested: how it was tested, for the table.
+
+    Raises:
+        TypeError: a field has the wrong type.
     """
 
     transformer: str
@@ -61,3 +65,21 @@ class ModelSpec:
     others: tuple[str, ...] = ()
     hub: tuple[str, ...] = ()
     tested: str = ON_A_CPU
+
+    def __post_init__(self):
+        for name in ("transformer", "latents", "timestep", "kind", "tested"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise TypeError(f"{name} must be text, got {shown(value)}")
+        for name in ("arguments", "replaces", "pipelines", "fp32_components", "others", "hub"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"{name} must be a tuple of texts, got {shown(value)}")
+        for name in ("attention_modules", "layout", "processor", "patch"):
+            value = getattr(self, name)
+            if not (callable(value) or (name == "patch" and value is None)):
+                raise TypeError(f"{name} must be a function, got {shown(value)}")
+        if not isinstance(self.parallel, bool):
+            raise TypeError(f"parallel must be true or false, got {shown(self.parallel)}")
+        if not (self.cp_plan is None or callable(self.cp_plan) or isinstance(self.cp_plan, Mapping)):
+            raise TypeError(f"cp_plan must be a plan, a function or None, got {shown(self.cp_plan)}")

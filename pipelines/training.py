@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from svg.config import DenseConfig
 from svg.engine.state import RunState
-from svg.functional.training import training_attention
+from svg.functional._arguments import check_choice
+from svg.functional.training import PRODUCTS, training_attention
 from svg.kernels.linears import Steering, int8_linear
 
 from .linears import find_linears
@@ -36,14 +37,15 @@ def int8_training(transformer: nn.Module, gradients: str = "int8", linears: str 
         The same transformer. After the block its processors are the original objects.
 
     Raises:
-        ValueError: the transformer is not supported, is accelerated, or has a Diffusers attention backend of its own; or
-            there are no such linears as `linears`.
+        ValueError: gradients is unknown, or the transformer is not supported, is accelerated, or has a Diffusers
+            attention backend of its own; or there are no such linears as `linears`.
         NotImplementedError: context parallelism is on; or, in a forward, prompts with padding in the self-attention.
 
     Example:
         with svg.int8_training(pipe.transformer) as transformer:
             loss_of(transformer(latents, timestep, text)).backward()
     """
+    check_choice("gradients", gradients, tuple(PRODUCTS))
     transformer = getattr(transformer, "_orig_mod", transformer)
     spec = find_spec(transformer)
     modules = spec.attention_modules(transformer)

@@ -182,16 +182,25 @@ def _broken_models() -> None:
     ):  # fmt: skip
         for value in (0, -1, "x", [], {}, 1.5, 10**30):
             _copy(f"bad-{Path(file).parts[0]}-{key}-{value}", file, _changed(file, key, value))
-    for key, value in (
-        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ("quantization_config", {"quant_method": "no-such"}),
-        ("quantization_config", "x"),
-        ("_attn_implementation", "kernels-community/flash-attn"),
-        ("auto_map", {"AutoModel": "code.Model"}),
+    for number, value in enumerate(
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "no-such"}, "x")
     ):
-        for file in (transformer, text):
-            _copy(f"late-{Path(file).parts[0]}-{key}-{len(str(value))}", file, _changed(file, key, value))
-    for name, file in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        _copy(
+            f"late-transformer-quantization_config-{number}",
+            transformer,
+            _changed(transformer, "quantization_config", value),
+        )
+    _copy(
+        "late-text_encoder-quantization_config",
+        text,
+        _changed(text, "quantization_config", {"quant_method": "bitsandbytes"}),
+    )
+    _copy("late-text_encoder-attention", text, _changed(text, "_attn_implementation", "kernels-community/flash-attn"))
+    for name, file in (
+        ("transformer", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
         weights = f"{name}/{file}.safetensors"
         for kind, data in (
             ("pickle", pickle.dumps({"a": 1})), ("empty", b""), ("half", Path("model", weights).read_bytes()[:5000]),

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -28,12 +29,17 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from command_faults import Case, cases  # noqa: E402
-from world import State, build, state_of  # noqa: E402
+from command_faults import Case, cases
+from world import State, build, state_of
 
 SECONDS = 2.0  # for what is refused before a model is loaded
 HUNG = 60
-_LOADERS = ("svg.generate.run_job.load_pipeline", "svg.recordings.record.load_pipeline", "svg.sweep.worker.load_pipeline")
+MEMORY = 12 * 2**30
+_LOADERS = (
+    "svg.generate.run_job.load_pipeline",
+    "svg.recordings.record.load_pipeline",
+    "svg.sweep.worker.load_pipeline",
+)
 
 
 class Reached(BaseException):
@@ -155,6 +161,7 @@ def main() -> int:
         raise Hung
 
     signal.signal(signal.SIGALRM, hung)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # what a case asks for must not take the machine down
     out, rows = options.out and options.out.absolute(), []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(os.path.realpath(folder))

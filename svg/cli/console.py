@@ -47,8 +47,8 @@ def visible(text: str) -> str:
 class Terminal(Console):
     """A console that prints texts as they are: names and prompts are no markup, no emoji codes and no control sequences."""
 
-    def __init__(self) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False)
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, quiet=quiet)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Rich's, of the visible text."""

@@ -108,9 +108,8 @@ def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
     Example:
       svg generate "a cat walks on the grass" --preset wan2.1-t2v-720p --offload model --out cat
     """
-    from rich.console import Console
-
     from ..generate.preflight import preflight
+    from .console import Terminal
 
     jobs = _jobs(prompt, prompts, options)
     if rank() is None:
@@ -118,7 +117,7 @@ def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
             preflight(job)
         if jobs[0].gpus > 1:
             return _on_several_gpus(jobs[0].gpus)
-    return _run(jobs, Console(quiet=bool(rank())))
+    return _run(jobs, Terminal(quiet=bool(rank())))
 
 
 def _on_several_gpus(gpus: int) -> int:
@@ -143,7 +142,7 @@ def _jobs(prompt: str | None, prompts: str | None, options: dict[str, Any]) -> l
     fast, no_dense, no_control = (options.pop(name) for name in ("fast", "no_dense", "no_control"))
     job = resolve(
         settings=settings,
-        generation={"prompt": prompt or "-", **generation},
+        generation={"prompt": "-" if prompt is None else prompt, **generation},
         dense=not (fast or no_dense),
         control=not (fast or no_control),
         loras=parse_loras(options.pop("loras")),

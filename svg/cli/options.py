@@ -11,6 +11,7 @@ import click
 from svg.eval.names import LPIPS_NETS
 
 from ..config.run import DTYPES, OFFLOADS
+from ..documents import MEBIBYTE, read_text, shown
 from ..methods.registry import method_flags
 
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
@@ -64,7 +65,7 @@ class Numbers(click.ParamType):
         try:
             return [self._kind(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"{value!r} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
+            self.fail(f"{shown(value)} must be numbers with commas between them, such as 0.2,0.3", param, ctx)
 
 
 def size_options(command: Callable) -> Callable:
@@ -100,7 +101,12 @@ def run_options(command: Callable) -> Callable:
 def pop_run_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `run_options` added out of a command's options, with defaults in place."""
     device, dtype, offload, tiling = (options.pop(name) for name in ("device", "dtype", "offload", "vae_tiling"))
-    return {"device": device or "auto", "dtype": dtype, "offload": offload or "none", "vae_tiling": bool(tiling)}
+    return {
+        "device": "auto" if device is None else device,
+        "dtype": dtype,
+        "offload": offload or "none",
+        "vae_tiling": bool(tiling),
+    }
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -116,9 +122,9 @@ def read_prompts(path: str | Path) -> list[str]:
         ValueError: it is no text in UTF-8, or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts must be text in UTF-8, a prompt a line, got {path}: {error}") from error
+        lines = [line.strip() for line in read_text(path, MEBIBYTE).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"--prompts must be a file with a prompt a line: {error}") from error
     texts = [line for line in lines if line and not line.startswith("#")]
     if not texts:
         raise ValueError(f"--prompts must hold at least one prompt, got {path} without any")

@@ -82,6 +82,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     from svg.eval.sweep_table import write_tables
     from svg.pipelines.loading import resolve_device
 
+    from ..sweep.check import check_grid
     from ..sweep.grid import cells_of, inputs_of, read_grid
     from ..sweep.pool import LocalPool, ProcessPool, RayPool
     from ..sweep.run import Results, run_sweep
@@ -92,6 +93,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, options["workers"], resolve_device)
     check_folder("--out", options["out"], ("sweep.json", "sweep.csv", "paired.csv", PAGE), [grid, *inputs_of(plan)])
+    check_grid(plan, device)
     header = {"command": command_text(), "lpips": plan.run["lpips"]}
     results = Results(options["out"], cells_of(plan, device.split(":")[0]), header, options["keep_frames"], left_out)
     with SweepDisplay(console) as display:
@@ -161,9 +163,9 @@ def _flags(options: dict[str, Any]) -> dict[str, Any]:
     plain += ("flow_shift", "fps", "device", "dtype", "offload", "vae_tiling", "lpips")
     prompts = [*options["prompts"], *(read_prompts(options["prompt_file"]) if options["prompt_file"] else ())]
     lists = {"prompts": prompts or None, "models": list(options["models"]) or None}
-    lists["peers"] = options["peers"].split(",") if options["peers"] else None
-    methods = options["methods"].split(",") if options["methods"] else None
-    caches = [None if one == "none" else one for one in options["caches"].split(",")] if options["caches"] else None
+    lists["peers"] = options["peers"].split(",") if options["peers"] is not None else None
+    methods = options["methods"].split(",") if options["methods"] is not None else None
+    caches = [None if one == "none" else one for one in options["caches"].split(",")] if options["caches"] is not None else None
     control = False if options["no_control"] else None
     given = {"methods": methods, "caches": caches, "control": control}
     return {**{key: options[key] for key in plain}, **lists, **given}

@@ -70,7 +70,7 @@ def tune(**options: Any) -> int:
     """
     from svg.eval.files import check_folder
     from svg.eval.page import PAGE
-    from svg.pipelines.loading import resolve_device
+    from svg.pipelines.loading import check_offload, resolve_device
 
     from ..generate.job import inputs_of
     from ..tune.run import PRESET, Tuner
@@ -82,6 +82,7 @@ def tune(**options: Any) -> int:
     plan = _plan(options)
     check_folder("--out", options["out"], ("sweep.json", "tune.json", PRESET, PAGE), inputs_of(plan.job))
     device = resolve_device(plan.job.device)
+    check_offload(plan.job.offload, device)
     dtype = plan.job.dtype or ("bf16" if device.type == "cuda" else "fp32")
     tuner = Tuner(plan, Path(options["out"]), str(device), dtype, command_text(), ConsoleDisplay(console))
     try:
@@ -97,6 +98,7 @@ def _plan(options: dict[str, Any]) -> Any:
     from svg.pipelines.model_files import BUNDLED
 
     from ..generate.job import parse_assignments, resolve
+    from ..generate.preflight import check_job
     from ..tune.run import Plan
     from ..tune.search import Target
 
@@ -121,6 +123,7 @@ def _plan(options: dict[str, Any]) -> Any:
         control=False,
         lpips=options["lpips"],
     )
+    check_job(job)
     bundled = job.model == BUNDLED
     return Plan(
         job=job,

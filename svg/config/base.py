@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+from ..documents import shown
+
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
 LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
@@ -89,14 +91,13 @@ class MethodConfig:
             share(self, "warmup_noise")
         integer(self, "min_tokens", least=0)
         integer(self, "seed", least=0)
-        if self.dense_backend not in DENSE_BACKENDS:
-            raise ValueError(f"dense_backend must be one of {', '.join(DENSE_BACKENDS)}, got {self.dense_backend!r}")
+        choice(self, "dense_backend", DENSE_BACKENDS)
         choice(self, "linears", LINEARS)
         choice(self, "linear_precision", LINEAR_PRECISIONS)
         if not isinstance(self.check_finite, bool):
-            raise TypeError(f"check_finite must be true or false, got {self.check_finite!r}")
+            raise TypeError(f"check_finite must be true or false, got {shown(self.check_finite)}")
         if self.fused is not None and not isinstance(self.fused, bool):
-            raise TypeError(f"fused must be true, false or null, got {self.fused!r}")
+            raise TypeError(f"fused must be true, false or null, got {shown(self.fused)}")
 
     def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
         """Whether a layer stays dense in a step.
@@ -205,7 +206,7 @@ class GuardedConfig(MethodConfig):
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.guard, bool):
-            raise TypeError(f"guard must be true or false, got {self.guard!r}")
+            raise TypeError(f"guard must be true or false, got {shown(self.guard)}")
         integer(self, "probe_every", least=0)
         number(self, "tolerance")
         if not self.tolerance > 0:
@@ -230,21 +231,21 @@ def number(config: MethodConfig, name: str) -> None:
     """Raise unless a setting is a number."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
 
 
 def choice(config: MethodConfig, name: str, choices: tuple[str | int, ...]) -> None:
     """Raise unless a setting is one of its choices."""
     value = getattr(config, name)
-    if value not in choices or isinstance(value, bool):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {shown(value)}")
 
 
 def integer(config: MethodConfig, name: str, least: int) -> None:
     """Raise unless a setting is an integer of at least `least`."""
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..documents import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class TunedFor:
@@ -28,11 +30,11 @@ class TunedFor:
     def __post_init__(self):
         tokens = tuple(self.tokens) if isinstance(self.tokens, (list, tuple)) else ()
         if len(tokens) != 3 or any(isinstance(n, bool) or not isinstance(n, int) for n in tokens):
-            raise TypeError(f"tokens must be three integers (frames, height, width), got {self.tokens!r}")
+            raise TypeError(f"tokens must be three integers (frames, height, width), got {shown(self.tokens)}")
         object.__setattr__(self, "tokens", tokens)
         for name in ("model", "device"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be text, got {shown(getattr(self, name))}")
 
 
 def check_head_table(config: Any) -> None:
@@ -41,17 +43,17 @@ def check_head_table(config: Any) -> None:
     if isinstance(config.tuned_for, dict):
         object.__setattr__(config, "tuned_for", _tuned_for(config.tuned_for))
     elif not isinstance(config.tuned_for, (TunedFor, type(None))):
-        raise TypeError(f"tuned_for must be keys and values, or none, got {config.tuned_for!r}")
+        raise TypeError(f"tuned_for must be keys and values, or none, got {shown(config.tuned_for)}")
     if table is None:
         return
     if not isinstance(table, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in table):
-        raise TypeError(f"{name} must be [layers][heads], got {table!r}")
+        raise TypeError(f"{name} must be [layers][heads], got {shown(table)}")
     if not table or not table[0] or len({len(row) for row in table}) > 1:
         raise ValueError(f"{name} must have the same heads in every layer, got {[len(row) for row in table]}")
     for layer, row in enumerate(table):
         for head, value in enumerate(row):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must hold numbers, got {value!r} in layer {layer}, head {head}")
+                raise TypeError(f"{name} must hold numbers, got {shown(value)} in layer {layer}, head {head}")
             if not 0 < value <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {value} in layer {layer}, head {head}")
     object.__setattr__(config, name, tuple(tuple(float(value) for value in row) for row in table))

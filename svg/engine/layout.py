@@ -34,7 +34,8 @@ class TokenLayout:
     def __post_init__(self):
         for name in ("frames", "height", "width", "text_tokens"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not hasattr(value, "__index__"):  # torch.compile's sizes are integers too
+            # torch.compile's sizes are integers too; tensors and arrays have an index, but are none.
+            if isinstance(value, bool) or not hasattr(value, "__index__") or hasattr(value, "shape"):
                 raise TypeError(f"{name} must be an integer, got {shown(value)}")
         for name in ("frames", "height", "width"):
             if getattr(self, name) < 1:

@@ -94,8 +94,8 @@ def check_family(q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != rank:
             raise ValueError(f"{name} must be {shape}, got the shape {tuple(x.shape)}: reshape it")
-        if x.shape[-1] < 1:
-            raise ValueError(f"{name} must have a head dim of at least 1, got the shape {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got the shape {tuple(x.shape)}: leave the call out")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from svg.eval.page import PAGE
 from svg.pipelines.caches import cache_file, parse_cache
 from svg.pipelines.fingerprint import fingerprint
 from svg.pipelines.model_files import BUNDLED, locate_model
-from svg.pipelines.request import GenerationRequest
+from svg.pipelines.request import GenerationRequest, check_flow_shift
 
 from ..config import METHODS, MethodConfig, config_from_dict
+from ..documents import shown
 
 RESULTS = ("dense.mp4", "accelerated.mp4", "side_by_side.mp4", PAGE, "report.json")
 _SIZE = ("height", "width", "frames")
@@ -126,8 +128,11 @@ def resolve(
             f"{flags} must be given for a model without a preset, or --preset one of {', '.join(preset_names())}"
         )
     flow_shift = values.pop("flow_shift", None)
+    check_flow_shift(flow_shift)
     image_path, last_image_path = values.pop("image", None), values.pop("last_image", None)
-    model = model or (chosen.model if chosen else BUNDLED)
+    if model is None:
+        model = chosen.model if chosen else BUNDLED
+    locate_model(model)
     if rest.get("cache") is not None:
         parse_cache(rest["cache"])
     config = _config(chosen, method, settings)
@@ -196,21 +201,28 @@ def parse_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def read_image(path: str) -> Image.Image:
+def read_image(path: str, name: str = "image") -> Image.Image:
     """Read a picture as RGB.
+
+    Args:
+        path: its file.
+        name: the argument that asks for it.
+
+    Returns:
+        The picture.
 
     Raises:
         ValueError: it is no plain file, no picture, or one of more pixels than PIL takes for harmless.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"image must be a picture's file, got {path}")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} must be a picture's file, got {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Warning, Image.DecompressionBombError) as error:
         limit = Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"image must be a whole picture of at most {limit} pixels, got {path}: {error}") from error
+        raise ValueError(f"{name} must be a whole picture of at most {limit} pixels, got {path}: {error}") from error
 
 
 def _preset(name: str | None, model: str | None) -> Preset | None:
@@ -229,6 +241,10 @@ def _defaults(preset: Preset | None) -> dict[str, Any]:
 
 
 def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> MethodConfig:
+    if "method" in settings:
+        raise ValueError(
+            f"--set must name a setting of method {method}, got method={shown(settings['method'])}: use --method"
+        )
     base = preset.config(method).to_dict() if preset else {"method": method}
     rivals = METHODS[method].rivals if method in METHODS else ()
     if any(settings.get(name) is not None for name in rivals):
@@ -250,6 +266,7 @@ def _check_model(config: MethodConfig, model: str) -> None:
 
 
 def _request(values: dict[str, Any], image_path: str | None, last_image_path: str | None) -> GenerationRequest:
-    first, last = (None if path is None else read_image(path) for path in (image_path, last_image_path))
+    first = None if image_path is None else read_image(image_path)
+    last = None if last_image_path is None else read_image(last_image_path, "last_image")
     values = dict(values)
     return GenerationRequest(num_frames=values.pop("frames"), image=first, last_image=last, **values)

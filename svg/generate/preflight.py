@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from pathlib import Path
 
 from svg.eval.files import check_folder
 from svg.eval.lpips_backbones import BACKBONES
 from svg.pipelines.model_files import check_complete, locate_model, read_rules
-from svg.pipelines.request import check_request
+from svg.pipelines.request import PipelineRules, check_request
 
+from ..config import MethodConfig
+from ..config.run import check_device_name
+from ..config.tuned import check_tuned
 from ..environment import version_problems
 from .job import RESULTS, Job, inputs_of
 
 
 def preflight(job: Job) -> None:
-    """Check a job against the JSON files of its model, and the files it names.
+    """Check a job of `svg generate` and its folder.
+
+    Args:
+        job: what to do.
+
+    Raises:
+        ValueError, TypeError: what a run would refuse later, after minutes of loading.
+    """
+    check_folder("out", job.out, RESULTS, inputs_of(job))
+    check_job(job)
+
+
+def check_job(job: Job) -> None:
+    """Check a job of any command against the JSON files of its model, and the files it names.
 
     Args:
         job: what to do.
@@ -26,15 +44,44 @@ def preflight(job: Job) -> None:
     problems = version_problems()
     if problems:
         raise ValueError("; ".join(problems))
-    check_folder("out", job.out, RESULTS, inputs_of(job))
+    check_device_name(job.device)
+    if job.device == "cpu" and job.offload != "none":
+        raise ValueError(f"offload must be none on device cpu, got {job.offload!r}; leave it out or use device cuda")
     source = locate_model(job.model)
     if job.revision is not None and isinstance(source, Path):
         raise ValueError(f"--revision must be left out for a directory, got {job.revision!r}; it is for hub ids")
-    check_request(job.request, read_rules(source, job.revision))
+    rules = read_rules(source, job.revision)
+    check_request(job.request, rules)
     _check_size_for_lpips(job)
     _check_loras(job)
     if isinstance(source, Path):
         check_complete(source, job.variant)
+    _check_method(job, rules)
+
+
+def _check_method(job: Job, rules: PipelineRules) -> None:
+    """Refuse settings that were made for another model: head tables, thresholds and layers' precisions."""
+    layers, heads = rules.layers(), rules.heads()
+    if layers is None or heads is None:
+        return
+    tuned = getattr(job.config, "tuned_for", None)
+    device = tuned.device if tuned is not None and job.device != "cpu" else "cpu"  # a GPU's name is torch's to say
+    for name in rules.transformers:
+        check_tuned(job.config, name, layers, heads, rules.tokens(job.request), device)
+        _check_files(job.config, name, layers, heads)
+
+
+def _check_files(config: MethodConfig, transformer: str, layers: int, heads: int) -> None:
+    sparse = [layer for layer in range(layers) if not config.is_warmup(1, 1, layer, layers)]
+    if (path := getattr(config, "thresholds", None)) is not None:
+        from ..methods.sparge.thresholds_file import check_thresholds
+
+        check_thresholds(path, transformer, sparse, heads, config.order, config.attention_sink)
+    if (path := getattr(config, "layers", None)) is not None:
+        from ..methods.sage.layers_file import choice
+
+        for layer in sparse:
+            choice(path, transformer, layer)
 
 
 def _check_size_for_lpips(job: Job) -> None:
@@ -49,9 +96,11 @@ def _check_size_for_lpips(job: Job) -> None:
 def _check_loras(job: Job) -> None:
     if job.loras and importlib.util.find_spec("peft") is None:
         raise ValueError("--lora needs the package peft, which is not installed: pip install peft")
-    for path, _ in job.loras:
+    for path, scale in job.loras:
         looks_local = path.endswith(".safetensors") or path.startswith((".", "/", "~"))
-        if looks_local and not Path(path).expanduser().exists():
+        if not path or (looks_local and not os.path.exists(os.path.expanduser(path))):
             raise ValueError(
                 f"--lora must be an existing file or folder, or a hub id, got {path!r}, which does not exist"
             )
+        if not math.isfinite(scale):
+            raise ValueError(f"--lora must have a finite scale, got {path}={scale}")

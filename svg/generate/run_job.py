@@ -20,7 +20,7 @@ from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, 
 from svg.pipelines.attach import transformers_of
 from svg.pipelines.caches import disable_cache, enable_cache
 from svg.pipelines.extras import check_size_for_cpu, compile_blocks, load_loras
-from svg.pipelines.loading import resolve_device
+from svg.pipelines.loading import check_offload, resolve_device
 from svg.pipelines.model_files import BUNDLED
 from svg.pipelines.processes import join, split_sequence
 
@@ -100,6 +100,7 @@ def run_all(jobs: Sequence[Job], display: Display) -> Iterator[dict[str, Any]]:
 def load(job: Job) -> Any:
     """The pipeline of a job, with its LoRAs, compiled where that is asked for, on all GPUs where there are several."""
     device = resolve_device(job.device)
+    check_offload(job.offload, device)
     check_size_for_cpu(job.model, device, job.revision, job.yes)
     pipe = load_pipeline(
         job.model,

@@ -12,7 +12,7 @@ from torch import Tensor
 from svg.eval.files import check_outputs, write_json
 from svg.kernels.quantize.precision import default_precision
 
-from ..config import METHODS, Sage2Config
+from ..config import METHODS, Sage2Config, config_from_dict
 from ..methods.dense import key_mask
 from ..methods.sage.layers_file import layers_content
 from ..methods.sage.precision import quantised, safer
@@ -50,7 +50,9 @@ def adapt(
     choices = {name: one for name, one in METHODS.items() if issubclass(one, Sage2Config)}
     if method not in choices:
         raise ValueError(f"method must be one of {', '.join(choices)}, got {method!r}")
-    config = choices[method](**settings)
+    if "layers" in settings:
+        raise ValueError(f"layers must be left out, got {settings['layers']!r}: `svg adapt` makes such a file")
+    config = config_from_dict({**settings, "method": method})
     if not 0 < min_cosine <= 1:
         raise ValueError(f"min_cosine must be in (0, 1], got {min_cosine}")
     opened = open_recording(recording)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from svg.eval.files import atomic_path, check_outputs
 from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate, load_pipeline, restore
 from svg.pipelines.attach import attached, transformers_of
+from svg.pipelines.loading import check_offload, resolve_device
+from svg.pipelines.model_files import locate_model, read_rules
 
 from ..config import DenseConfig
 from ..documents import parse_json, shown
@@ -25,6 +28,7 @@ from ..engine.records import ObservedAttention
 from ..engine.state import RunState
 from ..environment import versions
 from ..generate.job import Job, inputs_of
+from ..generate.preflight import check_job
 
 FORMAT, VERSION = "svg-record", "1"
 _THIRDS = 3
@@ -171,12 +175,18 @@ def record(
         for hook in hooks.values():
             wanted = None if layers is None else _indices("layers", layers, hook.state.num_layers)
             hook.state.observer = Recorder(hook.state, chosen, wanted, branches, tensors, calls)
-        generate(pipe, request, on_step or (lambda progress: None))
-        seen = {str(row.branch) for hook in hooks.values() for row in hook.state.records}
+
+        def stepped(progress: StepProgress) -> None:
+            if progress.step == 1:
+                _check_branches(branches, hooks.values())
+            if on_step is not None:
+                on_step(progress)
+
+        generate(pipe, request, stepped)
     finally:
         restore(pipe)
     if not calls:
-        raise ValueError(f"branches must be among {', '.join(sorted(seen))}, got {', '.join(branches or [])}")
+        raise ValueError(f"steps and layers must name at least one call, got {steps} and {layers}")
     _save(Path(path), tensors, calls, {**(source or {}), **_source(pipe, request)})
     return calls
 
@@ -193,6 +203,7 @@ def record_job(job: Job, path: Path, **chosen: Any) -> tuple[int, int]:
         Recorded calls, and the file's bytes.
     """
     check_outputs({"out": path}, inputs_of(job))
+    _check_chosen(job, **chosen)
     pipe = load_pipeline(
         job.model,
         device=job.device,
@@ -203,6 +214,25 @@ def record_job(job: Job, path: Path, **chosen: Any) -> tuple[int, int]:
     )
     calls = record(pipe, job.request, path, source={"model": job.model, "preset": job.preset}, **chosen)
     return len(calls), path.stat().st_size
+
+
+def _check_chosen(job: Job, steps: list[int] | None, layers: list[int] | None, branches: list[str] | None) -> None:
+    """What can be refused before the model is loaded."""
+    check_job(job)
+    check_offload(job.offload, resolve_device(job.device))
+    _indices("steps", steps or [], job.request.steps)
+    total = read_rules(locate_model(job.model)).layers()
+    if total is not None:
+        _indices("layers", layers or [], total)
+    if branches is not None and not all(branch.strip() for branch in branches):
+        raise ValueError(f"branches must be names with commas between them, such as cond, got {','.join(branches)!r}")
+
+
+def _check_branches(branches: Iterable[str] | None, hooks: Iterable[Any]) -> None:
+    """Refuse branches that a run does not have, once its first step is done."""
+    seen = {str(row.branch) for hook in hooks for row in hook.state.records}
+    if branches is not None and not set(branches) <= seen:
+        raise ValueError(f"branches must be among {', '.join(sorted(seen))}, got {', '.join(branches)}")
 
 
 def open_recording(path: str | Path) -> Recording:
@@ -218,7 +248,7 @@ def open_recording(path: str | Path) -> Recording:
         ValueError: no such file, no recording, or one of another version.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"a recording must be a file, got {path}, which is not there; make one with `svg record`")
     try:
         with safe_open(path, framework="pt") as file:

@@ -29,8 +29,8 @@ class Cell:
         label: short name, such as "svg2 top_p=0.7".
         model: {"name", "preset", "fingerprint"}.
         method: the method's settings, "method" among them; of a control: those of its reference.
-        generation: fields of GenerationRequest, with "image" as a path and "image_sha256"; "thresholds_sha256" and
-            "layers_sha256" where the method reads such a file.
+        generation: fields of GenerationRequest, with "image" and "last_image" as paths, and "image_sha256";
+            "last_image_sha256" where there is one, "thresholds_sha256" and "layers_sha256" where the method reads such a file.
         run: {"device" ("cpu" or "cuda"), "dtype", "offload", "flow_shift", "vae_tiling", "lpips"}, and "cache" where the
             cell has one.
         reference: id of the dense cell it is compared with, or None for the dense cell.
@@ -63,14 +63,15 @@ class Cell:
             OSError: the image cannot be read.
         """
         generation = {key: value for key, value in self.generation.items() if not key.endswith("_sha256")}
-        path = generation.pop("image")
-        image = read_image(path) if path is not None else None
+        paths = {name: generation.pop(name) for name in ("image", "last_image")}
+        images = {name: read_image(path, name) for name, path in paths.items() if path is not None}
         return Job(
             model=self.model["name"],
             preset=self.model["preset"],
             config=config_from_dict(self.method),
-            request=GenerationRequest(image=image, **generation),
-            image_path=path,
+            request=GenerationRequest(**images, **generation),
+            image_path=paths["image"],
+            last_image_path=paths["last_image"],
             out=Path("svg-out"),
             force=False,
             dense=True,
@@ -97,11 +98,14 @@ def cell_of(
     Raises:
         OSError: the image or the thresholds cannot be read.
     """
-    request = asdict(replace(job.request, image=None))
+    request = asdict(replace(job.request, image=None, last_image=None))
     request |= {
         "image": job.image_path,
         "image_sha256": None if job.image_path is None else file_sha256(job.image_path),
+        "last_image": job.last_image_path,
     }
+    if job.last_image_path is not None:
+        request["last_image_sha256"] = file_sha256(job.last_image_path)
     for name in ("thresholds", "layers"):
         file = getattr(job.config, name, None)
         if file is not None:  # a file that is made again makes other cells

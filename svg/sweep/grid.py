@@ -59,7 +59,7 @@ class Grid:
 
     Args:
         models: {"model", "preset"} each.
-        prompts: {"prompt", and optionally "negative_prompt", "image"} each.
+        prompts: {"prompt", and optionally "negative_prompt", "image", "last_image"} each.
         seeds: seeds of the noise.
         methods: (settings of one method, where they stand) each.
         caches: step caches as `svg generate --cache` takes them, and None for none; each beside every method.
@@ -134,7 +134,7 @@ def cells_of(grid: Grid, device: str, dtype: str | None = None) -> list[Cell]:
     cells: dict[str, Cell] = {}
     for model in grid.models:
         mark = fingerprint(model["model"] or BUNDLED)
-        jobs = _jobs(grid, model)
+        jobs = jobs_of(grid, model)
         labels = _labels(jobs)
         for prompt, seed in itertools.product(grid.prompts, grid.seeds):
             for cell in _group(grid, jobs, labels, prompt, seed, {"mark": mark, "device": device, "dtype": dtype}):
@@ -148,7 +148,7 @@ def inputs_of(grid: Grid) -> list[str | Path]:
     values = [
         *models,
         *(model.get("preset") for model in grid.models),
-        *(prompt.get("image") for prompt in grid.prompts),
+        *(prompt.get(name) for prompt in grid.prompts for name in ("image", "last_image")),
     ]
     values += [settings.get(name) for settings, _ in grid.methods for name in ("thresholds", "layers")]
     values += [cache_file(cache) for cache in grid.caches if cache is not None]
@@ -164,19 +164,19 @@ def method_configs(grid: Grid) -> list[tuple[str, MethodConfig]]:
     Returns:
         (label, config) each.
     """
-    jobs = _jobs(dataclasses.replace(grid, caches=[None]), grid.models[0])
+    jobs = jobs_of(dataclasses.replace(grid, caches=[None]), grid.models[0])
     return list(zip(_labels(jobs), (job.config for job in jobs)))
 
 
 def _group(
     grid: Grid, jobs: list[Job], labels: list[str], prompt: dict[str, Any], seed: int, common: dict[str, Any]
 ) -> Iterator[Cell]:
-    values = {"negative_prompt": None, "image": None, **prompt}
-    image_path = values.pop("image")
+    values = {"negative_prompt": None, "image": None, "last_image": None, **prompt}
+    image_path, last_image_path = values.pop("image"), values.pop("last_image")
 
     def cell(job: Job, role: str, label: str, reference: Cell | None = None) -> Cell:
         request = dataclasses.replace(job.request, seed=seed, **values)
-        job = dataclasses.replace(job, request=request, image_path=image_path)
+        job = dataclasses.replace(job, request=request, image_path=image_path, last_image_path=last_image_path)
         return cell_of(job, role=role, label=label, reference=reference, **common)
 
     base = dataclasses.replace(jobs[0], config=DenseConfig(), cache=None)
@@ -191,13 +191,25 @@ def _group(
             yield dataclasses.replace(found, control=mark)
 
 
-def _jobs(grid: Grid, model: Mapping) -> list[Job]:
-    """One job a method and cache, with a prompt to be replaced."""
-    jobs = [_job(grid, model, settings, where) for settings, where in grid.methods]
+def jobs_of(grid: Grid, model: Mapping, device: str = "cpu") -> list[Job]:
+    """One job a method and cache.
+
+    Args:
+        grid: the grid.
+        model: an entry of its models.
+        device: where the jobs are to run.
+
+    Returns:
+        The jobs, each with a prompt to be replaced.
+
+    Raises:
+        GridError: a preset, a model or a setting is not there, or sizes are missing.
+    """
+    jobs = [_job(grid, model, settings, where, device) for settings, where in grid.methods]
     return [dataclasses.replace(job, cache=cache) for job in jobs for cache in grid.caches]
 
 
-def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -> Job:
+def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping, device: str) -> Job:
     settings = dict(settings)
     method = settings.pop("method")
     rest = {key: value for key, value in grid.run.items() if key != "device"}
@@ -210,7 +222,7 @@ def _job(grid: Grid, model: Mapping, settings: dict[str, Any], where: Mapping) -
             generation={"prompt": "-", **grid.size},
             out=Path("svg-out"),
             force=False,
-            device="cpu",
+            device=device,
             dense=True,
             control=False,
             **rest,
@@ -247,7 +259,7 @@ def _grid(content: Mapping, prompts_needed: bool) -> Grid:
         models=[_entry(item, content, "models", "model", ("preset",)) for item in _list(content, values, "models")],
         prompts=[
             {"negative_prompt": values.get("negative_prompt")}
-            | _entry(item, content, "prompts", "prompt", ("negative_prompt", "image"))
+            | _entry(item, content, "prompts", "prompt", ("negative_prompt", "image", "last_image"))
             for item in _list(content, values, "prompts", empty=not prompts_needed)
         ],
         seeds=[_seed(item, content) for item in _list(content, values, "seeds")],
@@ -282,7 +294,7 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
     if isinstance(item, str):
         entry = Mapping({main: item})
         entry.line = content.lines.get(name, 0)
-        return entry
+        return _with_text(entry, main)
     if not isinstance(item, Mapping):
         raise GridError(f"{content.where(name)}an entry of {name} must be text or keys and values, got {shown(item)}")
     item.check(f"an entry of {name}", [main, *optional])
@@ -292,7 +304,13 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
     if main not in item and name != "models":
         raise GridError(f"{item.where()}an entry of {name} must have {main!r}")
     item.setdefault(main, None)
-    return item
+    return _with_text(item, main)
+
+
+def _with_text(entry: Mapping, main: str) -> Mapping:
+    if entry[main] is not None and not entry[main].strip():
+        raise GridError(f"{entry.where(main)}{main} must not be empty, got {entry[main]!r}")
+    return entry
 
 
 def _seed(item: Any, content: Mapping) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def read_mapping(path: str | Path) -> Mapping:
         GridError: no such file, no valid YAML, a key twice, or no mapping.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise GridError(f"the grid must be a YAML file, got {path}, which is not there")
     try:
         content = read_yaml(path, _Loader)

@@ -74,8 +74,10 @@ class Plan:
     def __post_init__(self):
         config, total = self.job.config, self.job.request.steps
         for name, prompts in (("prompt", self.prompts), ("held-out", self.held_out)):
-            if not prompts or len(set(prompts)) < len(prompts):
-                raise ValueError(f"--{name} must give at least one prompt, and none twice, got {prompts}")
+            if not prompts or len(set(prompts)) < len(prompts) or not all(prompt.strip() for prompt in prompts):
+                raise ValueError(f"--{name} must give at least one prompt, none twice and none empty, got {prompts}")
+        if not self.seeds or not all(0 <= seed < 2**63 for seed in self.seeds):
+            raise ValueError(f"--seeds must be in [0, 2**63), got {self.seeds}")
         both = set(self.prompts) & set(self.held_out)
         if both:
             raise ValueError(

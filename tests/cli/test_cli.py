@@ -200,7 +200,7 @@ BAD = [
     (["--height", "30"], ["height", "multiple of 16", "30", "32"]),
     (["--width", "0"], ["width", "0"]),
     (["--frames", "8"], ["num_frames", "4k + 1", "8"]),
-    (["--steps", "0"], ["steps", ">= 1"]),
+    (["--steps", "0"], ["steps", "[1, 10000]"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--guidance", "nan"], ["guidance", "nan"]),
     (["--seed", "-1"], ["seed", "-1"]),

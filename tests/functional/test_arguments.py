@@ -49,6 +49,8 @@ TENSORS = {  # what is no tensor for attention, by what is wrong with it
     "no head dim": lambda: tensor(1, 2, 8, 0),
     "heads": lambda: tensor(1, 3, 8, 16),
     "no heads": lambda: tensor(1, 0, 8, 16),
+    "no tokens": lambda: tensor(1, 2, 0, 16),
+    "no batch": lambda: tensor(0, 2, 8, 16),
     "batch": lambda: tensor(5, 2, 8, 16),
 }
 NO_NUMBER = ["x", [1], (), {}, True, torch.zeros(2), 1j]
@@ -140,10 +142,14 @@ def wrong_calls():
 
 def may_be_right(function, names, kind):
     """Tensors that are fine where all of them are so."""
-    empty = ("fp64", "meta", "no head dim", "no heads") if function == "dense_attention" else ()
+    empty = (
+        ("fp64", "meta", "no head dim", "no heads", "no tokens", "no batch") if function == "dense_attention" else ()
+    )
     packed = (
         ("rank 2", "batch", "heads", "no heads", "head dim", "no head dim") if function == "attention_varlen" else ()
     )
+    if (function, kind) == ("dense_attention", "no tokens"):
+        return True
     return kind in packed or (names == "qkv" and kind in ("other dtype", "head dim", "batch", "heads", *empty))
 
 

@@ -37,7 +37,7 @@ WRONG = [
     ("wan", {"height": 30}, "height must be a multiple of 16"),
     ("wan", {"width": 40}, "width must be a multiple of 16"),
     ("wan", {"frames": 8}, "num_frames must be 4k + 1"),
-    ("wan", {"steps": 0}, "steps must be >= 1"),
+    ("wan", {"steps": 0}, "steps must be in [1, 10000], got 0"),
     ("wan", {"image": "picture.png"}, "image must be left out for WanPipeline"),
     ("wan_i2v", {}, "image must be given for WanImageToVideoPipeline"),
     ("wan", {"true-cfg": 2}, "true_cfg must be left out on WanPipeline"),

@@ -81,11 +81,11 @@ def test_vae_tiling(directory):
     [
         (dict(device="cuda:99"), "device must be present, got cuda:99 with .* GPUs visible"),
         (dict(device="tpu"), "device must be auto, cpu, cuda or cuda:<index>, got 'tpu'"),
-        (dict(device="cpu", dtype="int4"), "dtype must be one of bf16, fp16, fp32, got int4"),
+        (dict(device="cpu", dtype="int4"), "dtype must be one of bf16, fp16, fp32, got .int4"),
         (dict(device="cpu", dtype=torch.float64), "dtype must be one of bf16, fp16, fp32, got torch.float64"),
         (dict(device="cpu", offload="disk"), "offload must be one of none, model, group, sequential, got 'disk'"),
         (dict(device="cpu", offload="model"), "offload must be none on device cpu, got 'model'"),
-        (dict(device="cpu", flow_shift=0.0), "flow_shift must be > 0, got 0.0"),
+        (dict(device="cpu", flow_shift=0.0), "flow_shift must be in .0, 1000., got 0.0"),
     ],
 )
 def test_bad_settings(directory, settings, message):

@@ -63,7 +63,7 @@ def test_without_a_step_it_refuses(page):
 def test_register_model_refuses(page):
     with pytest.raises(TypeError, match="spec must be a svg.ModelSpec, got dict"):
         svg.register_model({})
-    spec = svg.ModelSpec(transformer="WanTransformer3DModel", attention_modules=list, layout=None)
+    spec = svg.ModelSpec(transformer="WanTransformer3DModel", attention_modules=list, layout=dict)
     with pytest.raises(ValueError, match="not registered yet, got WanTransformer3DModel"):
         svg.register_model(spec)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...config.base import GuardedConfig, choice, integer, share
+from ...documents import shown
 
 DENSE_PRECISIONS = {
     "sage2": ("auto", "int8-fp8", "int8-fp16", "int4-fp8", "int4-fp16"),
@@ -56,15 +57,15 @@ class Sage2Config(GuardedConfig):
         for name in ("smooth_q", "smooth_k", "smooth_v"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "smooth_q" and value is None):
-                raise TypeError(f"{name} must be true or false, got {value!r}")
+                raise TypeError(f"{name} must be true or false, got {shown(value)}")
         if self.smooth_v and self.precision.endswith("fp16"):
-            raise ValueError(f"smooth_v needs FP8 values, got precision {self.precision!r}: leave one of them out")
+            raise ValueError(f"smooth_v needs FP8 values, got precision {shown(self.precision)}: leave one of them out")
         if self.min_cosine is not None:
             share(self, "min_cosine", zero=False)
             if not (self.guard and self.probe_every):
                 raise ValueError("min_cosine needs guard on and probe_every >= 1, which measure it")
         if self.layers is not None and not isinstance(self.layers, str):
-            raise TypeError(f"layers must be a file's path as text, got {self.layers!r}")
+            raise TypeError(f"layers must be a file's path as text, got {shown(self.layers)}")
         if self.layers is not None and self.min_cosine is not None:
             raise ValueError("one of layers and min_cosine must be given, got both: drop one")
 
@@ -110,4 +111,4 @@ class Sage3Config(Sage2Config):
         integer(self, "edge_steps", least=0)
         for name in ("smooth_v", "q_groups", "k_groups"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name} has no meaning in NVFP4, got {getattr(self, name)!r}: leave it out")
+                raise ValueError(f"{name} has no meaning in NVFP4, got {shown(getattr(self, name))}: leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +46,7 @@ def read_choices(path: str) -> Choices:
     Raises:
         ValueError: no such file, or not one of precisions, or of another version.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"layers must be a file, got {path}, which is not there; make one with `svg adapt`")
     return _read(path, Path(path).stat().st_mtime_ns)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...config.base import ORDERS, PRECISIONS, GuardedConfig, choice, number, setting, share
+from ...documents import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class SpargeConfig(GuardedConfig):
         if not -1 <= self.simthresh < 1:
             raise ValueError(f"simthresh must be in [-1, 1), got {self.simthresh}")
         if not isinstance(self.attention_sink, bool):
-            raise TypeError(f"attention_sink must be true or false, got {self.attention_sink!r}")
+            raise TypeError(f"attention_sink must be true or false, got {shown(self.attention_sink)}")
         choice(self, "order", ORDERS)
         choice(self, "precision", PRECISIONS)
         self._check_pv_threshold()
@@ -85,9 +86,9 @@ class SpargeConfig(GuardedConfig):
         if self.thresholds is None:
             return
         if not isinstance(self.thresholds, str):
-            raise TypeError(f"thresholds must be a file's path as text, got {self.thresholds!r}")
+            raise TypeError(f"thresholds must be a file's path as text, got {shown(self.thresholds)}")
         for name in ("simthresh", "pv_threshold"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(
-                    f"{name} must be left out with thresholds, which have their own, got {getattr(self, name)}"
+                    f"{name} must be left out with thresholds, which have their own, got {shown(getattr(self, name))}"
                 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,20 @@ def read_about(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or not one of thresholds, or of another version.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"thresholds must be a file, got {path}, which is not there; make one with `svg sparge-tune`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): make it again") from error
+        raise ValueError(
+            f"thresholds must be a whole safetensors file, got {path} ({error}): make it again with `svg sparge-tune`"
+        ) from error
     found = metadata.get("format"), metadata.get("version")
     if found != (FORMAT, VERSION):
         raise ValueError(
-            f"{path} must hold thresholds ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
+            f"thresholds must be a file of `svg sparge-tune` ({FORMAT}, version {VERSION}), "
+            f"got {path} of {found[0]}, version {found[1]}"
         )
     about = parse_json(metadata.get("about", "null"))
     if (
@@ -138,18 +142,43 @@ def thresholds_of(
     Raises:
         ValueError: no such file or layer, another number of heads, or other settings.
     """
+    (found,) = check_thresholds(path, transformer, [layer], heads, order, attention_sink)
+    return Thresholds(**{key: x.to(device) for key, x in vars(found).items()})
+
+
+def check_thresholds(
+    path: str | Path, transformer: str, wanted: Sequence[int], heads: int, order: str, attention_sink: bool
+) -> list[Thresholds]:
+    """Some layers' thresholds, for a run with the settings that they were found with.
+
+    Args:
+        path: the file.
+        transformer: the transformer's name in its pipeline.
+        wanted: indices of layers.
+        heads: H.
+        order, attention_sink: the run's settings.
+
+    Returns:
+        The thresholds of each layer, on the CPU.
+
+    Raises:
+        ValueError: no such file or layer, another number of heads, or other settings.
+    """
     about = read_about(path)
     for name, value in (("order", order), ("attention_sink", attention_sink)):
         if about[name] != value:
-            raise ValueError(f"{name} must be {about[name]!r}, with which {path} was made, got {value!r}")
+            raise ValueError(
+                f"{name} must be {about[name]!r}, with which thresholds in {path} were made, got {value!r}"
+            )
     layers = read_layers(path)
-    if (transformer, layer) not in layers:
-        known = ", ".join(f"{name} {index}" for name, index in layers)
-        raise ValueError(
-            f"thresholds must have layer {layer} of {transformer}, got {path} with {known}: record that layer and go on "
-            "with `svg sparge-tune`, or keep it dense with warmup_layers"
-        )
-    found = layers[transformer, layer]
-    if found.cdf.shape != (heads,):
-        raise ValueError(f"thresholds must be of {heads} heads, got {found.cdf.numel()} in {path}: of another model?")
-    return Thresholds(**{key: x.to(device) for key, x in vars(found).items()})
+    for layer in wanted:
+        if (transformer, layer) not in layers:
+            known = ", ".join(f"{name} {index}" for name, index in layers)
+            raise ValueError(
+                f"thresholds must have layer {layer} of {transformer}, got {path} with {known}: record that layer and go "
+                "on with `svg sparge-tune`, or keep it dense with warmup_layers"
+            )
+        found = layers[transformer, layer].cdf
+        if found.shape != (heads,):
+            raise ValueError(f"thresholds must be of {heads} heads, got {found.numel()} in {path}: of another model?")
+    return [layers[transformer, layer] for layer in wanted]

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
+from ...documents import shown
 
 SELECTIONS = ("clusters", "tiles")
 
@@ -62,13 +63,12 @@ class SVG2Config(GuardedConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}")
+        choice(self, "selection", SELECTIONS)
         share(self, "top_p", zero=False)
         share(self, "min_k_ratio")
         choice(self, "precision", PRECISIONS)
         if not isinstance(self.compensate, bool):
-            raise TypeError(f"compensate must be true or false, got {self.compensate!r}")
+            raise TypeError(f"compensate must be true or false, got {shown(self.compensate)}")
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations", "refresh"):
             integer(self, name, least=1)
         if self.budget is not None:
