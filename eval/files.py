@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, places that are checked before the work, and JSON that stays valid."""
 
+import errno
 import hashlib
 import json
 import math
@@ -11,11 +12,14 @@ import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from svg.documents import read_text, shown
+
 from .locks import try_lock, unlock
 
 _NUMBERS = re.compile(r'\[\n(?:\s+(?:-?[\d.e+-]+|null|"-?inf"),?\n)+\s+\]')
 _LEFT = re.compile(r"\.svg-[0-9a-f]{16}\.(part|lock)")
 _FINISHED = ".svg-finished"  # a finished run's files, on their way into a folder that was there before
+_BEGUN = ".svg-unfinished"  # in a growing folder until its run is finished: what is being done, so that it can go on
 _GONE = ".gone"  # in it: a result that the run doesn't have, so that an earlier one of that name goes
 
 
@@ -81,6 +85,7 @@ def check_outputs(outputs, inputs=()):
     """
     given = {name: Path(path) for name, path in outputs.items() if path is not None}
     for name, path in given.items():
+        _check_name(name, path)
         if path.exists() and not path.is_file():
             kind = "the folder" if path.is_dir() else "no plain file,"
             raise ValueError(f"{name} must be a file, got {kind} {path}: choose another name")
@@ -88,7 +93,7 @@ def check_outputs(outputs, inputs=()):
         for other, rival in given.items():
             if name < other and os.path.realpath(path).casefold() == os.path.realpath(rival).casefold():
                 raise ValueError(f"{name} and {other} must be two files, got {path} and {rival}: choose another name")
-        _check_writable(name, path.parent)
+        _check_writable(name, path, path.parent)
 
 
 def check_folder(name, folder, files, inputs=()):
@@ -104,11 +109,12 @@ def check_folder(name, folder, files, inputs=()):
         ValueError: it is a file, cannot be written to, or one of the files would replace an input.
     """
     folder = Path(os.path.abspath(folder))
+    _check_name(name, folder)
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ValueError(f"{name} must be a folder, got the file {folder}: choose another name")
     for file in files:
         check_not_input(name, folder / file, inputs)
-    _check_writable(name, next(place for place in (folder, *folder.parents) if place.exists()))
+    _check_writable(name, folder, next(place for place in (folder, *folder.parents) if place.exists()))
 
 
 def check_not_input(name, path, inputs):
@@ -190,13 +196,15 @@ def result_folder(out, names, force=False, inputs=()):
 
 
 @contextmanager
-def growing_folder(out, names, force=False, inputs=()):
+def growing_folder(out, names, force=False, inputs=(), work=""):
     """Give a GrowingFolder for `out`, whose `publish` makes finished files appear; what was not published is dropped.
 
     Checks, lock and temporary folder are those of `result_folder`. An error before the first `publish` changes nothing.
 
     Args:
         out, names, force, inputs: as `result_folder`; the last name is that of the file that says what is there.
+        work: what is done, as text. A run of the same work that was killed or stopped before `finish` may be there: its files
+            stay until this run has the same ones.
 
     Yields:
         The GrowingFolder.
@@ -204,8 +212,11 @@ def growing_folder(out, names, force=False, inputs=()):
     Raises:
         ValueError: as `result_folder`.
     """
-    with _claimed(Path(os.path.abspath(out)), names, force, inputs) as (partial, out):
-        yield GrowingFolder(partial, out, names)
+    begun = hashlib.sha256(work.encode(errors="surrogateescape")).hexdigest()
+    out = Path(os.path.abspath(out))
+    goes_on = bool(work) and _begun(out) == begun
+    with _claimed(out, names, force or goes_on, inputs) as (partial, out):
+        yield GrowingFolder(partial, out, names, begun)
 
 
 class GrowingFolder:
@@ -215,23 +226,36 @@ class GrowingFolder:
         path: a hidden temporary folder to write to.
     """
 
-    def __init__(self, path, out, names):
+    def __init__(self, path, out, names, begun):
         self.path = path
-        self._out, self._names, self._replaced = out, names, False
+        self._out, self._names, self._begun = out, names, begun
 
     def publish(self):
         """Move what was written since the last time to its place, in the order of the names.
 
-        Before the first file, results of an earlier run go, the last name first: it must not vouch for other files.
+        Before the first file, results of another run go, the last name first: it must not vouch for other files.
         """
         self._out.mkdir(parents=True, exist_ok=True)
-        if not self._replaced:
+        if _begun(self._out) != self._begun:
             for name in reversed(self._names):
                 (self._out / name).unlink(missing_ok=True)
-            self._replaced = True
+            with atomic_path(self._out / _BEGUN) as partial:
+                partial.write_text(self._begun)
         for name in self._names:
             if (self.path / name).exists():
                 (self.path / name).replace(self._out / name)
+
+    def finish(self):
+        """Say that everything is there: from now on the results are an earlier run's."""
+        (self._out / _BEGUN).unlink(missing_ok=True)
+
+
+def _begun(out):
+    """What a run that is not finished yet has begun in a folder, or None."""
+    try:
+        return read_text(out / _BEGUN, 100)
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager
@@ -240,12 +264,13 @@ def _claimed(out, names, force, inputs):
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {out}: choose another name")
     anchor = next(folder for folder in (out, *out.parents) if folder.exists())
-    place = hashlib.sha256(os.path.relpath(out, anchor).encode(errors="surrogateescape")).hexdigest()[:16]
-    partial = anchor / f".svg-{place}.part"
+    partial = _partial_of(anchor, out)
     lock = _own_folder(partial, out, names)
     try:
         if out.exists():
             _move_in(out / _FINISHED, out, names)
+        for folder in (folder for folder in out.parents if folder != anchor):
+            _clear_earlier(folder, out, names)
         _check_free(out, names, force)
         for name in names:
             check_not_input("out", out / name, inputs)
@@ -253,6 +278,20 @@ def _claimed(out, names, force, inputs):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         unlock(lock)
+
+
+def _clear_earlier(anchor, out, names):
+    """Remove the temporary folder of a killed run from before `out` was there; that of a living one is respected."""
+    partial = _partial_of(anchor, out)
+    if partial.is_dir() and not partial.is_symlink():
+        unlock(_own_folder(partial, out, names), remove=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial_of(anchor, out):
+    """Where the temporary folder of `out` is, in a folder above it or in itself."""
+    place = hashlib.sha256(os.path.relpath(out, anchor).encode(errors="surrogateescape")).hexdigest()[:16]
+    return anchor / f".svg-{place}.part"
 
 
 def _check_free(out, names, force):
@@ -339,15 +378,28 @@ def _is_plain(path):
         return False
 
 
-def _check_writable(name, folder):
+def _check_name(name, path):
+    """Refuse a path that no file can have, and a link that leads nowhere."""
+    try:
+        there = os.path.lexists(path)
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and not there:
+            return
+        raise ValueError(
+            f"{name} must be a place for results, got {shown(str(path))} ({error.strerror}): choose another name"
+        ) from error
+
+
+def _check_writable(name, path, folder):
     if not folder.is_dir():
-        kind = "which is a file" if folder.exists() else "which is not there: make it first"
-        raise ValueError(f"{name} must be in a folder, got {folder}, {kind}")
+        kind = "is a file" if folder.exists() else "is not there: make it first"
+        raise ValueError(f"{name} must be in a folder, got {path}: {folder} {kind}")
     partial = folder / f".svg-{secrets.token_hex(8)}.part"
     try:
         _make(partial)
     except OSError as error:
-        raise ValueError(f"{name} must be writable, got {folder} ({error.strerror}): choose another folder") from error
+        raise ValueError(f"{name} must be writable, got {path} ({error.strerror}): choose another folder") from error
     partial.unlink()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ def parse_cache(text: str) -> tuple[str, str, Any]:
     if kind in CACHE_DIT and importlib.util.find_spec("cache_dit") is None:
         raise ValueError(f"cache {name} needs the package cache-dit, which is not installed: pip install cache-dit")
     try:
-        return kind, field, type(default)(value) if sign else default
+        number = type(default)(value) if sign else default
     except ValueError:
         raise ValueError(f"cache must be {name}=NUMBER, such as {name}={default}, got {shown(text)}") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"cache must have a finite number above 0, such as {name}={default}, got {shown(text)}")
+    return kind, field, number
 
 
 def cache_file(cache: str) -> str | None:

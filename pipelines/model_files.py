@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.resources
 import os
 import re
@@ -187,6 +188,10 @@ def check_complete(folder: Path, variant: str | None = None) -> None:
         ValueError: naming the first file that is missing.
     """
     check_configs(folder)
+    if variant is not None and not any(folder.glob(f"*/*.{glob.escape(variant)}[.-]*")):
+        raise ValueError(
+            f"variant must be one that is there, got {documents.shown(variant)}, which no file in {folder} has"
+        )
     for component, entry in read_index(folder).items():
         if component.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue

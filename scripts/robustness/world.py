@@ -24,7 +24,7 @@ State = dict[str, tuple[int, int, int]]
 
 def builders() -> dict[str, Any]:
     """The tests' tiny random pipelines, a function each."""
-    path = Path(__file__).parents[2] / "tests" / "pipelines" / "conftest.py"
+    path = Path(__file__).parents[2] / "tests" / "support" / "tiny_pipelines.py"
     spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -190,11 +190,6 @@ def _broken_models() -> None:
             transformer,
             _changed(transformer, "quantization_config", value),
         )
-    _copy(
-        "late-text_encoder-quantization_config",
-        text,
-        _changed(text, "quantization_config", {"quant_method": "bitsandbytes"}),
-    )
     _copy("late-text_encoder-attention", text, _changed(text, "_attn_implementation", "kernels-community/flash-attn"))
     for name, file in (
         ("transformer", "diffusion_pytorch_model"),

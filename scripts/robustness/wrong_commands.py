@@ -29,7 +29,8 @@ from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from command_faults import Case, cases
+from command_faults import Case
+from file_faults import cases
 from world import State, build, state_of
 
 SECONDS = 2.0  # for what is refused before a model is loaded

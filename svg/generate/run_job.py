@@ -25,6 +25,7 @@ from svg.pipelines.model_files import BUNDLED
 from svg.pipelines.processes import join, split_sequence
 
 from ..config import DenseConfig, MethodConfig
+from .command_line import command_line
 from .estimate import Estimate
 from .job import RESULTS, Job, inputs_of
 from .report import describe_device, make_report, overall_density, run_summary
@@ -82,7 +83,8 @@ def run_all(jobs: Sequence[Job], display: Display) -> Iterator[dict[str, Any]]:
     first, pipe = jobs[0], None
     for job in jobs:
         follows = bool(rank())  # another process writes
-        with nullcontext() if follows else growing_folder(job.out, RESULTS, job.force, inputs_of(job)) as folder:
+        place = (job.out, RESULTS, job.force, inputs_of(job), command_line(job))
+        with nullcontext() if follows else growing_folder(*place) as folder:
             if pipe is None:
                 display.stage(f"loading {first.model}{' (bundled)' if first.model == BUNDLED else ''}")
                 pipe = load(first)
@@ -145,7 +147,9 @@ class _Run:
                     self.notes.append(f"no control: {_one_line(error)}")
                     continue
                 return self._stop(name, error)
-        return self._publish(FINISHED)
+        report = self._publish(FINISHED)
+        self.folder.finish()
+        return report
 
     def _names(self) -> list[str]:
         sparse = self.job.config.method != "dense"

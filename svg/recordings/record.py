@@ -32,6 +32,7 @@ from ..generate.preflight import check_job
 
 FORMAT, VERSION = "svg-record", "1"
 _THIRDS = 3
+_KINDS = {"F16", "BF16", "F32"}  # as safetensors calls them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,16 @@ class Recording:
 
         Returns:
             q, k, v [B, H, S, D] in the model's dtype; text_mask bool [B, text_tokens], or None where all are prompt.
+
+        Raises:
+            ValueError: a tensor holds NaN or infinity.
         """
         with safe_open(self.path, framework="pt", device=str(device)) as file:
             q, k, v = (file.get_tensor(f"{call.name}.{tensor}") for tensor in "qkv")
+            if not all(x.isfinite().all() for x in (q, k, v)):
+                raise ValueError(
+                    f"a recording must hold finite q, k and v, got {self.path} with NaN or infinity in {call}"
+                )
             masked = f"{call.name}.text_mask"
             return q, k, v, file.get_tensor(masked) if masked in set(file.keys()) else None
 
@@ -254,7 +262,9 @@ def open_recording(path: str | Path) -> Recording:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): record it again") from error
+        raise ValueError(
+            f"a recording must be a whole safetensors file, got {path} ({error}): record it again"
+        ) from error
     found = metadata.get("format"), metadata.get("version")
     if found != (FORMAT, VERSION):
         raise ValueError(
@@ -286,6 +296,9 @@ def _check_calls(calls: list[RecordedCall], source: Any, path: Path) -> None:
                 raise ValueError(f"a call with {shown(dataclasses.asdict(call))}")
             if missing := [f"{call.name}.{key}" for key in "qkv" if f"{call.name}.{key}" not in names]:
                 raise ValueError(f"one without {missing[0]}")
+            kinds = {file.get_slice(f"{call.name}.{key}").get_dtype() for key in "qkv"}
+            if not kinds <= _KINDS or len(kinds) > 1:
+                raise ValueError(f"tensors of {', '.join(sorted(kinds))} in {call.name}")
             shapes = {tuple(file.get_slice(f"{call.name}.{key}").get_shape()) for key in "qkv"}
             if len(shapes) > 1 or len(shape := shapes.pop()) != 4 or shape[2] != call.layout.total_tokens or 0 in shape:
                 raise ValueError(f"tensors of another shape than {call.layout.total_tokens} tokens in {call.name}")

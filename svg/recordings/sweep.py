@@ -46,7 +46,6 @@ def sweep_recorded(
         OSError: the folder cannot be written to.
     """
     recording = open_recording(path)
-    out.mkdir(parents=True, exist_ok=True)
     measures = {label: Measure(label, config) for label, config in methods}
     rows = []
     for call in recording.calls:
@@ -61,6 +60,7 @@ def sweep_recorded(
         "command": command,
         "rows": rows,
     }
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "recorded.json", result)
     return result
 

@@ -78,7 +78,7 @@ def test_the_accelerated_video_is_there_before_dense_runs(generate, monkeypatch)
 def test_what_stops_the_dense_run_keeps_the_accelerated_video(generate, fail_in, capsys, error, code, state, words):
     fail_in("dense", error)
     assert generate(*QUICK) == code
-    assert sorted(os.listdir("svg-out")) == ["accelerated.mp4", "report.html", "report.json"]
+    assert sorted(os.listdir("svg-out")) == [".svg-unfinished", "accelerated.mp4", "report.html", "report.json"]
     assert sorted(os.listdir()) == ["svg-out"]
     assert len(read_video("svg-out/accelerated.mp4")[0]) == 9
     report = report_of()
