@@ -53,15 +53,18 @@ def atomic_path(path):
         unlock(lock)
 
 
-def remove_partials(folder):
+def remove_partials(folder, ours=True):
     """Remove the temporary files that killed processes left in a folder; those of living ones, and all else, stay.
 
     Args:
         folder: where to look; folders in it are not looked into.
+        ours: whether the folder is one of ours; elsewhere only files with their lock beside them are taken for ours.
     """
     for path in sorted(Path(folder).iterdir()):
-        if not _LEFT.fullmatch(path.name) or not _is_plain(path):
+        if not _LEFT.fullmatch(path.name) or not _is_plain(path) or (path.suffix == ".part" and not ours):
             continue
+        if path.with_suffix(".part").is_dir():
+            continue  # of a folder of results, whose next run sees to it
         with suppress(OSError):
             lock = try_lock(path.with_suffix(".lock"))
             if lock is None:
@@ -94,6 +97,7 @@ def check_outputs(outputs, inputs=()):
             if name < other and os.path.realpath(path).casefold() == os.path.realpath(rival).casefold():
                 raise ValueError(f"{name} and {other} must be two files, got {path} and {rival}: choose another name")
         _check_writable(name, path, path.parent)
+        remove_partials(path.parent, ours=False)
 
 
 def check_folder(name, folder, files, inputs=()):
@@ -269,6 +273,7 @@ def _claimed(out, names, force, inputs):
     try:
         if out.exists():
             _move_in(out / _FINISHED, out, names)
+            remove_partials(out, ours=False)
         for folder in (folder for folder in out.parents if folder != anchor):
             _clear_earlier(folder, out, names)
         _check_free(out, names, force)

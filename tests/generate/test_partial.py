@@ -56,7 +56,7 @@ def test_the_accelerated_video_is_there_before_dense_runs(generate, monkeypatch)
 
     monkeypatch.setattr(run_job, "generate", watched)
     assert generate(*QUICK) == 0
-    first = ["accelerated.mp4", "report.html", "report.json"]
+    first = [".svg-unfinished", "accelerated.mp4", "report.html", "report.json"]
     assert seen == [[], first, sorted([*first, "dense.mp4", "side_by_side.mp4"])]
     report = report_of()
     assert report["state"] == "finished" and list(report["runs"]) == ["dense", "accelerated", "control"]
