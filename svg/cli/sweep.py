@@ -165,7 +165,11 @@ def _flags(options: dict[str, Any]) -> dict[str, Any]:
     lists = {"prompts": prompts or None, "models": list(options["models"]) or None}
     lists["peers"] = options["peers"].split(",") if options["peers"] is not None else None
     methods = options["methods"].split(",") if options["methods"] is not None else None
-    caches = [None if one == "none" else one for one in options["caches"].split(",")] if options["caches"] is not None else None
+    caches = (
+        [None if one == "none" else one for one in options["caches"].split(",")]
+        if options["caches"] is not None
+        else None
+    )
     control = False if options["no_control"] else None
     given = {"methods": methods, "caches": caches, "control": control}
     return {**{key: options[key] for key in plain}, **lists, **given}
