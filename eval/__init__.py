@@ -1,1 +1,1 @@
-"""Frames in, numbers out: videos, metrics, comparison. Nothing here sees a model."""
+"""Frames in, numbers out: videos, metrics, comparison. Nothing here sees a video model."""

@@ -79,6 +79,28 @@ def evaluate_pair(reference: Path, output: Path, lpips: str, device: Any) -> dic
     return {"reference": str(reference), "output": str(output), **result, "notes": notes}
 
 
+def add_clip(result: dict[str, Any], model: str, prompt: str | None, device: Any) -> dict[str, Any]:
+    """Add how good both videos of a pair are by themselves; a model that cannot be had is a note.
+
+    Args:
+        result: of `evaluate_pair`.
+        model: directory or hub id of a CLIP model.
+        prompt: what the videos should show, or None.
+        device: where to compute.
+
+    Returns:
+        The result with "clip": {"reference", "output"}, what `svg.eval.clip.Clip` gives, or None and a note.
+    """
+    from .clip import Clip, ClipError
+
+    try:
+        measure = Clip(model, device)
+        found = {name: measure(open_video(result[name]), prompt) for name in ("reference", "output")}
+    except (ClipError, RuntimeError) as error:
+        return {**result, "clip": None, "notes": [*result["notes"], str(error)]}
+    return {**result, "clip": found}
+
+
 def evaluate_folders(
     pairs: list[tuple[str, Path, Path]], lpips: str, device: Any, on_pair: Callable[[str], None]
 ) -> dict[str, Any]:

@@ -137,6 +137,17 @@ def print_comparison(console: Console, reference: str, output: str, result: dict
         worst = max if metric == "lpips" else min
         table.add_row(label, number(result[metric]["mean"], digits), number(worst(values), digits) if values else "-")
     console.print(table)
+    if result.get("clip"):
+        _print_clip(console, result["clip"])
+
+
+def _print_clip(console: Console, clip: dict[str, Any]) -> None:
+    """How good both videos are by themselves."""
+    table = Table("", "reference", "output", title="by themselves, as CLIP sees them", title_justify="left")
+    for name in ("text", "consistency"):
+        cells = (clip[video][name] for video in ("reference", "output"))
+        table.add_row(f"CLIP, {name}", *(number(cell and cell["mean"], 4) for cell in cells))
+    console.print(table)
 
 
 def print_comparisons(console: Console, reference: str, output: str, result: dict[str, Any]) -> None:

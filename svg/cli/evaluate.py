@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -14,12 +15,15 @@ from .panels import Command
 @click.argument("reference", type=click.Path())
 @click.argument("output", type=click.Path())
 @lpips_option
+@click.option("--clip", help="Also measure each video by itself with this CLIP model: hub id or directory.")
+@click.option("--prompt", help="With --clip: what the videos should show.")
 @device_option
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write every frame's numbers here.")
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write a table of them here, a row a frame.")
-def evaluate(reference: str, output: str, lpips: str, device: str, json_path: str | None, csv_path: str | None) -> int:
+def evaluate(reference: str, output: str, **options: Any) -> int:
     """Measure how close the video OUTPUT is to the video REFERENCE, frame by frame.
 
+    With --clip also how good each is by itself: whether it shows its prompt, and stays the same place from frame to frame.
     Two folders are compared video by video, paired by name; exit code 1 if some could not be measured.
 
     \b
@@ -27,14 +31,19 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
       svg evaluate dense.mp4 accelerated.mp4 --csv frames.csv
     """
     from svg.eval.files import check_outputs, write_json
-    from svg.eval.pairs import evaluate_folders, evaluate_pair, find_pairs, write_csv
+    from svg.eval.pairs import add_clip, evaluate_folders, evaluate_pair, find_pairs, write_csv
     from svg.pipelines.loading import resolve_device
 
     from .console import Terminal, print_comparison, print_comparisons
 
     console = Terminal()
+    lpips, json_path, csv_path = (options[name] for name in ("lpips", "json_path", "csv_path"))
+    if options["prompt"] is not None and options["clip"] is None:
+        raise ValueError("--prompt is for --clip, got it alone: add --clip MODEL")
+    if options["clip"] is not None and os.path.isdir(reference):
+        raise ValueError("--clip must come with two videos, got two folders: measure them pair by pair")
     pairs = find_pairs(reference, output)
-    chosen = resolve_device(device)
+    chosen = resolve_device(options["device"])
     check_outputs({"--json": json_path, "--csv": csv_path}, [path for _, *both in pairs for path in both])
     if os.path.isdir(reference):
         result = evaluate_folders(pairs, lpips, chosen, lambda name: console.print(f"{name} ...", style="dim"))
@@ -44,6 +53,8 @@ def evaluate(reference: str, output: str, lpips: str, device: str, json_path: st
         code = 0 if len(rows) == len(pairs) else 1
     else:
         result = evaluate_pair(*pairs[0][1:], lpips, chosen)
+        if options["clip"] is not None:
+            result = add_clip(result, options["clip"], options["prompt"], chosen)
         rows, code = [{"name": pairs[0][0], **result}], 0
         print_comparison(console, reference, output, result)
         for note in result["notes"]:

@@ -42,7 +42,7 @@ OPTIONS = {
         "--ray",
         "--workers",
     ),
-    "Comparison": ("--fast", "--no-dense", "--no-control", "--lpips", "--metric", "--peers"),
+    "Comparison": ("--fast", "--no-dense", "--no-control", "--lpips", "--clip", "--metric", "--peers"),
     "Results": (
         *("--out", "--force", "--json", "--csv", "--plots", "--keep-frames", "--no-run", "--save", "--docs"),
         *("--sweep", "--markdown"),
