@@ -252,6 +252,10 @@ class RunState:
         """Whether a layer runs dense attention in the current step."""
         return self.scheduled.is_warmup(self.step, self.num_steps, layer, self.num_layers)
 
+    def change(self, config: MethodConfig) -> None:
+        """Go on with other settings, which have no warm-up by noise, in the same forward."""
+        self.config, self._scheduled = config, config.on_schedule(None)
+
     @property
     def scheduled(self) -> MethodConfig:
         """The config with its warm-up in steps of this run."""

@@ -124,7 +124,9 @@ class _Probe:
         self, state: RunState, config: MethodConfig, steps: list[int], probe: str, effects: list[dict[str, Any]]
     ):
         self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
-        self._config = dataclasses.replace(config, warmup_steps=0.0, warmup_layers=0.0, tuned_for=None)
+        self._config = dataclasses.replace(
+            config, warmup_steps=0.0, warmup_noise=None, warmup_layers=0.0, tuned_for=None
+        )
         self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -137,14 +139,15 @@ class _Probe:
         try:
             for layer, heads in self._groups():
                 state.layer(layer).match()  # as in a new run: no clusters, the generator at its seed
-                state.config = self._alone(layer, heads)
+                state.change(self._alone(layer, heads))
                 # Not the module's call: our own hooks must not take this for another step of the run.
                 changed = transformer.forward(*args, **kwargs)[0].float()
                 effect = (changed - exact).square().sum() / exact.square().sum()
                 found = {"step": state.step, "branch": str(state.branch), "layer": layer, "heads": heads}
                 self._effects.append({**found, "effect": effect.item()})
         finally:
-            state.config, state.observer = dense, observer
+            state.change(dense)
+            state.observer = observer
             del state.records[records:]
 
     def _groups(self) -> list[tuple[int, list[int]]]:
