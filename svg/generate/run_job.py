@@ -188,6 +188,8 @@ class _Run:
             config = job.config
         else:
             config = DenseConfig(dense_backend=job.config.dense_backend, check_finite=job.config.check_finite)
+        if self.results and self.pipe._execution_device.type == "cpu" and not job.compiled:
+            return config, None  # plain code: the run before this one has touched all that there is
         return config, warm_up(self.pipe, job, config)
 
     def _stop(self, name: str, error: BaseException) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib
 import json
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sweep_support import killed, start
 from svg.cli import main
 from svg.config import SVG2Config
 from svg.configs import load_preset
+from svg.eval.video import read_video
 
 TIMED = ("attention_seconds", "dense_attention_seconds", "updated", "command")
 
@@ -199,3 +202,40 @@ def test_seconds_as_cost(arguments, here, monkeypatch, dear):
     if found["saved"] is not None:
         spent = [found[name]["attention_seconds"] for name in ("tuned", "uniform")]
         assert found["saved"] == pytest.approx(1 - spent[0] / spent[1])
+
+
+def finished(out):
+    """Name -> frames of every video that the journals of a tuning and of its search call finished; all of them whole."""
+    videos = {}
+    for path in out.rglob("journal/*.json"):
+        record = json.loads(path.read_text()).get("record", {})
+        if record.get("status") == "finished":
+            video = path.parents[1] / record["video"]
+            videos[str(video.relative_to(out))] = read_video(video)[0]
+    return videos
+
+
+def test_ten_interrupts_of_a_tuning(undisturbed, tmp_path, monkeypatch):
+    whole, arguments = undisturbed
+    monkeypatch.chdir(tmp_path)
+    out, chance, seen, codes = tmp_path / "out", random.Random(3), {}, []
+    for _ in range(10):
+        child = start([*arguments, "--out", str(out)], command="tune")
+        child.join(chance.uniform(1, 8))
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGINT)
+            child.join(60)
+        codes.append(child.exitcode)
+        videos = finished(out) if out.exists() else {}
+        assert seen.keys() <= videos.keys(), "a finished video is gone"
+        for name, frames in seen.items():
+            assert (videos[name] == frames).all()
+        assert all(len(frames) == 9 for frames in videos.values())
+        seen = videos
+    assert set(codes) <= {0, 130} and codes.count(130) >= 3, (codes, Path("child.log").read_text()[-2000:])
+    begun = time.monotonic()
+    child = start([*arguments, "--out", str(out)], command="tune")
+    child.join(300)
+    assert child.exitcode == 0, (time.monotonic() - begun, Path("child.log").read_text()[-2000:])
+    assert untimed(summary(out)) == untimed(summary(whole))
+    assert not list(out.rglob(".svg-*"))
