@@ -11,33 +11,21 @@ from .video import Video, check_frames
 _FRAMES_A_PASS = 16
 
 
-class ClipError(RuntimeError):
-    """CLIP cannot be taken here, and why."""
-
-
 class Clip:
     """A CLIP model that measures videos.
 
     Args:
-        model: directory or hub id of a `CLIPModel` with its processor, such as openai/clip-vit-base-patch32.
-        device: where to compute, in float32.
-
-    Raises:
-        ClipError: the model cannot be loaded.
+        name: what the model is called in results.
+        model: a `CLIPModel` of Transformers in eval mode.
+        processor: its `CLIPProcessor`.
 
     Source: text alignment is CLIPScore without its factor (Hessel et al., 2021); consistency is that of backgrounds in
     VBench (Huang et al., 2023): each frame against the first and the one before.
     """
 
-    def __init__(self, model, device="cpu"):
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            self._processor = CLIPProcessor.from_pretrained(model)
-            self._model = CLIPModel.from_pretrained(model, use_safetensors=True).float().eval().to(device)
-        except Exception as error:  # whatever a folder of strangers, or no network, makes Transformers raise
-            raise ClipError(f"CLIP could not be loaded from {model}: {' '.join(str(error).split())}") from error
-        self.name, self._device = str(model), device
+    def __init__(self, name, model, processor):
+        self.name, self._model, self._processor = name, model, processor
+        self._device = next(model.parameters()).device
 
     def __call__(self, video, prompt=None):
         """Measure one video.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .clip import Clip
 from .compare import compare, failures
 from .files import atomic_path, to_json
 from .names import METRICS
@@ -79,26 +80,18 @@ def evaluate_pair(reference: Path, output: Path, lpips: str, device: Any) -> dic
     return {"reference": str(reference), "output": str(output), **result, "notes": notes}
 
 
-def add_clip(result: dict[str, Any], model: str, prompt: str | None, device: Any) -> dict[str, Any]:
-    """Add how good both videos of a pair are by themselves; a model that cannot be had is a note.
+def add_clip(result: dict[str, Any], measure: Clip, prompt: str | None) -> dict[str, Any]:
+    """Add how good both videos of a pair are by themselves.
 
     Args:
         result: of `evaluate_pair`.
-        model: directory or hub id of a CLIP model.
+        measure: a CLIP model.
         prompt: what the videos should show, or None.
-        device: where to compute.
 
     Returns:
-        The result with "clip": {"reference", "output"}, what `svg.eval.clip.Clip` gives, or None and a note.
+        The result with "clip": {"reference", "output"}, what the model gives.
     """
-    from .clip import Clip, ClipError
-
-    try:
-        measure = Clip(model, device)
-        found = {name: measure(open_video(result[name]), prompt) for name in ("reference", "output")}
-    except (ClipError, RuntimeError) as error:
-        return {**result, "clip": None, "notes": [*result["notes"], str(error)]}
-    return {**result, "clip": found}
+    return {**result, "clip": {name: measure(open_video(result[name]), prompt) for name in ("reference", "output")}}
 
 
 def evaluate_folders(

@@ -30,8 +30,10 @@ def evaluate(reference: str, output: str, **options: Any) -> int:
     Example:
       svg evaluate dense.mp4 accelerated.mp4 --csv frames.csv
     """
+    from svg.eval.clip import Clip
     from svg.eval.files import check_outputs, write_json
     from svg.eval.pairs import add_clip, evaluate_folders, evaluate_pair, find_pairs, write_csv
+    from svg.pipelines.clip import load_clip
     from svg.pipelines.loading import resolve_device
 
     from .console import Terminal, print_comparison, print_comparisons
@@ -54,7 +56,10 @@ def evaluate(reference: str, output: str, **options: Any) -> int:
     else:
         result = evaluate_pair(*pairs[0][1:], lpips, chosen)
         if options["clip"] is not None:
-            result = add_clip(result, options["clip"], options["prompt"], chosen)
+            try:
+                result = add_clip(result, Clip(options["clip"], *load_clip(options["clip"], chosen)), options["prompt"])
+            except (ValueError, RuntimeError) as error:  # the other numbers stay
+                result = {**result, "clip": None, "notes": [*result["notes"], " ".join(str(error).split())]}
         rows, code = [{"name": pairs[0][0], **result}], 0
         print_comparison(console, reference, output, result)
         for note in result["notes"]:
