@@ -1,9 +1,10 @@
 """One video against another: every metric, streamed, as a plain dict for report.json."""
 
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
+
+from svg.environment import anonymous
 
 from . import metrics
 from .names import LPIPS_NETS, METRICS
@@ -112,7 +113,7 @@ def _vmaf(reference, output):
 
 def _reason(error):
     """A failure in one line; errors of ours say enough, others with their kind, and no folder of the user's."""
-    text = " ".join(str(error).split()).replace(str(Path.home()), "~")
+    text = anonymous(" ".join(str(error).split()))
     ours = type(error).__module__.startswith("svg.") or isinstance(error, ValueError)
     return text if ours and text else f"{type(error).__name__}: {text}"
 

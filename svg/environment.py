@@ -1,10 +1,13 @@
-"""Which versions are installed, and whether they are new enough."""
+"""Which versions are installed, whether they are new enough, and what of this machine stays out of reports."""
 
 from __future__ import annotations
 
 import platform
+import re
 import sys
+import tempfile
 from importlib import metadata
+from pathlib import Path
 
 NEEDED = {"torch": (2, 11), "diffusers": (0, 42)}
 NEEDED_PYTHON = (3, 11)
@@ -29,6 +32,25 @@ def version_problems() -> list[str]:
                 f"pip install --upgrade '{name}>={_dotted(needed)}'"
             )
     return problems
+
+
+def anonymous(text: str) -> str:
+    """A failure's text for a report: without the names of this machine, its user, and the folders it has things in."""
+    home = str(Path.home())
+    places = {
+        sys.prefix: "",
+        sys.base_prefix: "",
+        str(Path(__file__).parents[1]): "",
+        tempfile.gettempdir(): "",
+        home: "~",
+    }
+    for place in sorted(places, key=len, reverse=True):
+        if len(place) > 1:
+            text = text.replace(place, places[place])
+    text = re.sub(r"\(?\bpid=\d+[^)]*\)?", "", text)  # how Ray says where a worker was
+    for name in {platform.node(), Path.home().name} - {"", "root", "localhost"}:
+        text = re.sub(rf"(?<![\w.-]){re.escape(name)}(?![\w-])", "-", text)
+    return text
 
 
 def _version(name: str) -> str | None:

@@ -25,6 +25,7 @@ from svg.pipelines.model_files import BUNDLED
 from svg.pipelines.processes import join, split_sequence
 
 from ..config import DenseConfig, MethodConfig
+from ..environment import anonymous
 from .command_line import command_line
 from .estimate import Estimate
 from .job import RESULTS, Job, inputs_of
@@ -245,7 +246,7 @@ class _Follower(_Run):
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return anonymous(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def to_uint8(frames: np.ndarray, name: str) -> np.ndarray:

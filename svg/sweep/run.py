@@ -23,7 +23,7 @@ from svg.eval.names import METRICS
 from svg.eval.page.sweep import load_cell
 from svg.eval.video import VideoError, ffmpeg_is_there, write_video
 
-from ..environment import version_problems, versions
+from ..environment import anonymous, version_problems, versions
 from ..generate.command_line import command_line
 from .cell import VERSION, Cell
 from .journal import Journal
@@ -333,9 +333,8 @@ def _reproduce(cell: Cell) -> str:
 def _describe(error: BaseException) -> dict[str, str]:
     cause = getattr(error, "cause", None) or error  # Ray wraps what a cell raised
     text = re.sub(r'File "[^"]*?([^/"]*)"', r'File "\1"', "".join(traceback.format_exception(error)))
-    home = str(Path.home())  # whose machine it was is nobody's business: names of folders above the files go
-    message = " ".join(str(cause).split()).replace(home, "~")
-    return {"type": type(cause).__name__, "message": message, "traceback": text.replace(home, "~")}
+    message = anonymous(" ".join(str(cause).split()))  # whose machine it was is nobody's business
+    return {"type": type(cause).__name__, "message": message, "traceback": anonymous(text)}
 
 
 def now() -> str:

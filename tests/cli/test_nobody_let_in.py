@@ -4,7 +4,10 @@ import csv
 import io
 import json
 import os
+import platform
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+import svg
 from svg.cli import main
 from svg.cli.console import Terminal, visible
+from svg.environment import anonymous
 from svg.eval import lpips_weights
 from svg.eval.compare import compare
 from svg.eval.page import build_page
@@ -133,6 +138,50 @@ def test_failures_name_no_folder_of_the_machine():
         told = _describe(error)
     assert str(Path.home()) not in json.dumps(told) and str(Path(__file__).parent) not in told["traceback"]
     assert Path(__file__).name in told["traceback"]
+
+
+def test_texts_of_failures_name_no_machine(monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "box-17.example")
+    monkeypatch.setattr("pathlib.Path.home", lambda: Path("/home/somebody"))
+    text = f"no {sys.prefix}/lib/x.py on box-17.example (pid=17, ip=10.0.0.1) for somebody in /home/somebody/models, {svg.__file__}"
+    found = anonymous(text)
+    assert found.startswith("no /lib/x.py on -") and "~/models" in found and "svg/__init__.py" in found
+    assert not any(
+        word in found for word in ("somebody", "box-17", "10.0.0.1", sys.prefix, str(Path(svg.__file__).parents[1]))
+    )
+    assert anonymous("somebodys box-17.example2 stays") == "somebodys box-17.example2 stays"
+
+
+def test_a_report_holds_what_the_docs_list_and_no_machine(model, tmp_path, monkeypatch):
+    """Every key is in the documentation's table; no text in it names the host, the user or where svg is installed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "model")
+    size = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2", "--method", "svg1"]
+    assert (
+        main(["generate", "a red ball", "--model", "model", *size, "--lpips", "none", "--no-control", "--out", "out"])
+        == 0
+    )
+    text = Path("out/report.json").read_text()
+    section = (
+        (Path(__file__).parents[2] / "docs/evaluation.md")
+        .read_text()
+        .partition("## What a report holds")[2]
+        .partition("\n## ")[0]
+    )
+    listed = {
+        name
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`(\\w+)`", line.split("|")[1])
+    }
+    assert set(json.loads(text)) == listed
+    private = {platform.node(), str(Path.home()), str(tmp_path), sys.prefix, str(Path(svg.__file__).parents[1])} - {
+        "",
+        "/",
+        "/root",
+    }
+    page = Path("out/report.html").read_text()
+    assert not [word for word in private if word in text or word in page]
 
 
 def test_pictures_of_strangers(tmp_path):
