@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from svg.engine.state import RunState
 
 from .layouts import frames_first, patches
-from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
+from .processor import (
+    VideoAttnProcessor,
+    apply_rope,
+    both_streams,
+    norm_and_rotate,
+    project_qkv,
+    refuse_mask,
+    register_skip,
+)
 from .spec import FIRST, ModelSpec
 from .stock import fitted
 
@@ -60,11 +68,7 @@ def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn1 for block in transformer.transformer_blocks]
 
 
-def _skipped(module, hidden_states, encoder_hidden_states, *args, **kwargs):
-    return hidden_states, encoder_hidden_states
-
-
-register_skip(CogVideoXSparseAttnProcessor, _skipped)
+register_skip(CogVideoXSparseAttnProcessor, both_streams)
 
 SPEC = ModelSpec(
     transformer="CogVideoXTransformer3DModel",

@@ -9,7 +9,7 @@ from svg.kernels import QuantizedRows
 
 from .layouts import channels_first, patches
 from .parallel import JOINT_PLAN
-from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, register_skip
+from .processor import VideoAttnProcessor, apply_rope, both_streams, norm_and_rotate, project_qkv, register_skip
 from .spec import LAST, ModelSpec
 from .stock import fitted
 
@@ -108,11 +108,7 @@ def attention_modules(transformer: nn.Module) -> list[nn.Module]:
     return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
 
 
-def _skipped(module, hidden_states, encoder_hidden_states, *args, **kwargs):
-    return hidden_states, encoder_hidden_states
-
-
-register_skip(HunyuanVideoSparseAttnProcessor, _skipped)
+register_skip(HunyuanVideoSparseAttnProcessor, both_streams)
 
 SPEC = ModelSpec(
     transformer="HunyuanVideoTransformer3DModel",

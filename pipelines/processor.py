@@ -276,6 +276,11 @@ def norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, first:
     return norm_rope(x, norm.weight, getattr(norm, "bias", None), norm.eps, cos, sin, rms=rms, first=first)
 
 
+def both_streams(module, hidden_states, encoder_hidden_states, *args, **kwargs):
+    """What a skipped attention of video and text returns, for `register_skip`."""
+    return hidden_states, encoder_hidden_states
+
+
 def register_skip(processor: type[VideoAttnProcessor], output) -> None:
     """Tell Diffusers' layer skip what a skipped module returns.
 

@@ -88,3 +88,35 @@ def shown(value: Any) -> str:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"JSON must not hold {name}")
+
+
+def read_header(path: str | Path, kind: str, form: tuple[str, str], remedy: str) -> dict[str, str]:
+    """Metadata of a safetensors file of ours, which needs no tensor of it.
+
+    Args:
+        path: the file.
+        kind: what it must be, such as "a recording".
+        form: format and version that its metadata must name.
+        remedy: how to make such a file.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: no such file, no whole safetensors file, or one of another format or version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path):
+        raise ValueError(f"{kind} must be a file, got {path}, which is not there; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{kind} must be a whole safetensors file, got {path} ({error}): {remedy}") from error
+    found = metadata.get("format"), metadata.get("version")
+    if found != form:
+        raise ValueError(
+            f"{path} must be {kind} ({form[0]}, version {form[1]}), got {found[0]}, version {found[1]}: {remedy}"
+        )
+    return metadata

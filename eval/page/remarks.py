@@ -1,6 +1,7 @@
 """What a reader of times and budgets must know, found in the cells themselves."""
 
 from collections import defaultdict
+from typing import Any
 
 _LEAST_SPREAD = 1.5  # densities this many times apart should show in the time
 _FOLLOWS = 1 / 3  # of what the densities save, at least so much should be saved
@@ -67,7 +68,7 @@ def _collapsed(sparse, budgets):
         )
 
 
-def _density(one):
+def _density(one) -> Any:
     return one["density"]["all_calls"] if one["density"] else None
 
 
@@ -78,6 +79,6 @@ def _grouped(items, key):
     return groups.items()
 
 
-def _mean(values):
+def _mean(values) -> Any:
     values = list(values)
     return sum(values) / len(values) if values else None

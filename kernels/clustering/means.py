@@ -22,9 +22,7 @@ def kmeans_update(x: torch.Tensor, labels: torch.Tensor, centroids: torch.Tensor
         centroids fp32 [B, H, C, D]; sizes int32 [B, H, C].
 
     Raises:
-        ValueError: shapes disagree, or x's last dim is strided.
-        TypeError: a dtype that is not supported.
-        NotImplementedError: on the Triton path, head dim above 128 or a gradient would be needed.
+        As `kmeans_assign`.
 
     Source: arXiv 2505.18875, section 4.2.
     """

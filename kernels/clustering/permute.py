@@ -155,17 +155,7 @@ def gather_tokens_reference(x: torch.Tensor, permutation: torch.Tensor) -> torch
 def scatter_tokens(x: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
     """Rows of x back in original order: out[b, h, permutation[b, h, i]] = x[b, h, i].
 
-    Args:
-        x: [B, H, S, D] in sorted order, last dim contiguous, other strides arbitrary.
-        permutation: int32 or int64 [B, H, S], sorted -> original index.
-
-    Returns:
-        Contiguous [B, H, S, D] of x's dtype.
-
-    Raises:
-        ValueError: shapes disagree, or x's last dim is strided.
-        TypeError: permutation is not int32 or int64.
-        NotImplementedError: a gradient would be needed on the Triton path.
+    Args, Returns, Raises: as of `gather_tokens`, x in sorted order.
     """
     _check(x, permutation)
     if not target.use_triton(x):

@@ -192,6 +192,9 @@ class DenseConfig(MethodConfig):
 class GuardedConfig(MethodConfig):
     """What every method that may compute in fewer bits has.
 
+    A sparse method's precision is "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute capability 8.9),
+    "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
+
     Args:
         guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
             range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.

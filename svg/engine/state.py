@@ -154,20 +154,9 @@ class RunState:
             raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
         return self._forward
 
-    @property
-    def step(self) -> int:
-        """Index of the step, from 0."""
-        return self.forward.step
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the run."""
-        return self.forward.num_steps
-
-    @property
-    def branch(self) -> str:
-        """Guidance branch."""
-        return self.forward.branch
+    step = property(lambda self: self.forward.step, doc="Index of the step, from 0.")
+    num_steps = property(lambda self: self.forward.num_steps, doc="Steps of the run.")
+    branch = property(lambda self: self.forward.branch, doc="Guidance branch.")
 
     @property
     def layout(self) -> TokenLayout:

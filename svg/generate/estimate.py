@@ -53,11 +53,12 @@ class Estimate:
             _mean([seconds for seconds, is_dense in zip(took, self._is_dense) if not is_dense]) or self._sparse_step
         )
         paces = [dense if is_dense else sparse for is_dense in self._is_dense]
-        if None in paces:
+        known = [pace for pace in paces if pace is not None]
+        if len(known) < len(paces):
             return
-        one = sum(paces)
-        known = self._later and dense is not None
-        rest = f", {clock(one + self._later * self._steps * dense)} for all {self._later + 1} runs" if known else ""
+        one, rest = sum(known), ""
+        if self._later and dense is not None:
+            rest = f", {clock(one + self._later * self._steps * dense)} for all {self._later + 1} runs"
         self._say(f"at this pace {clock(one)} for this video{rest}, decoding apart; {self._memory()}")
 
     def _memory(self) -> str:

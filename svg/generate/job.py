@@ -79,6 +79,12 @@ class Job:
     peer: str | None = None
     gpus: int = 1
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the model is loaded, whatever the device: keywords of `svg.pipelines.load_pipeline`."""
+        names = ("dtype", "offload", "flow_shift", "vae_tiling", "revision", "variant")
+        return {name: getattr(self, name) for name in names}
+
 
 def resolve(
     *,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from svg.eval.compare import compare
-from svg.eval.files import GrowingFolder, growing_folder, write_json
+from svg.eval.files import growing_folder, write_json
 from svg.eval.page import build_page
 from svg.eval.video import side_by_side, to_watch, write_video
 from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, load_pipeline, restore, validate_request
@@ -105,16 +105,7 @@ def load(job: Job) -> Any:
     device = resolve_device(job.device)
     check_offload(job.offload, device)
     check_size_for_cpu(job.model, device, job.revision, job.yes)
-    pipe = load_pipeline(
-        job.model,
-        device=job.device if job.gpus == 1 else str(join(device.type)),
-        dtype=job.dtype,
-        offload=job.offload,
-        flow_shift=job.flow_shift,
-        vae_tiling=job.vae_tiling,
-        revision=job.revision,
-        variant=job.variant,
-    )
+    pipe = load_pipeline(job.model, device=job.device if job.gpus == 1 else str(join(device.type)), **job.loading)
     load_loras(pipe, job.loras)
     if job.gpus > 1:
         for transformer in transformers_of(pipe).values():
@@ -127,7 +118,7 @@ def load(job: Job) -> Any:
 class _Run:
     """One job on a loaded pipeline: what is finished, what is written, and what was measured."""
 
-    def __init__(self, pipe: Any, job: Job, display: Display, folder: GrowingFolder):
+    def __init__(self, pipe: Any, job: Job, display: Display, folder: Any):  # a GrowingFolder; None for a `_Follower`
         self.pipe, self.job, self.display, self.folder = pipe, job, display, folder
         self.results: dict[str, GenerationResult] = {}
         self.frames: dict[str, np.ndarray] = {}

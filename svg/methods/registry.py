@@ -1,6 +1,9 @@
 """Every method. One is a folder beside this file: `config.py` with its settings, and `plan.py`, loaded when it first runs, with
 
-    plan(q, k, v, config, state, layout, text_mask) -> CallPlan     of one attention call; tensors are [B, H, S, D]
+    plan(q, k, v, config, state, layout, text_mask) -> CallPlan     of one attention call: q, k, v are float [B, H, S, D],
+                                                            config is the method's, state the layer's, layout says where
+                                                            video and text are, and text_mask, bool [B, text_tokens] or
+                                                            None, which tokens are the prompt's
     precision_of(config, state, layer, device) -> str       optional, else the setting `precision`; "native": dense attention runs
 
 To add a method, make its folder and name its settings here.

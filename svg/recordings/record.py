@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from svg.pipelines.loading import check_offload, resolve_device
 from svg.pipelines.model_files import locate_model, read_rules
 
 from ..config import DenseConfig
-from ..documents import parse_json, shown
+from ..documents import parse_json, read_header, shown
 from ..engine.layout import TokenLayout
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState
@@ -56,6 +55,12 @@ class RecordedCall:
     branch: str
     transformer: str
     layout: TokenLayout
+
+    @classmethod
+    def of(cls, state: RunState, layer: int, name: str = "") -> RecordedCall:
+        """The call of a layer in the forward that a state is in."""
+        where = state.forward._asdict()
+        return cls(name=name, layer=layer, num_layers=state.num_layers, transformer=state.name, **where)
 
 
 class Recording:
@@ -129,18 +134,7 @@ class Recorder:
         for key, tensor in (("q", call.q), ("k", call.k), ("v", call.v), ("text_mask", call.text_mask)):
             if tensor is not None:
                 self._tensors[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._calls.append(
-            RecordedCall(
-                name=name,
-                step=state.step,
-                num_steps=state.num_steps,
-                layer=call.layer,
-                num_layers=state.num_layers,
-                branch=str(state.branch),
-                transformer=state.name,
-                layout=state.layout,
-            )
-        )
+        self._calls.append(RecordedCall.of(state, call.layer, name))
 
 
 def record(
@@ -212,14 +206,7 @@ def record_job(job: Job, path: Path, **chosen: Any) -> tuple[int, int]:
     """
     check_outputs({"out": path}, inputs_of(job))
     _check_chosen(job, **chosen)
-    pipe = load_pipeline(
-        job.model,
-        device=job.device,
-        dtype=job.dtype,
-        offload=job.offload,
-        flow_shift=job.flow_shift,
-        vae_tiling=job.vae_tiling,
-    )
+    pipe = load_pipeline(job.model, device=job.device, **job.loading)
     calls = record(pipe, job.request, path, source={"model": job.model, "preset": job.preset}, **chosen)
     return len(calls), path.stat().st_size
 
@@ -256,20 +243,7 @@ def open_recording(path: str | Path) -> Recording:
         ValueError: no such file, no recording, or one of another version.
     """
     path = Path(path)
-    if not os.path.isfile(path):
-        raise ValueError(f"a recording must be a file, got {path}, which is not there; make one with `svg record`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"a recording must be a whole safetensors file, got {path} ({error}): record it again"
-        ) from error
-    found = metadata.get("format"), metadata.get("version")
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"{path} must be a recording ({FORMAT}, version {VERSION}), got {found[0]}, version {found[1]}"
-        )
+    metadata = read_header(path, "a recording", (FORMAT, VERSION), "make one with `svg record`")
     try:
         calls = [
             RecordedCall(**{**call, "layout": TokenLayout(**call["layout"])}) for call in parse_json(metadata["calls"])

@@ -106,6 +106,7 @@ class Worker:
 
     def _run_peer(self, pipe: Any, cell: Cell, job: Job) -> tuple[GenerationResult, dict[str, Any]]:
         """The plain pipeline with a peer, after an untimed run: what its attention takes and skips is not known."""
+        assert job.peer is not None
         with use_peer(pipe, job.peer):
             generate(pipe, replace(job.request, steps=WARMUP_STEPS), lambda progress: self._step(cell, progress))
             result = generate(pipe, job.request, lambda progress: self._step(cell, progress))
@@ -133,14 +134,7 @@ class Worker:
             self._pipe, self._loaded, self._configs = None, None, {}  # two models at once may not fit
             if fingerprint(job.model) != cell.model["fingerprint"]:
                 raise ValueError(f"{job.model} changed since the sweep began: run the same command again")
-            self._pipe = load_pipeline(
-                job.model,
-                device=self._device,
-                dtype=job.dtype,
-                offload=job.offload,
-                flow_shift=job.flow_shift,
-                vae_tiling=job.vae_tiling,
-            )
+            self._pipe = load_pipeline(job.model, device=self._device, **job.loading)
             self._loaded = key
         return self._pipe
 

@@ -100,16 +100,7 @@ class _Observer:
         state = self._state
         if state.step not in self._steps or is_fixed(self._config, seen.layer, state.num_layers):
             return
-        call = RecordedCall(
-            name="",
-            step=state.step,
-            num_steps=state.num_steps,
-            layer=seen.layer,
-            num_layers=state.num_layers,
-            branch=str(state.branch),
-            transformer=state.name,
-            layout=state.layout,
-        )
+        call = RecordedCall.of(state, seen.layer)
         self._rows.append(measure_call(call, seen.q, seen.k, seen.v, seen.text_mask, self._config, self._levels))
 
 

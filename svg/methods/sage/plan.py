@@ -62,17 +62,6 @@ def plan(
     layout: TokenLayout,
     text_mask: Tensor | None = None,
 ) -> SagePlan:
-    """All pairs of queries and visible keys.
-
-    Args:
-        q, k, v: float [B, H, S, D].
-        config: the method's settings.
-        state: the layer's state, of which nothing is needed.
-        layout: where video and text are.
-        text_mask: bool [B, text_tokens], True for prompt tokens, or None for all.
-
-    Returns:
-        The plan.
-    """
+    """All pairs of queries and visible keys; arguments as of every method (`svg/methods/registry.py`)."""
     visible = key_mask(layout, text_mask)
     return SagePlan(config, visible, precisions.dense_plan(q, visible))

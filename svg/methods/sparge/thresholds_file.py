@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...documents import parse_json
+from ...documents import parse_json, read_header
 
 FORMAT, VERSION = "svg-sparge", "1"
 
@@ -70,21 +69,7 @@ def read_about(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or not one of thresholds, or of another version.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"thresholds must be a file, got {path}, which is not there; make one with `svg sparge-tune`")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"thresholds must be a whole safetensors file, got {path} ({error}): make it again with `svg sparge-tune`"
-        ) from error
-    found = metadata.get("format"), metadata.get("version")
-    if found != (FORMAT, VERSION):
-        raise ValueError(
-            f"thresholds must be a file of `svg sparge-tune` ({FORMAT}, version {VERSION}), "
-            f"got {path} of {found[0]}, version {found[1]}"
-        )
+    metadata = read_header(path, "thresholds", (FORMAT, VERSION), "make one with `svg sparge-tune`")
     about = parse_json(metadata.get("about", "null"))
     if (
         not isinstance(about, dict)

@@ -17,9 +17,7 @@ class SVG1Config(GuardedConfig):
         density: target for the computed share of the S x S map, everything counted, in (0, 1].
         sample_rows: video query rows profiled per call, >= 1.
         block_size: keys in a block of the map, >= 1; a block holds twice as many queries.
-        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe
-            mode). Dense attention stays native.
+        precision: of the sparse attention, one of PRECISIONS; `GuardedConfig` says what they are.
         head_density: each head's own density, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 

@@ -31,9 +31,7 @@ class SVG2Config(GuardedConfig):
             share of their spread, > 0 (see `svg.methods.reuse`), or None: however far they are.
         compensate: approximate every skipped block by one key: the block's mean, weighted by its number of keys. These
             keys stay in the inputs' precision.
-        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe
-            mode). Dense attention stays native.
+        precision: of the sparse attention, one of PRECISIONS; `GuardedConfig` says what they are.
         head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
