@@ -177,7 +177,7 @@ def test_thresholds_that_do_not_fit_are_named(tmp_path, make_qkv, make_state):
     (tmp_path / "text").write_text("hello")
     cases = [
         ({"thresholds": str(tmp_path / "none")}, "must be a file, got .*none, which is not there"),
-        ({"thresholds": str(tmp_path / "text")}, "not a whole safetensors file"),
+        ({"thresholds": str(tmp_path / "text")}, "a whole safetensors file"),
         ({"thresholds": path, "order": "rowmajor"}, "order must be 'hilbert'.*got 'rowmajor'"),
         ({"thresholds": path, "attention_sink": True}, "attention_sink must be False"),
         ({"thresholds": write(tmp_path / "o", layer=1)}, "must have layer 2 of transformer, got .* with transformer 1"),

@@ -174,7 +174,7 @@ def test_not_a_recording(tmp_path):
     with pytest.raises(ValueError, match="not there; make one with `svg record`"):
         open_recording(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="a whole safetensors file"):
         open_recording(tmp_path / "a.safetensors")
     for metadata in (None, {"format": "svg-record", "version": "9"}):
         save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata)
@@ -184,5 +184,5 @@ def test_not_a_recording(tmp_path):
 
 def test_cut_recording(recording, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(recording.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="a whole safetensors file"):
         open_recording(tmp_path / "cut.safetensors")
