@@ -58,7 +58,7 @@ def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> P
     transformers = transformers_of(pipe)
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
-        _check(transformer, specs[name], config)
+        _check(name, transformer, specs[name], config)
     restore(pipe)
     for name, transformer in transformers.items():
         state = RunState(config, len(specs[name].attention_modules(transformer)), name)
@@ -99,7 +99,7 @@ def accelerated(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> 
         restore(pipe)
 
 
-def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> None:
+def _check(name: str, transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> None:
     """Everything that can be refused, before anything is changed."""
     hook = _hook(transformer)
     ours = {} if hook is None else {id(mine): old for mine, old in zip(hook.processors, hook.originals)}
@@ -108,7 +108,7 @@ def _check(transformer: nn.Module, spec: ModelSpec, config: MethodConfig) -> Non
         dense_backend(attn.processor, config)
         check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
     if hook is None or not hook.linears:
-        find_linears(transformer, spec, config.linears)
+        find_linears(transformer, spec, config.linears, name)
 
 
 def restore(pipe: Pipe) -> Pipe:

@@ -60,7 +60,7 @@ class RunHook(ModelHook):
             _copy_choices(original, processor)
             _put(attn, processor)
         config = self.state.config
-        names = find_linears(transformer, self.spec, config.linears)
+        names = find_linears(transformer, self.spec, config.linears, self.state.name)
         self.linears = quantize_linears(transformer, names, config.linear_precision)
         if self.state.config.fused is not False:
             self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))

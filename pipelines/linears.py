@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svg.config.base import LINEARS
 from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
 from svg.kernels.common import target
 from svg.kernels.linears import QuantizedBlocks, Steering, int8_matmul, quantize_blocks
 from svg.kernels.linears.rows import MAX_WIDTH
 
+from .linears_file import read_linears
 from .spec import ModelSpec
 
 # Names of linears in a video attention, and of what holds the linears of a feed-forward, in Diffusers' families. Text's own
@@ -148,7 +150,7 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.precision}"
 
 
-def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[str]:
+def find_linears(transformer: nn.Module, spec: ModelSpec, which: str, name: str = "transformer") -> list[str]:
     """Names of the linears that a policy puts in 8 bits.
 
     Only plain nn.Linear counts: what a user quantised with torchao or bitsandbytes, wrapped, or gave hooks, stays as it is.
@@ -157,16 +159,21 @@ def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[st
         transformer: the transformer.
         spec: its family.
         which: "none", "feed_forward" or "all" (projections of the video attention too). The first and the last block stay
-            in 16 bits where there are at least four, and so does all that is outside of blocks.
+            in 16 bits where there are at least four, and so does all that is outside of blocks. Or a file of
+            `svg adapt-linears`, which names some of "all".
+        name: of the transformer in its pipeline.
 
     Returns:
         Names in the transformer, in its order.
 
     Raises:
         NotImplementedError: there are none, though some are wanted.
+        ValueError: no such file, or one of another model.
     """
     if which == "none":
         return []
+    if which not in LINEARS:
+        return _listed(read_linears(which, name), find_linears(transformer, spec, "all"), which)
     attentions = {id(module) for module in spec.attention_modules(transformer)}
     paths = [name for name, module in transformer.named_modules() if id(module) in attentions]
     blocks = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in _in_order(transformer, spec, paths)}
@@ -182,6 +189,15 @@ def find_linears(transformer: nn.Module, spec: ModelSpec, which: str) -> list[st
             f"blocks (quantised, wrapped, or offloaded one by one ones are left alone)"
         )
     return found
+
+
+def _listed(wanted: list[str], known: list[str], path: str) -> list[str]:
+    if missing := sorted(set(wanted) - set(known)):
+        raise ValueError(
+            f"{path} must be of this model, got {missing[0]}, which is no linear of it that can be in 8 bits: "
+            "make it again with `svg adapt-linears`"
+        )
+    return [name for name in known if name in set(wanted)]
 
 
 def _in_order(transformer: nn.Module, spec: ModelSpec, paths: list[str]) -> list[str]:
@@ -245,7 +261,7 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: st
         The names, for `restore_linears`.
     """
     names = list(names)
-    precision = _best(transformer) if precision == "auto" else precision
+    precision = best_precision(transformer) if precision == "auto" else precision
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, own = name.removesuffix(".base_layer").rpartition(".")
@@ -259,8 +275,8 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: st
     return names
 
 
-def _best(transformer: nn.Module) -> str:
-    """FP8 or INT8, by the GPU that weights are on, or may be moved to."""
+def best_precision(transformer: nn.Module) -> str:
+    """What "auto" stands for: FP8 or INT8, by the GPU that weights are on, or may be moved to."""
     device = next(transformer.parameters()).device
     if device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")

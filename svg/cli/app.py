@@ -14,6 +14,7 @@ import click
 from .. import __version__
 from ..generate.several_gpus import last_words, rank
 from .adapt import adapt
+from .adapt_linears import adapt_linears
 from .bench import bench
 from .doctor import doctor
 from .evaluate import evaluate
@@ -45,7 +46,7 @@ def cli() -> None:
 
 
 for command in (
-    *(generate, evaluate, sweep, tune, record, sparge_tune, adapt),
+    *(generate, evaluate, sweep, tune, record, sparge_tune, adapt, adapt_linears),
     *(page, presets, models, bench, doctor),
 ):
     cli.add_command(command)

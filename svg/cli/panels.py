@@ -12,7 +12,7 @@ import click
 COMMANDS = {
     "Make videos": ("generate",),
     "Compare": ("evaluate", "sweep", "page"),
-    "Tune": ("tune", "record", "sparge-tune", "adapt"),
+    "Tune": ("tune", "record", "sparge-tune", "adapt", "adapt-linears"),
     "Look around": ("presets", "models", "doctor", "bench"),
 }
 # An option has one meaning, and so one place, in every command that has it.

@@ -46,7 +46,8 @@ class MethodConfig:
         fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, in Wan's and
             HunyuanVideo's single-stream blocks gate with residual, norm and modulation, and activations with the
             quantisation for linears in 8 bits. None: on GPUs, and where gradients are off; there the result is exact to rounding.
-        linears: which linears of the blocks run in 8 bits: "none", "feed_forward", or "all" (the video attention's too).
+        linears: which linears of the blocks run in 8 bits: "none", "feed_forward", "all" (the video attention's too),
+            or those that a file of `svg adapt-linears`, a path that ends in .json, has chosen by their error.
             The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
         linear_precision: theirs: "fp8" (compute capability 8.9), "int8" with 16 bits for blocks of inputs that hold
             outliers, or "auto": FP8 where the GPU has it.
@@ -81,7 +82,9 @@ class MethodConfig:
     dense_backend: str = setting("auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}.")
     check_finite: bool = True
     fused: bool | None = None
-    linears: str = setting("none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}.")
+    linears: str = setting(
+        "none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}, or a file of svg adapt-linears."
+    )
     linear_precision: str = "auto"
 
     def __post_init__(self):
@@ -92,12 +95,18 @@ class MethodConfig:
         integer(self, "min_tokens", least=0)
         integer(self, "seed", least=0)
         choice(self, "dense_backend", DENSE_BACKENDS)
-        choice(self, "linears", LINEARS)
+        if not (isinstance(self.linears, str) and self.linears.endswith(".json")):
+            choice(self, "linears", LINEARS)
         choice(self, "linear_precision", LINEAR_PRECISIONS)
         if not isinstance(self.check_finite, bool):
             raise TypeError(f"check_finite must be true or false, got {shown(self.check_finite)}")
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be true, false or null, got {shown(self.fused)}")
+
+    @property
+    def linears_file(self) -> str | None:
+        """The file that `linears` names, or None."""
+        return None if self.linears in LINEARS else self.linears
 
     def is_warmup(self, step: int, num_steps: int, layer: int, num_layers: int) -> bool:
         """Whether a layer stays dense in a step.

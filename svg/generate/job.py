@@ -157,7 +157,7 @@ def resolve(
 
 def inputs_of(job: Job) -> list[str | Path]:
     """Files and folders that a job reads: none of them may be written to."""
-    settings = (getattr(job.config, name, None) for name in ("thresholds", "layers"))
+    settings = (getattr(job.config, name, None) for name in ("thresholds", "layers", "linears_file"))
     files = [job.image_path, job.last_image_path, job.preset, *settings, *(source for source, _ in job.loras)]
     files += [] if job.cache is None else [cache_file(job.cache)]
     model = locate_model(job.model)

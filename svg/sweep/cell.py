@@ -106,7 +106,7 @@ def cell_of(
     }
     if job.last_image_path is not None:
         request["last_image_sha256"] = file_sha256(job.last_image_path)
-    for name in ("thresholds", "layers"):
+    for name in ("thresholds", "layers", "linears_file"):
         file = getattr(job.config, name, None)
         if file is not None:  # a file that is made again makes other cells
             request[f"{name}_sha256"] = file_sha256(file)

@@ -151,6 +151,7 @@ def inputs_of(grid: Grid) -> list[str | Path]:
         *(prompt.get(name) for prompt in grid.prompts for name in ("image", "last_image")),
     ]
     values += [settings.get(name) for settings, _ in grid.methods for name in ("thresholds", "layers")]
+    values += [config_from_dict(settings).linears_file for settings, _ in grid.methods]
     values += [cache_file(cache) for cache in grid.caches if cache is not None]
     return [value for value in values if isinstance(value, (str, Path))]
 
