@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
@@ -19,6 +19,7 @@ class Peer:
         dense: (q, k, v [B, H, S, D]) -> a call to time.
         block_sparse: (q, sorted k, sorted v, plan) -> a call to time; planning and sorting q not counted.
         kmeans: (x, centroids, iterations) -> a call to time.
+        whole_blocks: precision -> (q, k, v, index int32 [1, H, blocks, kept]) -> a call to time on blocks of 128 x 128.
         errors: what it raises where it cannot run.
     """
 
@@ -26,6 +27,7 @@ class Peer:
     dense: Callable | None = None
     block_sparse: Callable | None = None
     kmeans: Callable | None = None
+    whole_blocks: Mapping[str, Callable] = field(default_factory=dict)
     errors: tuple[type[Exception], ...] = (ImportError, RuntimeError, ValueError, TypeError, AssertionError)
 
     def version(self) -> str | None:
@@ -68,7 +70,20 @@ def _flash_kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Callable:
     )
 
 
+def _nvidia(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Callable:
+    from cudnn.block_sparse_attention import BSA
+
+    return lambda: BSA.block_sparse_attention_forward(q, k, v, index, sparse_block_size=128)
+
+
+def _nvidia_fp8(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Callable:
+    from cudnn.block_sparse_attention import BSA
+
+    return lambda: BSA.block_sparse_attention_fp8_forward(q, k, v, index, sparse_block_size=128)
+
+
 PEERS = {
+    "nvidia-bsa": Peer("nvidia-cudnn-frontend", whole_blocks={"bf16": _nvidia, "fp8": _nvidia_fp8}),
     "flashinfer": Peer("flashinfer-python", block_sparse=_flashinfer),
     "sageattention": Peer("sageattention", dense=_sage),
     "flash-kmeans": Peer("flash-kmeans", kmeans=_flash_kmeans),

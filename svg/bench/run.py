@@ -35,6 +35,7 @@ from .peers import PEERS
 from .scale import bench_scale as scale_of
 from .sweep import sweep_assign, sweep_attention
 from .timing import median_ms
+from .whole_blocks import bench_whole_blocks as whole_blocks_of
 
 WAN_720P = TokenLayout(21, 45, 80)
 HUNYUAN_720P = TokenLayout(33, 45, 80, 256, "last")
@@ -148,6 +149,11 @@ def bench_attention(bench: Bench) -> None:
     """The block-sparse kernel alone, dense attention beside it, and the peers."""
     _attention(bench, WAN_720P, HEADS, (0.10, 0.25, 0.50))
     _attention(bench, HUNYUAN_720P, HEADS // 2, (0.25,))
+
+
+def bench_whole_blocks(bench: Bench) -> None:
+    """Block-sparse kernels alone on random maps of whole blocks, NVIDIA's beside ours."""
+    whole_blocks_of(bench, WAN_720P.total_tokens, HEADS, DIM, DEVICE)
 
 
 def _attention(bench: Bench, layout: TokenLayout, heads: int, densities: tuple[float, ...]) -> None:
@@ -411,6 +417,7 @@ def bench_training(bench: Bench) -> None:
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "attention": bench_attention,
+    "whole-blocks": bench_whole_blocks,
     "kmeans": bench_kmeans,
     "permute": bench_permute,
     "near": bench_near,

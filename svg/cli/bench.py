@@ -10,6 +10,7 @@ from .panels import Command
 
 BENCHES = (
     "attention",
+    "whole-blocks",
     "kmeans",
     "permute",
     "near",
@@ -34,7 +35,7 @@ BENCHES = (
 def bench(what: tuple[str, ...], save: bool, docs: str, sweep: bool) -> None:
     """Time this GPU's ceilings, our kernels, and peers that are installed: all of it, or the parts that are named.
 
-    Parts: attention, kmeans, permute, near, svg1, svg2, quantised, sparge, training, scale, step,
+    Parts: attention, whole-blocks, kmeans, permute, near, svg1, svg2, quantised, sparge, training, scale, step,
     linears, layers.
 
     \b
