@@ -14,7 +14,7 @@ from torch import nn
 from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
-from .linears import find_linears, quantize_linears, restore_linears
+from .linears import begin_run, find_linears, quantize_linears, restore_linears
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -134,6 +134,7 @@ class RunHook(ModelHook):
         position = self.position
         if position.enter(transformer, self._context(), latents, inputs[self.spec.timestep]):
             self._begin_run()
+            begin_run(transformer, self.linears)
             self.timers = []
             self.started = time.perf_counter()
             self._warn_of_no_warmup()

@@ -283,6 +283,19 @@ def best_precision(transformer: nn.Module) -> str:
     return "fp8" if target.has_fp8(device) else "int8"
 
 
+def begin_run(transformer: nn.Module, names: Iterable[str]) -> None:
+    """Forget what the last run taught linears in INT8, so that the same seed gives the same video.
+
+    Args:
+        transformer: the transformer.
+        names: what `quantize_linears` returned.
+    """
+    for name in names:
+        steering = transformer.get_submodule(name).shared.steering
+        if steering is not None:
+            steering.threshold = None
+
+
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:
     """Undo `quantize_linears`, one after the other; what somebody put in the place of one since stays.
 

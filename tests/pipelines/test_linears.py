@@ -118,9 +118,7 @@ def test_in_int8_with_fallback(load, run):
     found = [m for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)]
     assert all(m.values.dtype == torch.int8 and m.shared.steering.steps > 0 for m in found)
     assert found[0].shared is found[1].shared is found[2].shared and found[3].shared is not found[0].shared
-    assert torch.equal(
-        run(svg.accelerate(pipe, DenseConfig(linears="all", linear_precision="int8", fused=True)), steps=2), out
-    )
+    assert torch.equal(run(pipe, steps=2), out)  # the threshold of the run before is forgotten
     svg.restore(pipe)
     assert torch.equal(run(pipe, steps=2), stock)
     with pytest.raises(ValueError, match="linear_precision must be one of auto, fp8, int8"):
