@@ -20,7 +20,6 @@ from ..quantize.tokens import dequantize_tokens, quantize_tokens_reference
 from . import quantized_hopper as hopper
 from . import quantized_triton as plain
 from .quantize import QuantizedGranules
-from .reference import _seen
 from .values import ROWS, GranuleLists, Granules
 
 LOG2_E = 1.4426950408889634
@@ -115,6 +114,25 @@ def granule_attention_quantized_reference(
     return (out, unsmoothed_lse_reference(lse, q, granules.k_mean, sm_scale)) if return_lse else out
 
 
+def _seen(granules: Granules, lists: GranuleLists, b: int, h: int, group: int, tail: bool, wide: torch.dtype):
+    """Keys, values and logit biases that a row group attends to."""
+    start = int(lists.starts[b, h, group])
+    entries = lists.entries[start : start + int(lists.counts[b, h, group])].long()
+    size, device = granules.size, entries.device
+    slots = entries[:, None] * size + torch.arange(size, device=device)
+    slots = slots[torch.arange(size, device=device) < granules.tokens[b, entries][:, None]]
+    keys, values = granules.k[b, h, slots].to(wide), granules.v[b, h, slots].to(wide)
+    bias = keys.new_zeros(len(slots))
+    if tail:
+        T = granules.k_mean.shape[2]
+        words = lists.chosen[b, h, group].long()
+        left_out = ((words[:, None] >> torch.arange(32, device=device)) & 1).flatten()[:T] == 0
+        keys = torch.cat([keys, granules.k_mean[b, h, left_out].to(wide)])
+        values = torch.cat([values, granules.v_mean[b, h, left_out].to(wide)])
+        bias = torch.cat([bias, bias.new_full((int(left_out.sum()),), math.log(size))])
+    return keys, values, bias
+
+
 def _rounded(logits: Tensor, values: Tensor, granules: QuantizedGranules) -> Tensor:
     """softmax(logits) @ values with P rounded as products take it; weighted means stay in the values' range."""
     largest = 448 if granules.fp8 else 1
@@ -166,6 +184,10 @@ def _check(q, granules, lists, q_order, out):
         raise ValueError(
             f"lists must be of {(B, H, math.ceil(V / lists.rows))} groups of {lists.rows} rows, rows one of {ROWS}, "
             f"got {tuple(lists.counts.shape)}: select with the same q_order"
+        )
+    if granules.interleaved and lists.rows < 64:
+        raise ValueError(
+            f"lists.rows must be at least 64 for values that are interleaved, got {lists.rows}: quantize with interleave=False"
         )
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype or out.stride(-1) != 1):
         raise ValueError(f"out must be like q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")

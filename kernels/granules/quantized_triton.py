@@ -22,14 +22,15 @@ def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> N
     block_d, fp8 = granules.k.shape[3], granules.fp8
     block_n, warps, stages = target.launch_row(LAUNCH, q.device)[fp8, block_d]
     slots, means = granules.k.shape[2], granules.tail_k.shape[2]
+    block_m = min(BLOCK_M, lists.rows)
     with target.on_device(q):
-        _granules_int8_kernel[(triton.cdiv(V, BLOCK_M), B * H)](
+        _granules_int8_kernel[(triton.cdiv(V, block_m), B * H)](
             q, granules.k, granules.k_scale, granules.v, granules.v_scale, granules.v_mean, granules.tail_k, granules.tail_v,
             out, lse, failed, q_order, granules.tokens, lists.entries, lists.starts, lists.whole, lists.counts, lists.chosen,
             scale_log2, H, V, S, granules.tokens.shape[1], granules.means, slots, means,
             lists.counts.shape[2], lists.chosen.shape[3],
             *q.stride()[:3], *out.stride()[:3], *((0, 0, 0) if q_order is None else q_order.stride()),
-            D=D, BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=block_n, SIZE=granules.size, ROWS=lists.rows,
+            D=D, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SIZE=granules.size, ROWS=lists.rows,
             BIAS=math.log2(granules.size), FP8=fp8, ACC16=granules.acc16, HAS_TAIL=tail, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 

@@ -257,35 +257,58 @@ def granule_attention_reference(
     lse = torch.full((B, H, S), -torch.inf, dtype=wide, device=q.device)
     order = torch.arange(S, device=q.device).expand(B, H, S) if q_order is None else q_order.long()
     for b in range(B):
+        held = torch.arange(granules.size, device=q.device) < granules.tokens[b][:, None]  # [C, size]
         for h in range(H):
             if only is not None and not only[b, h]:
                 continue
-            for group, first in enumerate(range(0, order.shape[-1], lists.rows)):
-                index = order[b, h, first : first + lists.rows]
-                keys, values, bias = _seen(granules, lists, b, h, group, tail, wide)
-                if keys.shape[0] == 0:
-                    out[b, h, index] = 0
-                    continue
-                logits = scale * q[b, h, index].to(wide) @ keys.T + bias
-                lse[b, h, index] = logits.logsumexp(-1)
-                out[b, h, index] = (logits.softmax(-1) @ values).to(out.dtype)
+            keys, values = _tokens_and_means(granules, b, h, held, tail, wide)
+            step = max(1, BIASES // (keys.shape[0] * lists.rows))
+            for group in range(0, lists.counts.shape[2], step):
+                index = order[b, h, group * lists.rows : (group + step) * lists.rows]
+                bias = _bias(granules, lists, b, h, slice(group, group + step), held, tail, wide)
+                rows = bias.repeat_interleave(lists.rows, 0)[: len(index)]
+                found, lse[b, h, index] = _attend(q[b, h, index].to(wide), keys, values, rows, scale, return_lse)
+                out[b, h, index] = found.to(out.dtype)
     return (out, lse.float()) if return_lse else out
 
 
-def _seen(granules: Granules, lists: GranuleLists, b: int, h: int, group: int, tail: bool, wide: torch.dtype):
-    """Keys, values and logit biases that a row group attends to."""
-    start = int(lists.starts[b, h, group])
-    entries = lists.entries[start : start + int(lists.counts[b, h, group])].long()
-    size, device = granules.size, entries.device
-    slots = entries[:, None] * size + torch.arange(size, device=device)
-    slots = slots[torch.arange(size, device=device) < granules.tokens[b, entries][:, None]]
-    keys, values = granules.k[b, h, slots].to(wide), granules.v[b, h, slots].to(wide)
-    bias = keys.new_zeros(len(slots))
+BIASES = 1 << 23  # of the rows that are computed together
+
+
+def _tokens_and_means(granules: Granules, b: int, h: int, held: Tensor, tail: bool, wide: torch.dtype):
+    """Keys and values of every slot, zeros where it holds no token, then the means: [C * size + T, D]."""
+    parts = ((granules.k, granules.k_mean), (granules.v, granules.v_mean))
+    inside = held.flatten()[:, None]
+    both = ([torch.where(inside, x[b, h].to(wide), 0), mean[b, h].to(wide)][: 1 + tail] for x, mean in parts)
+    return tuple(torch.cat(pair) for pair in both)
+
+
+def _bias(
+    granules: Granules, lists: GranuleLists, b: int, h: int, groups: slice, held: Tensor, tail: bool, wide: torch.dtype
+) -> Tensor:
+    """What some row groups add to their logits [groups, C * size + T]: -inf hides; a mean weighs as its granule's keys."""
+    starts, counts = lists.starts[b, h, groups], lists.counts[b, h, groups]
+    group = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    entry = torch.arange(len(group), device=counts.device) - (counts.cumsum(0) - counts)[group] + starts[group]
+    listed = torch.zeros(len(counts), held.shape[0], dtype=torch.bool, device=counts.device)
+    listed[group, lists.entries[entry].long()] = True
+    seen = [(listed[:, :, None] & held).flatten(1)]
     if tail:
-        T = granules.k_mean.shape[2]
-        words = lists.chosen[b, h, group].long()
-        left_out = ((words[:, None] >> torch.arange(32, device=device)) & 1).flatten()[:T] == 0
-        keys = torch.cat([keys, granules.k_mean[b, h, left_out].to(wide)])
-        values = torch.cat([values, granules.v_mean[b, h, left_out].to(wide)])
-        bias = torch.cat([bias, bias.new_full((int(left_out.sum()),), math.log(size))])
-    return keys, values, bias
+        words = lists.chosen[b, h, groups].long()
+        bits = (words[:, :, None] >> torch.arange(32, device=words.device)) & 1
+        seen.append(bits.flatten(1)[:, : granules.k_mean.shape[2]] == 0)
+    bias = torch.zeros(len(counts), sum(part.shape[1] for part in seen), dtype=wide, device=counts.device)
+    bias[:, held.numel() :] = math.log(granules.size)
+    return bias.masked_fill_(~torch.cat(seen, 1), -torch.inf)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, return_lse: bool):
+    """Rows of attention [R, D] and, where it is wanted, their log-sum-exps; zeros and -inf where nothing is seen."""
+    if return_lse:
+        logits = scale * q @ keys.T + bias
+        lse = logits.logsumexp(-1)
+        return (logits - lse.clamp_min(-1e30)[:, None]).exp() @ values, lse
+    out = F.scaled_dot_product_attention(
+        q[None, None], keys[None, None], values[None, None], bias[None, None], scale=scale
+    )
+    return torch.where((bias > -torch.inf).any(-1, keepdim=True), out[0, 0], 0), -torch.inf

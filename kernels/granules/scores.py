@@ -37,7 +37,7 @@ def granule_scores(
         q_order: int32 or int64 [B, H, V], sorted -> original index of the video's queries; None: the first V in order,
             where V is all of S.
         granules: of the keys; only its statistics are read.
-        rows: query rows of a group, 64 or 128.
+        rows: query rows of a group, one of ROWS.
         pool: neighbouring sorted rows whose mean counts as one query, 1, 2, 4 or 8.
         sm_scale: softmax scale, not negative; default D ** -0.5.
 

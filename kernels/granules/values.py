@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SIZES = (8, 16, 32, 64)
-ROWS = (64, 128)
+ROWS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ BAD = [
     (NearConfig, {"early": -0.1}, ValueError, r"early must be in \[0, 1\], got -0.1"),
     (NearConfig, {"budget": 1.5}, ValueError, r"budget must be in \(0, 1\], got 1.5"),
     (NearConfig, {"granule": 12}, ValueError, "granule must be one of 8, 16, 32, 64, got 12"),
-    (NearConfig, {"rows": 96}, ValueError, "rows must be one of 64, 128, got 96"),
+    (NearConfig, {"rows": 96}, ValueError, "rows must be one of 16, 32, 64, 128, got 96"),
     (NearConfig, {"pool": True}, ValueError, "pool must be one of 1, 2, 4, 8, got True"),
     (NearConfig, {"query_order": "raster"}, ValueError, "query_order must be one of clusters, hilbert, got 'raster'"),
     (NearConfig, {"floor": 2}, ValueError, r"floor must be in \[0, 1\], got 2"),

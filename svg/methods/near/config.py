@@ -12,7 +12,7 @@ from ...config.tuned import TunedFor, check_head_table
 
 QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
-GRANULE_ROWS = (64, 128)
+GRANULE_ROWS = (16, 32, 64, 128)
 POOLS = (1, 2, 4, 8)
 DECAY = 0.12  # of the steps, in which the share that goes to early ones falls by a factor e
 
@@ -30,7 +30,8 @@ class NearConfig(GuardedConfig):
             factor e every 12 % of the steps, warm-up counted, so that a run without warm-up gains most. The mean over
             the sparse steps stays `budget`.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
-        rows: query rows that share a list of granules: 64 or 128.
+        rows: query rows that share a list of granules: 16, 32, 64 or 128; fewer than 128 run on a slower kernel, and are for
+            short videos.
         floor: share of the mean number of exact granules that every group of rows gets at least, in [0, 1].
         pool: neighbouring query rows whose mean stands for them in the estimate: 1, 2, 4 or 8.
         cluster_tokens: keys of a k-means cluster on average, >= 1; inside a cluster keys follow a curve through the video.

@@ -36,6 +36,7 @@ from .config import NearConfig
 from .orders import token_orders
 
 PROBE_ROWS = 64
+HOPPER_ROWS = 64  # a warpgroup's: Hopper's kernel in 8 bits takes no shorter groups
 PER_GROUP = ("starts", "whole", "counts", "chosen")  # of a row group, in its lists
 SCORE_BYTES = 2 << 30  # of the heads whose threshold is found together
 
@@ -116,6 +117,7 @@ class NearPlan:
                     text=text,
                     prompt_tokens=prompt_tokens,
                     precision=precision,
+                    interleave=None if lists.rows >= HOPPER_ROWS else False,
                 )
                 flags = None if failed is None else failed[:, heads]
                 granule_attention_quantized(q[:, heads], granules, lists, failed=flags, **part)
@@ -132,7 +134,7 @@ class NearPlan:
         rows = self.chosen.lists[0].rows
         groups = math.ceil(self.layout.video_tokens / rows)
         group = int(torch.rand((), generator=generator) * groups)
-        index = self.chosen.q_order[:, :, group * rows : group * rows + PROBE_ROWS]
+        index = self.chosen.q_order[:, :, group * rows : group * rows + min(rows, PROBE_ROWS)]
         exact = torch.empty_like(out)
         for heads, lists in zip(self.stretches, self.chosen.lists):
             part = {name: getattr(lists, name)[:, :, group : group + 1].contiguous() for name in PER_GROUP}

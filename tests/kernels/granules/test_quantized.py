@@ -81,6 +81,8 @@ def test_quantized_granules_are_what_was_cut(size, D, dtype, interleave):
         (32, 128, 64, torch.float16, "int8-fp8"),
         (64, 64, 40, torch.bfloat16, "int8-fp16"),
         (16, 128, 64, torch.float16, "int8-fp8-acc16"),
+        (16, 32, 64, torch.bfloat16, "int8-fp8"),
+        (16, 16, 128, torch.float16, "int8-fp16"),
     ],
 )
 @pytest.mark.parametrize("tail", [True, False])
@@ -182,3 +184,10 @@ def test_lists_of_other_rows_are_refused():
     quantized = quantize_granules(k, v, k_order, **layout, interleave=False)
     with pytest.raises(ValueError, match="select with the same q_order"):
         granule_attention_quantized(q, quantized, lists, q_order=q_order[:, :, :100])
+
+
+def test_groups_of_few_rows_and_interleaved_values_do_not_go_together():
+    q, k, v, q_order, k_order, layout, _, lists = calls(L=0, rows=32)
+    quantized = quantize_granules(k, v, k_order, **layout, interleave=True)
+    with pytest.raises(ValueError, match="lists.rows must be at least 64 for values that are interleaved, got 32"):
+        granule_attention_quantized(q, quantized, lists, q_order=q_order)

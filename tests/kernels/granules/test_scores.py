@@ -33,7 +33,15 @@ def by_definition(q, granules, b, h, index, pool, scale):
 
 @pytest.mark.parametrize(
     ("V", "rows", "pool", "D"),
-    [(1, 64, 1, 64), (129, 64, 8, 40), (200, 128, 4, 64), (67, 128, 2, 128), (131, 128, 1, 16)],
+    [
+        (1, 64, 1, 64),
+        (129, 64, 8, 40),
+        (200, 128, 4, 64),
+        (67, 128, 2, 128),
+        (131, 128, 1, 16),
+        (70, 16, 2, 64),
+        (70, 32, 8, 64),
+    ],
 )
 def test_scores_match_the_definition(V, rows, pool, D):
     q, order, granules = problem(V + 9, V, D=D, size=8)
@@ -92,7 +100,7 @@ def test_the_last_granule_weighs_what_it_holds():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rows": 32}, ValueError, "rows must be one of 64, 128, got 32"),
+        ({"rows": 48}, ValueError, "rows must be one of 16, 32, 64, 128, got 48"),
         ({"pool": 3}, ValueError, "pool must be one of 1, 2, 4, 8, got 3"),
         ({"sm_scale": -1.0}, ValueError, "sm_scale must not be negative, got -1.0"),
         ({"q": torch.zeros(2, 2, 30, 32)}, ValueError, "with the granules' heads"),

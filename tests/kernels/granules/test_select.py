@@ -176,7 +176,7 @@ def test_scores_are_compared_by_their_upper_bits():
         ({"floor": 1.5}, ValueError, r"floor must be in \[0, 1\], got 1.5"),
         ({"most": -0.5}, ValueError, r"most must be in \[0, 1\], got -0.5"),
         ({"size": 12}, ValueError, "size must be one of 8, 16, 32, 64, got 12"),
-        ({"rows": 96}, ValueError, "rows must be one of 64, 128, got 96"),
+        ({"rows": 96}, ValueError, "rows must be one of 16, 32, 64, 128, got 96"),
         ({"scores": torch.zeros(2, 3, 4)}, ValueError, r"scores must be \[B, H, NG, T\]"),
         ({"scores": torch.zeros(1, 2, 3, 40).double()}, TypeError, "scores must be fp32"),
         ({"tokens": torch.zeros(1, 9, dtype=torch.int32)}, ValueError, "tokens must hold all 40 video granules, got 9"),
