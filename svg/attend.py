@@ -13,6 +13,7 @@ from torch import Tensor
 from svg.kernels.common import target
 
 from .config import GuardedConfig, MethodConfig
+from .engine import residual
 from .engine.execute import is_emulated
 from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
@@ -81,8 +82,11 @@ def attend(
     kind, density, plan, outcome = None, torch.ones(q.shape[:2]), None, None
     if dense or precision is None:
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
+        if residual.is_due(state, layer):
+            _keep_residual(q, k, v, out, state, layer, text_mask)
     else:
         out, plan, outcome = _planned(q, k, v, state, layer, precision, text_mask)
+        out = residual.add(state, layer, out)
         density, kind = plan.density(), plan.kind
         precision = None if precision == "native" else precision
     if timer is not None:
@@ -102,6 +106,15 @@ def attend(
     if state.observer is not None:
         state.observer(ObservedAttention(layer, q, k, v, text_mask, out, plan))
     return out.transpose(1, 2)
+
+
+@torch.no_grad()
+def _keep_residual(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: RunState, layer: int, text_mask: Tensor | None
+) -> None:
+    precision, dense = _precision(state.config, state, layer, q.device)
+    if not dense:
+        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask)[0])
 
 
 def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.device) -> tuple[str, bool]:

@@ -67,9 +67,9 @@ class LayerState:
             self._signature = signature
 
     def deal(self, peers: Peers | None) -> None:
-        """Take the heads of another deal: centroids go with their heads, all else is made anew."""
+        """Take the heads of another deal: centroids and residuals go with their heads, all else is made anew."""
         if peers is not None and self.peers is not None and peers.deal != self.peers.deal:
-            moved = {name: x for name, x in self.cache.items() if name.endswith("centroids")}
+            moved = {name: x for name, x in self.cache.items() if name.endswith(("centroids", "residual"))}
             before = self.peers
             self.cache = {name: before.gather(x)[:, peers.own] for name, x in sorted(moved.items())}
         self.peers = peers

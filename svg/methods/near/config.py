@@ -37,6 +37,8 @@ class NearConfig(GuardedConfig):
         cluster_tokens: keys of a k-means cluster on average, >= 1; inside a cluster keys follow a curve through the video.
         query_order: what puts queries into groups: "clusters" (k-means) or "hilbert" (a curve through the video, free).
         query_cluster_tokens: queries of a k-means cluster on average, >= 1.
+        residual: share of what the last dense step's sparse attention loses that is added to sparse steps, in [0, 1],
+            falling as `svg.engine.residual` has it; memory of a tensor like q for every layer and branch. 0: none.
         first_iterations: k-means iterations on a layer's first sparse call of a run, >= 1.
         iterations: k-means iterations on later calls, from the cached centroids, >= 1.
         refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
@@ -66,6 +68,7 @@ class NearConfig(GuardedConfig):
     cluster_tokens: int = 64
     query_order: str = "clusters"
     query_cluster_tokens: int = 256
+    residual: float = 0.0
     first_iterations: int = 20
     iterations: int = 1
     refresh: int = 1
@@ -79,6 +82,7 @@ class NearConfig(GuardedConfig):
         share(self, "budget", zero=False)
         share(self, "floor")
         share(self, "early")
+        share(self, "residual")
         choice(self, "granule", GRANULES)
         choice(self, "rows", GRANULE_ROWS)
         choice(self, "pool", POOLS)
