@@ -83,8 +83,17 @@ def config_from_dict(settings: dict[str, Any]) -> MethodConfig:
     method = values.pop("method", None)
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {shown(method)}")
-    choices = [field.name for field in fields(METHODS[method])]
     for key in values:
-        if key not in choices:
-            raise ValueError(f"unknown key {shown(key)} for method {method}; choose from {', '.join(choices)}")
+        _check_setting(key, METHODS[method])
     return METHODS[method](**values)
+
+
+def _check_setting(key: str, config: type[MethodConfig]) -> None:
+    """Raise ValueError unless a method has such a setting; say which method has it, and what this one stops at."""
+    choices = [field.name for field in fields(config)]
+    if key in choices:
+        return
+    owners = [name for name, other in METHODS.items() if key in {one.name for one in fields(other)}]
+    instead = f", where {config.method} has {config.budget_field}" if config.budget_field else ""
+    belongs = f" (it belongs to {', '.join(owners)}{instead})" if owners else ""
+    raise ValueError(f"unknown key {shown(key)} for method {config.method}{belongs}; choose from {', '.join(choices)}")
