@@ -26,6 +26,8 @@ SLOW = (
     *("pipelines/test_generate", "pipelines/test_parallel", "pipelines/test_quantised", "pipelines/test_sparse"),
     *("pipelines/test_steps", "pipelines/test_training"),
     *("recordings/test_layer_precisions", "recordings/test_sparge_tune", "generate/test_partial"),
+    *("generate/test_preflight", "generate/test_several_gpus", "sweep/test_caches"),
+    *(f"test_packaging.py::test_{name}" for name in ("wheel", "only_svg", "metadata", "version", "bundled")),
     *("eval/test_real_clips", "eval/test_lpips", "functional/test_training"),
     *("test_examples", "test_public_names", "test_moved.py::test_new", "test_moved.py::test_old_modules_do_not"),
 )

@@ -12,7 +12,7 @@ from svg.eval.lpips_backbones import BACKBONES
 from svg.pipelines.model_files import check_complete, locate_model, read_rules
 from svg.pipelines.request import PipelineRules, check_request
 
-from ..config import MethodConfig
+from ..config import MethodConfig, SpargeConfig
 from ..config.run import check_device_name
 from ..config.tuned import check_tuned
 from ..environment import version_problems
@@ -73,10 +73,10 @@ def _check_method(job: Job, rules: PipelineRules) -> None:
 
 def _check_files(config: MethodConfig, transformer: str, layers: int, heads: int) -> None:
     sparse = [layer for layer in range(layers) if not config.is_warmup(1, 1, layer, layers)]
-    if (path := getattr(config, "thresholds", None)) is not None:
+    if isinstance(config, SpargeConfig) and config.thresholds is not None:
         from ..methods.sparge.thresholds_file import check_thresholds
 
-        check_thresholds(path, transformer, sparse, heads, config.order, config.attention_sink)
+        check_thresholds(config.thresholds, transformer, sparse, heads, config.order, config.attention_sink)
     if (path := getattr(config, "layers", None)) is not None:
         from ..methods.sage.layers_file import choice
 

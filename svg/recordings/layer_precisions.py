@@ -53,6 +53,7 @@ def adapt(
     if "layers" in settings:
         raise ValueError(f"layers must be left out, got {settings['layers']!r}: `svg adapt` makes such a file")
     config = config_from_dict({**settings, "method": method})
+    assert isinstance(config, Sage2Config)
     if not 0 < min_cosine <= 1:
         raise ValueError(f"min_cosine must be in (0, 1], got {min_cosine}")
     opened = open_recording(recording)

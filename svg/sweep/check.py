@@ -42,6 +42,6 @@ def check_grid(grid: Grid, device: str) -> None:
 
 
 def _with_prompt(job: Job, prompt: dict[str, str | None]) -> Job:
-    pictures = {name: read_image(prompt[name], name) for name in _PICTURES if prompt.get(name) is not None}
+    pictures = {name: read_image(path, name) for name in _PICTURES if (path := prompt.get(name)) is not None}
     texts = {"prompt": prompt["prompt"], "negative_prompt": prompt.get("negative_prompt")}
     return dataclasses.replace(job, request=dataclasses.replace(job.request, **texts, **pictures))

@@ -77,7 +77,9 @@ def test_dict_names_the_choices():
         ValueError, match="method must be one of dense, near, svg1, svg2, sparge, sage2, sage2\\+\\+, sage3, got 'svg3'"
     ):
         config_from_dict({"method": "svg3"})
-    with pytest.raises(ValueError, match=r"'top_p' for method near \(it belongs to svg2, where near has budget\); choose"):
+    with pytest.raises(
+        ValueError, match=r"'top_p' for method near \(it belongs to svg2, where near has budget\); choose"
+    ):
         config_from_dict({"method": "near", "budget": 0.25, "top_p": 0.9})
     with pytest.raises(ValueError, match="unknown key 'top_k' for method svg2; choose from .*top_p"):
         config_from_dict({"method": "svg2", "top_k": 3})
