@@ -16,7 +16,8 @@ from torch import nn
 from svg.engine.state import Timer
 
 from .attach import attached, is_accelerated, report, reset, transformers_of
-from .processes import everyones, is_split
+from .branches import branches_of
+from .processes import everyones, is_split, share_records
 from .registry import PIPELINES
 from .request import GenerationRequest, PipelineRules, check_request
 
@@ -148,6 +149,7 @@ def generate(
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
     ranks = everyones(measured) if is_split(next(iter(transformers_of(pipe).values()))) else None
+    _end_branches(pipe, accelerated)
     if ranks is not None:
         measured |= {name: max(rank[name] for rank in ranks) for name in measured if measured[name] is not None}
         measured["seconds"] = seconds
@@ -222,6 +224,17 @@ def _timed(modules: list[nn.Module], device: torch.device) -> Iterator[list[Time
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _end_branches(pipe: Any, accelerated: bool) -> None:
+    """Where processes took a branch each, every one gets the others' records."""
+    for name, transformer in transformers_of(pipe).items():
+        branches = branches_of(transformer)
+        if branches is not None:
+            branches.end_run()
+            if accelerated:
+                state = attached(pipe)[name].state
+                state.records = share_records(state.records)
 
 
 def _total(timers: list[Timer]) -> float:

@@ -14,6 +14,9 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
 from torch import Tensor, nn
 
+from svg.engine.records import AttentionRecord
+
+from .branches import branches_of
 from .parallel import context_parallel_plan
 
 
@@ -59,8 +62,16 @@ def split_sequence(transformer: nn.Module) -> nn.Module:
 
 
 def is_split(transformer: nn.Module) -> bool:
-    """Whether several processes share a transformer's sequence."""
-    return getattr(transformer, "_parallel_config", None) is not None
+    """Whether several processes share a transformer's sequence, or its branches."""
+    return getattr(transformer, "_parallel_config", None) is not None or branches_of(transformer) is not None
+
+
+def share_records(records: list[AttentionRecord]) -> list[AttentionRecord]:
+    """The records of all processes: one's own, and what others computed of calls that this one left out."""
+    own = {(record.step, record.layer, record.branch) for record in records}
+    others = sum(everyones([record.read() for record in records]), [])
+    missing = [record for record in others if (record.step, record.layer, record.branch) not in own]
+    return sorted(records + missing, key=lambda record: (record.step, record.branch or "", record.layer))
 
 
 def everyones(value: Any) -> list[Any]:

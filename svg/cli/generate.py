@@ -92,6 +92,13 @@ _GENERATION_FLAGS = (
     show_default=True,
     help="GPUs of this machine that make the video together, each with a part of the sequence.",
 )
+@click.option(
+    "--split",
+    type=click.Choice(("sequence", "branches")),
+    default="sequence",
+    show_default=True,
+    help="What the GPUs share: the sequence, or two of them the branches of guidance.",
+)
 @click.option("--yes", is_flag=True, help="Run billions of weights on a CPU all the same.")
 @click.option("--out", type=click.Path(), default="svg-out", show_default=True, help="Folder of the results.")
 @click.option("--force", is_flag=True, help="Replace the results of an earlier run.")

@@ -39,6 +39,7 @@ OPTIONS = {
         "--compile",
         "--yes",
         "--gpus",
+        "--split",
         "--ray",
         "--workers",
     ),

@@ -29,6 +29,10 @@ class GuardOutcome:
     failed: Tensor
     cosine: Tensor | None
 
+    def cpu(self) -> GuardOutcome:
+        """The same on the CPU."""
+        return GuardOutcome(self.failed.cpu(), None if self.cosine is None else self.cosine.cpu())
+
 
 def guarded(
     run: Callable[[Tensor], Tensor],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,17 @@ class Timer:
 
 
 @dataclass(frozen=True)
+class Elapsed:
+    """A timer that has been read."""
+
+    value: float
+
+    def seconds(self) -> float:
+        """Elapsed seconds."""
+        return self.value
+
+
+@dataclass(frozen=True)
 class AttentionRecord:
     """One attention call; tensors stay on their device until a report reads them.
 
@@ -50,7 +61,7 @@ class AttentionRecord:
         density: float [B, H], computed share of the map.
         kind: int [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
         dense: whether the call ran dense attention.
-        timer: the call's timer, or None when timing is off.
+        timer: the call's timer, read or not, or None when timing is off.
         precision: what attention was quantised to, or None where it was not.
         emulated: whether that precision's numbers were computed by wider units.
         guarded: what the guard saw, or None where it was off or nothing was quantised.
@@ -63,11 +74,18 @@ class AttentionRecord:
     density: Tensor
     kind: Tensor | None
     dense: bool
-    timer: Timer | None
+    timer: Timer | Elapsed | None
     precision: str | None = None
     emulated: bool = False
     guarded: GuardOutcome | None = None
     reused: bool = False
+
+    def read(self) -> AttentionRecord:
+        """The record with its numbers on the CPU, to be sent to another process."""
+        timer = None if self.timer is None else Elapsed(self.timer.seconds())
+        kind = None if self.kind is None else self.kind.cpu()
+        guarded = None if self.guarded is None else self.guarded.cpu()
+        return replace(self, density=self.density.cpu(), kind=kind, guarded=guarded, timer=timer)
 
     @property
     def seconds(self) -> float | None:

@@ -37,6 +37,7 @@ def command_line(job: Job) -> str:
         **{name: getattr(job, name) for name in ("flow_shift", "device", "dtype", "offload", "lpips")},
         **{name: getattr(job, name) for name in ("revision", "variant", "cache", "vae_tiling", "yes")},
         "gpus": job.gpus if job.gpus > 1 else None,
+        "split": job.split if job.split != "sequence" else None,
         "compile": job.compiled,
         "no_dense": not job.dense,
         "no_control": not job.control,

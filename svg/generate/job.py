@@ -52,6 +52,7 @@ class Job:
         yes: run billions of weights on a CPU all the same.
         peer: another way than svg's, of a sweep's cell: a name of `svg.pipelines.peers`.
         gpus: processes that make the video together, each on a GPU of its own.
+        split: what they share, "sequence" or "branches".
     """
 
     model: str
@@ -78,6 +79,7 @@ class Job:
     yes: bool = False
     peer: str | None = None
     gpus: int = 1
+    split: str = "sequence"
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -122,6 +124,8 @@ def resolve(
         )
     if model is not None:
         locate_model(model)  # a folder that is missing is said before anything that a folder could be asked for
+    if rest.get("split") == "branches" and rest["gpus"] != 2:
+        raise ValueError(f"--split branches must come with --gpus 2, one for each branch, got {rest['gpus']}")
     chosen = _preset(preset, model)
     if method is None:
         method = "near" if chosen is None or "near" in chosen.methods else "svg2"
@@ -141,6 +145,10 @@ def resolve(
     locate_model(model)
     if rest.get("cache") is not None:
         parse_cache(rest["cache"])
+    if rest.get("split") == "branches" and not max(values["guidance"], values.get("true_cfg") or 0) > 1:
+        raise ValueError(
+            f"--split branches must come with guidance above 1, got {values['guidance']}: there is one branch"
+        )
     config = _config(chosen, method, settings)
     _check_model(config, model)
     return Job(

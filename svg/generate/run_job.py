@@ -18,6 +18,7 @@ from svg.eval.page import build_page
 from svg.eval.video import side_by_side, to_watch, write_video
 from svg.pipelines import GenerationResult, StepProgress, accelerate, generate, load_pipeline, restore, validate_request
 from svg.pipelines.attach import transformers_of
+from svg.pipelines.branches import split_branches
 from svg.pipelines.caches import disable_cache, enable_cache
 from svg.pipelines.extras import check_size_for_cpu, compile_blocks, load_loras
 from svg.pipelines.loading import check_offload, resolve_device
@@ -109,7 +110,7 @@ def load(job: Job) -> Any:
     load_loras(pipe, job.loras)
     if job.gpus > 1:
         for transformer in transformers_of(pipe).values():
-            split_sequence(transformer)
+            (split_branches if job.split == "branches" else split_sequence)(transformer)
     if job.compiled:
         compile_blocks(pipe)
     return pipe

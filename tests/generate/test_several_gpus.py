@@ -34,15 +34,18 @@ def svg(*arguments, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_video(tmp_path):
-    for out, gpus in (("one", "1"), ("two", "2")):
-        done = svg("--gpus", gpus, "--out", out, folder=tmp_path)
+@pytest.mark.parametrize("split", ["sequence", "branches"])
+def test_two_processes_make_the_same_video(tmp_path, split):
+    for out, flags in (("one", ()), ("two", ("--gpus", "2", "--split", split))):
+        done = svg(*flags, "--out", out, folder=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("one", "two"))
     frames = [read_video(tmp_path / out / "accelerated.mp4")[0] for out in ("one", "two")]
     assert min(psnr(*frames)) > 45
     assert (one["gpus"], two["gpus"]) == (1, 2) and "--gpus 2" in two["command"]
     assert two["density"]["sparse_calls"] == pytest.approx(one["density"]["sparse_calls"], abs=1e-3)
+    calls = [run["runs"]["accelerated"]["transformers"]["transformer"]["calls"] for run in (one, two)]
+    assert calls[0] == calls[1]
     per_head = [run["runs"]["accelerated"]["transformers"]["transformer"]["density"]["per_head"] for run in (one, two)]
     assert per_head[0].keys() == per_head[1].keys() and len(per_head[1]["0"]) == 6
     assert one["runs"]["accelerated"]["ranks"] is None and len(two["runs"]["accelerated"]["ranks"]) == 2
