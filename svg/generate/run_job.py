@@ -141,8 +141,11 @@ class _Run:
                     continue
                 return self._stop(name, error)
         report = self._publish(FINISHED)
-        self.folder.finish()
+        self._finish()
         return report
+
+    def _finish(self) -> None:
+        self.folder.finish()
 
     def _names(self) -> list[str]:
         sparse = self.job.config.method != "dense"
@@ -235,6 +238,9 @@ class _Follower(_Run):
 
     def _publish(self, state: str, stopped: str | None = None) -> dict[str, Any]:
         return {"state": state, "stopped": stopped, "runs": {}}
+
+    def _finish(self) -> None:
+        """Nothing was written."""
 
 
 def _one_line(error: BaseException) -> str:

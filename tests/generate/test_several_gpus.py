@@ -9,7 +9,7 @@ import pytest
 
 from svg.eval.metrics import psnr
 from svg.eval.video import read_video
-from svg.generate import several_gpus
+from svg.generate import run_job, several_gpus
 
 COMMAND = [
     *(
@@ -61,6 +61,14 @@ def test_what_every_process_refuses_is_said_once(tmp_path):
 def test_a_device_of_ones_own_is_refused(tmp_path):
     done = svg("--gpus", "2", "--device", "cuda:1", "--out", "out", folder=tmp_path)
     assert done.returncode == 2 and "--device must be auto, cuda or cpu with --gpus, got cuda:1" in done.stderr
+
+
+def test_a_process_that_follows_runs_all_and_needs_no_folder(monkeypatch):
+    ran = []
+    monkeypatch.setattr(run_job._Run, "_one", lambda self, name: ran.append(name))
+    job = SimpleNamespace(config=SimpleNamespace(method="near"), control=True, dense=True)
+    report = run_job._Follower(None, job, None, None).everything()
+    assert ran == ["accelerated", "dense", "control"] and report["state"] == "finished" and report["stopped"] is None
 
 
 def failure(folder, place, message=None, code=2):
