@@ -17,6 +17,7 @@ from svg.engine.state import RunState
 from svg.engine.summary import summarize
 
 from .choose import resolve
+from .fingerprint import check_weights
 from .hook import HOOK_NAME, RunHook
 from .linears import find_linears
 from .processor import check_original, check_parallel, dense_backend
@@ -56,6 +57,8 @@ def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> P
     """
     config = resolve(config)
     transformers = transformers_of(pipe)
+    if not isinstance(pipe, nn.Module):  # a transformer by itself knows its own folder, not the pipeline's
+        check_weights(pipe, config)
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
         _check(name, transformer, specs[name], config)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+from svg.config import MethodConfig
 
 from .model_files import locate_model
 
@@ -32,6 +36,30 @@ def fingerprint(model: str) -> str | None:
     for path in _files(folder):
         digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
+
+
+def check_weights(pipe: Any, config: MethodConfig) -> None:
+    """Refuse tuned settings for a pipeline that was loaded from other weights, where the pipeline knows from which.
+
+    Args:
+        pipe: a Diffusers pipeline; a transformer by itself, or a pipeline put together by hand, does not know.
+        config: a method's settings.
+
+    Raises:
+        ValueError: the settings were tuned for another model.
+    """
+    tuned = getattr(config, "tuned_for", None)
+    settings = getattr(pipe, "config", None)
+    source = str(settings.get("_name_or_path") or "") if isinstance(settings, Mapping) else ""
+    if tuned is None or not source:
+        return
+    found = fingerprint(source) if os.path.isdir(source) else None
+    same = tuned.model == source if found is None else tuned.fingerprint == found
+    if not same and not (found is not None and tuned.fingerprint is None):  # a hub id's files may lie anywhere
+        raise ValueError(
+            f"config must be tuned for this pipeline's weights, {source} ({found}), got settings tuned for {tuned.model} "
+            f"({tuned.fingerprint}): run `svg tune` for this model, or take them all the same with tuned_for=None"
+        )
 
 
 def file_sha256(path: str | Path) -> str:

@@ -117,7 +117,7 @@ def _usage() -> Iterator[Case]:
     for name in ("x", "", "../x", "tiny-wan.yaml", "/etc/passwd", "x" * 5000, "a.yaml", "folder", "\x1b[2J"):
         yield Case("presets", ("presets", name), ("preset",), name)
     for what in ("x", "", "ALL", "attention,kmeans"):
-        yield Case("bench", ("bench", what), ("WHAT", "what"), what)
+        yield Case("bench", ("bench", what), ("WHAT", "what", "PART"), what)
     yield Case("bench", ("bench", "attention"), ("GPU", "CUDA"))
 
 
