@@ -49,4 +49,5 @@ def add(state: RunState, layer: int, out: Tensor) -> Tensor:
         return out
     config = state.scheduled
     since = state.step - count(config.warmup_steps, state.num_steps) + 1
-    return out.add(kept, alpha=config.residual * math.exp(-since / (DECAY * state.num_steps)))
+    residual: float = getattr(config, "residual", 0.0)
+    return out.add(kept, alpha=residual * math.exp(-since / (DECAY * state.num_steps)))
