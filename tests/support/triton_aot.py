@@ -49,6 +49,7 @@ from svg.kernels.common import target
 from svg.kernels.common.heads import move_heads
 from svg.kernels.common.merge import merge_attention
 from svg.kernels.common.smoothing import unsmoothed_lse
+from svg.kernels.common.sums import sums_of
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
 from svg.kernels.dense_quantised.varlen import varlen_attention
@@ -57,6 +58,7 @@ from svg.kernels.granules import (
     granule_attention,
     granule_attention_quantized,
     granule_scores,
+    listed_density,
     quantize_granules,
     select_granules,
 )
@@ -113,6 +115,8 @@ def run_operations(arch):
             yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: granules("bf16", D, 128, tail)
     for name, D in itertools.product(("bf16", "fp32"), (64, 128)):
         yield f"granules {name} D={D}", lambda name=name, D=D: granules(name, D, 64)
+    yield "granules bf16 D=128 of 32 rows", lambda: granules("bf16", 128, 32)
+    yield "granules bf16 D=128 of 16 rows", lambda: granules("bf16", 128, 16)
     for name, D, size, pool in (("bf16", 128, 16, 4), ("fp16", 64, 64, 1), ("fp32", 128, 8, 8)):
         yield (
             f"granules planned {name} D={D} size={size} pool={pool}",
@@ -222,7 +226,9 @@ def planned_granules(name, D, size, pool):
     order, text = torch.zeros(1, 2, 200, dtype=torch.int32), torch.zeros(1, 56, dtype=torch.int32)
     cut = cut_granules(q, q, order, size, text, torch.zeros(1, dtype=torch.int32))
     scores = granule_scores(q, order, cut, rows=128, pool=pool)
-    select_granules(scores, cut.tokens, budget=0.2, floor=0.5, size=size, rows=128)
+    lists = select_granules(scores, cut.tokens, budget=0.2, floor=0.5, size=size, rows=128)
+    listed_density(lists, torch.zeros(1, dtype=torch.int64), video=200, text=56, size=size)
+    sums_of(q, q, q)
 
 
 def listed(T):
