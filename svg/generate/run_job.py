@@ -128,21 +128,27 @@ class _Run:
         self.written: set[str] = set()
 
     def everything(self) -> dict[str, Any]:
-        names = self._names()
-        for name in names:
-            try:
-                self._one(name)
+        names, name = self._names(), ""
+        try:
+            for name in names:
+                self._attempt(name)
                 self._publish(FINISHED if name == names[-1] else PARTIAL)
-            except (Exception, KeyboardInterrupt) as error:
-                if not self.frames:
-                    raise
-                if name == "control" and isinstance(error, Exception) and name not in self.frames:
-                    self.notes.append(f"no control: {_one_line(error)}")
-                    continue
-                return self._stop(name, error)
+        except (Exception, KeyboardInterrupt) as error:
+            if not self.frames:
+                raise
+            return self._stop(name, error)
         report = self._publish(FINISHED)
         self._finish()
         return report
+
+    def _attempt(self, name: str) -> None:
+        """One run; a control that fails leaves a note, because the others are worth keeping without it."""
+        try:
+            self._one(name)
+        except Exception as error:
+            if name != "control" or not self.frames or name in self.frames:
+                raise
+            self.notes.append(f"no control: {_one_line(error)}")
 
     def _finish(self) -> None:
         self.folder.finish()
