@@ -61,6 +61,7 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only) -> Non
     block_d = max(16, triton.next_power_of_2(D))
     row = target.launch_row(LAUNCH, q.device)[q.element_size(), max(64, block_d)]
     block_m = min(row.block_m, lists.rows)
+    num_warps = row.num_warps if block_m == row.block_m else 4  # short groups: less to divide
     parts = lists.rows // block_m
     strides = (0, 0, 0) if q_order is None else q_order.stride()
     _granules_kernel[(NG * parts, B * H)](
@@ -68,7 +69,7 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only) -> Non
         lists.starts, lists.whole, lists.counts, lists.chosen, only, scale_log2, H, S, V, NG, parts, C, T,
         lists.chosen.shape[3] if tail else 0, *q.stride()[:3], *out.stride()[:3], *strides,
         D=D, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=row.block_n, SIZE=granules.size, TAIL=tail,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=row.num_warps, num_stages=row.num_stages,
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=num_warps, num_stages=row.num_stages,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ OPTIONS = {
         *("--method", "--methods", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
         *("--num-k-clusters", "--topk", "--cdf", "--thresholds", "--order", "--attention-sink", "--warmup-steps"),
         "--warmup-noise",
-        *("--warmup-layers", "--dense-backend", "--linears", "--set", "--cache", "--caches"),
+        *("--warmup-layers", "--dense-backend", "--linears", "--max-error", "--set", "--cache", "--caches"),
     ),
     "Video": (
         *("--prompt", "--prompts", "--held-out", "--negative-prompt", "--image", "--last-image", "--height"),

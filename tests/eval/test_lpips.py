@@ -154,7 +154,7 @@ def test_torchvision_downloads_what_is_not_there(monkeypatch, tmp_path, networks
 
     served.rename(tmp_path / f"alexnet-{digest[:8]}.pth")
     assert AlexNet_Weights.IMAGENET1K_V1.url.endswith(BACKBONES["alex"].hub_name)
-    monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: type("W", (), {"IMAGENET1K_V1": Server()}))
+    monkeypatch.setattr("torchvision.models.get_model_weights", lambda name: {"IMAGENET1K_V1": Server()})
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(lpips_weights, "DISTRIBUTION", "no-such-distribution")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))

@@ -92,7 +92,8 @@ def test_products_run_on_tensor_cores(arch):
     rows = [row for row in compiled(arch) if row["kernel"] in ON_TENSOR_CORES]
     for row in rows:
         # Three TF32 products may take the older instruction where the newer one has no layout for them.
-        allowed = {TENSOR_CORE[arch], "HMMA"} if "fp32" in row["case"] else {TENSOR_CORE[arch]}
+        small = "fp32" in row["case"] or " rows" in row["case"]  # too few rows for a warpgroup's instruction
+        allowed = {TENSOR_CORE[arch], "HMMA"} if small else {TENSOR_CORE[arch]}
         assert row["instructions"] and set(row["instructions"]) <= allowed, row
 
 
