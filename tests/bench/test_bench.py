@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from svg.bench import elementwise, inputs, layers, linears, near, report, run, scale, sparge, sweep
+from svg.bench import elementwise, inputs, layers, linears, near, report, run, scale, sparge, sweep, whole_blocks
 from svg.cli import main
 from svg.cli.bench import BENCHES
 from svg.engine.layout import TokenLayout
@@ -28,7 +28,7 @@ def small(monkeypatch):
         op()
         return 1.0
 
-    for module in (run, layers, linears, near, sweep, elementwise, sparge, scale):
+    for module in (run, layers, linears, near, sweep, elementwise, sparge, scale, whole_blocks):
         monkeypatch.setattr(module, "median_ms", once)
     monkeypatch.setattr(run, "_require_gpu", lambda: None)
     for name, value in {
