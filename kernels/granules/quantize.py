@@ -88,6 +88,7 @@ def quantize_granules(
     text: Tensor | None = None,
     prompt_tokens: Tensor | None = None,
     precision: str = "int8-fp8",
+    rows: int = 128,
     interleave: bool | None = None,
 ) -> QuantizedGranules:
     """Gather keys and values in sorted order, and quantise them and every granule's mean.
@@ -99,6 +100,7 @@ def quantize_granules(
         text: int [B, L], original index of text tokens, the prompt's first; None: there is no text.
         prompt_tokens: int [B], how many of them belong to the prompt; None: all.
         precision: "int8-fp8"; "int8-fp8-acc16", for products summed in fp16; "int8-fp16", for values in 16 bits.
+        rows: query rows that will share a list, which decides what kernel runs.
         interleave: whether v is made for Hopper's kernel; None: where that would run.
 
     Returns:
@@ -124,7 +126,7 @@ def quantize_granules(
     if kind.fp8:
         target.require_fp8(k.device)
     if interleave is None:
-        interleave = takes(k, kind, size)
+        interleave = takes(k, kind, size, rows)
     op = _quantize if target.use_triton(k) else quantize_granules_reference
     return op(
         k, v, k_order, size=size, text=text, prompt_tokens=prompt_tokens, precision=precision,

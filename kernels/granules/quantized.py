@@ -185,9 +185,9 @@ def _check(q, granules, lists, q_order, out):
             f"lists must be of {(B, H, math.ceil(V / lists.rows))} groups of {lists.rows} rows, rows one of {ROWS}, "
             f"got {tuple(lists.counts.shape)}: select with the same q_order"
         )
-    if granules.interleaved and lists.rows < 64:
+    if granules.interleaved and lists.rows < hopper.ROWS:
         raise ValueError(
-            f"lists.rows must be at least 64 for values that are interleaved, got {lists.rows}: quantize with interleave=False"
+            f"lists.rows must be at least {hopper.ROWS} for values that are interleaved, got {lists.rows}: quantize for as many rows"
         )
     if out is not None and (out.shape != q.shape or out.dtype != q.dtype or out.stride(-1) != 1):
         raise ValueError(f"out must be like q, {tuple(q.shape)} {q.dtype}, got {tuple(out.shape)} {out.dtype}")

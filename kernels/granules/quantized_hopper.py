@@ -22,22 +22,25 @@ import torch
 from ..common import target
 from ..gluon import LOADABLE
 
-CONSUMERS, STAGES = 3, 2  # warpgroups of 64 query rows, and stages of 128 keys of each
+ROWS = 64  # of a warpgroup: lists must be for as many at least
+CONSUMERS, STAGES = 3, 2  # warpgroups of ROWS query rows, and stages of 128 keys of each
 SIZES = (16, 32, 64)  # keys of a granule: V's blocks hold 16
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
-def takes(k: torch.Tensor, kind, size: int) -> bool:
-    """Whether this kernel attends to keys: Hopper, 16 bits, P V in FP8 with fp32 sums, granules of 16 keys and more.
+def takes(k: torch.Tensor, kind, size: int, rows: int) -> bool:
+    """Whether this kernel attends to keys: Hopper, 16 bits, P V in FP8 with fp32 sums, granules of 16 keys and lists for
+    64 rows and more.
 
     Args:
         k: [B, H, S, D] in the queries' dtype.
         kind: one of `precision.PRECISIONS`.
         size: keys a granule.
+        rows: query rows that share a list.
     """
     return (
         LOADABLE and target.arch(k.device) == 90 and k.element_size() == 2
-        and kind.fp8 and not kind.acc16 and size in SIZES
+        and kind.fp8 and not kind.acc16 and size in SIZES and rows >= ROWS
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device, began = torch.device("cpu" if args.tiny else "cuda"), time.perf_counter()
     result = {
-        "command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "scripts/bench/families.py", *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
         "device": "CPU" if args.tiny else torch.cuda.get_device_name(), "versions": versions(), "rows": {},
     }  # fmt: skip
 

@@ -89,7 +89,7 @@ def main() -> None:
     device = pipe.transformer.device
     result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     result |= {
-        "command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "scripts/bench/quality.py", *sys.argv[1:]]), "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "size": [frames, height, width], "steps": args.steps, "guidance": args.guidance,

@@ -66,7 +66,16 @@ class Bench:
         self.began = time.perf_counter()
         name = "CPU" if tiny else torch.cuda.get_device_name()
         self.result: dict[str, Any] = {
-            "command": " ".join(["torchrun", "--standalone", "--nproc-per-node", str(self.ranks), *sys.argv]),
+            "command": " ".join(
+                [
+                    "torchrun",
+                    "--standalone",
+                    "--nproc-per-node",
+                    str(self.ranks),
+                    "scripts/bench/several_gpus.py",
+                    *sys.argv[1:],
+                ]
+            ),
             "date": datetime.date.today().isoformat(),
             "device": f"{self.ranks} x {name}",
             "versions": versions() | {"cuda": torch.version.cuda},

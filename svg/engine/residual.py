@@ -38,16 +38,28 @@ def is_due(state: RunState, layer: int) -> bool:
 
 
 def keep(state: RunState, layer: int, dense: Tensor, sparse: Tensor) -> None:
-    """Remember the difference of both attentions [B, H, S, D] of one call, in their dtype."""
+    """Remember what a call loses by being sparse.
+
+    Args:
+        state: the run's state, after `begin_forward`.
+        layer: index of the layer, from 0.
+        dense, sparse: attention of the same call, [B, H, S, D] in the same dtype.
+    """
     state.layer(layer).cache[KEY] = (dense - sparse).detach()
 
 
 def add(state: RunState, layer: int, out: Tensor) -> Tensor:
-    """Sparse attention [B, H, S, D] with the layer's share of its residual, if there is one."""
+    """Sparse attention [B, H, S, D], changed in place: with the layer's share of its residual, if there is one.
+
+    Args:
+        state: the run's state, after `begin_forward`.
+        layer: index of the layer, from 0.
+        out: of this call, in the residual's dtype.
+    """
     kept = state.layer(layer).cache.get(KEY)
     if kept is None:
         return out
     config = state.scheduled
     since = state.step - count(config.warmup_steps, state.num_steps) + 1
     residual: float = getattr(config, "residual", 0.0)
-    return out.add(kept, alpha=residual * math.exp(-since / (DECAY * state.num_steps)))
+    return out.add_(kept, alpha=residual * math.exp(-since / (DECAY * state.num_steps)))

@@ -25,6 +25,9 @@ METHODS = {
     "sage2": Sage2Config(**WARMUP),
     "near": NearConfig(budget=1.0, granule=8, rows=64, **WARMUP),
     # Clusters of random queries are so alike that their order turns on the last bit, in one process too.
+    "near_residual": NearConfig(
+        budget=0.5, granule=8, rows=16, cluster_tokens=16, query_order="hilbert", residual=1.0, **WARMUP
+    ),
     "near_sparse": NearConfig(budget=0.5, granule=8, rows=64, cluster_tokens=16, query_order="hilbert", **WARMUP),
 }
 SIZE = (7, 6, 10)  # 105 tokens (patch 1 x 2 x 2): odd, and 3 heads

@@ -36,7 +36,6 @@ from .config import NearConfig
 from .orders import token_orders
 
 PROBE_ROWS = 64
-HOPPER_ROWS = 64  # a warpgroup's: Hopper's kernel in 8 bits takes no shorter groups
 PER_GROUP = ("starts", "whole", "counts", "chosen")  # of a row group, in its lists
 SCORE_BYTES = 2 << 30  # of the heads whose threshold is found together
 
@@ -117,7 +116,7 @@ class NearPlan:
                     text=text,
                     prompt_tokens=prompt_tokens,
                     precision=precision,
-                    interleave=None if lists.rows >= HOPPER_ROWS else False,
+                    rows=lists.rows,
                 )
                 flags = None if failed is None else failed[:, heads]
                 granule_attention_quantized(q[:, heads], granules, lists, failed=flags, **part)
