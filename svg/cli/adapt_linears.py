@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import model_option, pop_run_options, preset_option, run_options, seed_option, size_options
+from .options import dense_job, model_option, preset_option, run_options, seed_option, size_options
 from .panels import Command
 from .process import quiet_loading
 
@@ -33,29 +32,16 @@ def adapt_linears(prompt: str, **options: Any) -> None:
     Example:
       svg adapt-linears "a red ball" --max-error 0.04 --out linears.json
     """
-    from ..generate.job import resolve
     from ..recordings.linear_precisions import adapt_linears_job
     from .console import Terminal
 
     quiet_loading()
-    out, max_error, run = options.pop("out"), options.pop("max_error"), pop_run_options(options)
-    job = resolve(
-        preset=options.pop("preset"),
-        model=options.pop("model"),
-        method="dense",
-        settings={},
-        generation={"prompt": prompt, **options},
-        **run,
-        out=Path(out),
-        force=True,
-        dense=True,
-        control=False,
-        lpips="none",
-    )
+    max_error = options.pop("max_error")
+    job = dense_job(prompt, options)
     console = Terminal()
-    for name, linears in adapt_linears_job(job, max_error, out)["transformers"].items():
+    for name, linears in adapt_linears_job(job, max_error, job.out)["transformers"].items():
         taken = [path for path, choice in linears.items() if choice["precision"] != "native"]
         worst = max(linears, key=lambda path: linears[path]["error"])
         console.print(f"{name}: {len(taken)} of {len(linears)} linears in 8 bits", highlight=False)
         console.print(f"  largest error {linears[worst]['error']:.4f}, of {worst}", highlight=False)
-    console.print(f"written to {out}", highlight=False)
+    console.print(f"written to {job.out}", highlight=False)

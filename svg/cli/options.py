@@ -109,6 +109,28 @@ def pop_run_options(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def dense_job(prompt: str, options: dict[str, Any]) -> Any:
+    """The `svg.generate.job.Job` of one dense run whose videos nobody keeps, of a command's remaining options.
+
+    Args:
+        prompt: of the run.
+        options: "out", a model, its preset, sizes and what `run_options` added; nothing is left in it.
+
+    Raises:
+        ValueError: as `svg.generate.job.resolve`.
+    """
+    from ..generate.job import resolve
+
+    out, run = Path(options.pop("out")), pop_run_options(options)
+    source = {name: options.pop(name) for name in ("preset", "model")}
+    generation = {"prompt": prompt, **options}
+    options.clear()
+    return resolve(
+        **source, method="dense", settings={}, generation=generation, **run, out=out, force=True, dense=True,
+        control=False, lpips="none",
+    )  # fmt: skip
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a file, one a line; empty lines and those that begin with # are left out.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from .options import Numbers, model_option, pop_run_options, preset_option, run_options, seed_option, size_options
+from .options import Numbers, dense_job, model_option, preset_option, run_options, seed_option, size_options
 from .panels import Command
 from .process import quiet_loading
 
@@ -31,7 +30,6 @@ def record(prompt: str, **options: Any) -> None:
     Example:
       svg record "a red ball" --record-steps 4,12 --out qkv.safetensors
     """
-    from ..generate.job import resolve
     from ..recordings.record import record_job
     from .console import Terminal
 
@@ -43,19 +41,6 @@ def record(prompt: str, **options: Any) -> None:
         "layers": options.pop("record_layers"),
         "branches": None if branches is None else branches.split(","),
     }
-    out, run = options.pop("out"), pop_run_options(options)
-    job = resolve(
-        preset=options.pop("preset"),
-        model=options.pop("model"),
-        method="dense",
-        settings={},
-        generation={"prompt": prompt, **options},
-        **run,
-        out=Path(out),
-        force=True,
-        dense=True,
-        control=False,
-        lpips="none",
-    )
-    calls, size = record_job(job, Path(out), **chosen)
-    console.print(f"{calls} attention calls, {size / 2**20:.1f} MiB, written to {out}", highlight=False)
+    job = dense_job(prompt, options)
+    calls, size = record_job(job, job.out, **chosen)
+    console.print(f"{calls} attention calls, {size / 2**20:.1f} MiB, written to {job.out}", highlight=False)
