@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from torch import Tensor, nn
 
-from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 
 from .processor import VideoAttnProcessor, refuse_mask, register_skip
@@ -59,7 +58,7 @@ class StockAttnProcessor(VideoAttnProcessor):
         """
         self.check_plain(q, k, options)
         if not self.parallel:  # where the sequence is split, the layout is known before
-            self.state.layout = fitted(self.state.layout, q.shape[1])
+            fit_layout(self.state, q.shape[1])
         return self.attend(q, k, v, self.text_mask(attn_mask)).unflatten(2, (q.shape[2], -1))
 
     def text_mask(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -150,25 +149,23 @@ class _Functional:
         return getattr(F, name)
 
 
-def fitted(layout: TokenLayout | None, tokens: int, text: int | None = None) -> TokenLayout | None:
-    """A layout whose text, or whatever shares the sequence with the video, is all that is not video.
+def fit_layout(state: RunState, tokens: int, text: int | None = None) -> None:
+    """Take what this call has beside the video, text or whatever shares the sequence with it, into the forward's layout.
 
     Args:
-        layout: a layout whose grid is right, or None where none is needed, as in training.
+        state: the transformer's state; training begins no forward, and needs no layout.
         tokens: of the sequence.
         text: how many of them are not video, where that is known.
-
-    Returns:
-        The layout of this sequence.
 
     Raises:
         ValueError: the video has other tokens than the grid.
     """
-    if layout is None or layout.text_position == "none":
-        return layout
+    if not state.begun or state.layout.text_position == "none":
+        return
+    layout = state.layout
     rest = tokens - layout.video_tokens
     if rest < 0 or (text is not None and rest != text):
         raise ValueError(
             f"q must have the grid's {layout.video_tokens} video tokens, got {tokens} tokens, {text} of them text"
         )
-    return replace(layout, text_tokens=rest, text_position=layout.text_position if rest else "none")
+    state.layout = replace(layout, text_tokens=rest, text_position=layout.text_position if rest else "none")

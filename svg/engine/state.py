@@ -154,6 +154,11 @@ class RunState:
             raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
         return self._forward
 
+    @property
+    def begun(self) -> bool:
+        """Whether a forward was begun."""
+        return self._forward is not None
+
     step = property(lambda self: self.forward.step, doc="Index of the step, from 0.")
     num_steps = property(lambda self: self.forward.num_steps, doc="Steps of the run.")
     branch = property(lambda self: self.forward.branch, doc="Guidance branch.")
@@ -167,9 +172,18 @@ class RunState:
     def layout(self, layout: TokenLayout) -> None:
         self._forward = self.forward._replace(layout=layout)
 
+    @property
+    def config(self) -> MethodConfig:
+        """The method's settings; others may be set in the middle of a forward, and have no warm-up by noise then."""
+        return self._config
+
+    @config.setter
+    def config(self, config: MethodConfig) -> None:
+        self._config, self._scheduled = config, None
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and what is pickled, has the settings and no run."""
-        return {key: vars(self)[key] for key in ("config", "num_layers", "name", "timing")} | {"observer": None}
+        return {key: vars(self)[key] for key in ("_config", "num_layers", "name", "timing")} | {"observer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -240,10 +254,6 @@ class RunState:
     def is_warmup(self, layer: int) -> bool:
         """Whether a layer runs dense attention in the current step."""
         return self.scheduled.is_warmup(self.step, self.num_steps, layer, self.num_layers)
-
-    def change(self, config: MethodConfig) -> None:
-        """Go on with other settings, which have no warm-up by noise, in the same forward."""
-        self.config, self._scheduled = config, config.on_schedule(None)
 
     @property
     def scheduled(self) -> MethodConfig:

@@ -130,14 +130,14 @@ class _Probe:
         try:
             for layer, heads in self._groups():
                 state.layer(layer).match()  # as in a new run: no clusters, the generator at its seed
-                state.change(self._alone(layer, heads))
+                state.config = self._alone(layer, heads)
                 # Not the module's call: our own hooks must not take this for another step of the run.
                 changed = transformer.forward(*args, **kwargs)[0].float()
                 effect = (changed - exact).square().sum() / exact.square().sum()
                 found = {"step": state.step, "branch": str(state.branch), "layer": layer, "heads": heads}
                 self._effects.append({**found, "effect": effect.item()})
         finally:
-            state.change(dense)
+            state.config = dense
             state.observer = observer
             del state.records[records:]
 

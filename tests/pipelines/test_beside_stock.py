@@ -18,7 +18,7 @@ from svg.config import DenseConfig, NearConfig, SpargeConfig, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.records import AttentionRecord
 from svg.engine.state import RunState
-from svg.engine.summary import summarise
+from svg.engine.summary import summarize
 from svg.pipelines.attach import attached, transformers_of
 from svg.pipelines.processor import register_skip
 
@@ -382,5 +382,5 @@ def test_attaching_to_and_reporting_on_a_large_transformer_is_quick():
         for branch in ("cond", "uncond"):
             state.begin_forward(step, 25, branch, TokenLayout(21, 45, 80))
             state.records += [AttentionRecord(step, n, branch, torch.ones(1, 40), None, False, None) for n in range(40)]
-    summarise(state)
+    summarize(state)
     assert time.thread_time() - began < 1.0
