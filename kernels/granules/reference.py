@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .values import GranuleLists, Granules, OtherHeads, longest_first
 
+AT_ONCE = 1 << 23  # logits that are held at a time
 SPREAD_CAP = 6.0  # exp of a larger logit variance would let one outlier decide a row
 
 
@@ -105,14 +106,16 @@ def granule_scores_reference(
     V, T = sorted_q.shape[2], granules.k_mean.shape[2]
     number = granules.tokens[:, None, None, :T].float()
     k_mean = granules.k_mean.float()
+    log_number, spread, weight = number.log(), granules.spread[:, :, None], granules.weight[:, :, None] / number
+    step = max(1, AT_ONCE // (T * rows)) * rows  # whole groups
     out = []
-    for first in range(0, V, rows):
-        pooled = _pools(sorted_q[:, :, first : first + rows].float(), pool).to(q.dtype).float()
-        p = (scale * pooled @ k_mean.mT + number.log()).softmax(-1)
-        logit_variance = scale**2 * pooled.square().sum(-1, keepdim=True) * granules.spread[:, :, None]
-        error = p.square() * torch.expm1(logit_variance.clamp_max(SPREAD_CAP))
-        out.append((error * granules.weight[:, :, None] / number).mean(2))
-    return torch.stack(out, 2)
+    for first in range(0, V, step):
+        pooled = _pools(sorted_q[:, :, first : first + step].float(), pool).to(q.dtype).float()
+        p = (scale * pooled @ k_mean.mT + log_number).softmax(-1)
+        logit_variance = scale**2 * pooled.square().sum(-1, keepdim=True) * spread
+        error = p.square() * torch.expm1(logit_variance.clamp_max(SPREAD_CAP)) * weight
+        out.append(_pools(error, rows // pool))
+    return torch.cat(out, 2)
 
 
 def _in_order(q: Tensor, q_order: Tensor | None) -> Tensor:
@@ -262,17 +265,18 @@ def granule_attention_reference(
             if only is not None and not only[b, h]:
                 continue
             keys, values = _tokens_and_means(granules, b, h, held, tail, wide)
-            step = max(1, BIASES // (keys.shape[0] * lists.rows))
+            step = max(1, AT_ONCE // (keys.shape[0] * lists.rows))
             for group in range(0, lists.counts.shape[2], step):
                 index = order[b, h, group * lists.rows : (group + step) * lists.rows]
                 bias = _bias(granules, lists, b, h, slice(group, group + step), held, tail, wide)
-                rows = bias.repeat_interleave(lists.rows, 0)[: len(index)]
-                found, lse[b, h, index] = _attend(q[b, h, index].to(wide), keys, values, rows, scale, return_lse)
-                out[b, h, index] = found.to(out.dtype)
+                rows = F.pad(q[b, h, index].to(wide), (0, 0, 0, -len(index) % lists.rows)).unflatten(
+                    0, (-1, lists.rows)
+                )
+                found, logs = _attend(rows, keys, values, bias[:, None], scale, return_lse)
+                out[b, h, index] = found.flatten(0, 1)[: len(index)].to(out.dtype)
+                if logs is not None:
+                    lse[b, h, index] = logs.flatten()[: len(index)]
     return (out, lse.float()) if return_lse else out
-
-
-BIASES = 1 << 23  # of the rows that are computed together
 
 
 def _tokens_and_means(granules: Granules, b: int, h: int, held: Tensor, tail: bool, wide: torch.dtype):
@@ -303,12 +307,15 @@ def _bias(
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float, return_lse: bool):
-    """Rows of attention [R, D] and, where it is wanted, their log-sum-exps; zeros and -inf where nothing is seen."""
+    """Attention of row groups [n, rows, D] with their biases [n, 1, K], and log-sum-exps [n, rows] where they are wanted.
+
+    Rows that see nothing give zeros and -inf.
+    """
     if return_lse:
         logits = scale * q @ keys.T + bias
         lse = logits.logsumexp(-1)
-        return (logits - lse.clamp_min(-1e30)[:, None]).exp() @ values, lse
-    out = F.scaled_dot_product_attention(
-        q[None, None], keys[None, None], values[None, None], bias[None, None], scale=scale
-    )
-    return torch.where((bias > -torch.inf).any(-1, keepdim=True), out[0, 0], 0), -torch.inf
+        return (logits - lse.clamp_min(-1e30)[..., None]).exp() @ values, lse
+    several = (x.expand(len(q), 1, *x.shape) for x in (keys, values))
+    mask = bias[:, None].expand(-1, 1, q.shape[1], -1)
+    out = F.scaled_dot_product_attention(q[:, None], *several, mask, scale=scale)[:, 0]
+    return torch.where((bias > -torch.inf).any(-1, keepdim=True), out, 0), None

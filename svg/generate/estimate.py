@@ -1,4 +1,4 @@
-"""How long a run will take and what it holds, said once, after its third step."""
+"""How long a run will take and what it holds, said once: after its third step, or after its first sparse one."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class Estimate:
         self._is_dense = [_is_dense(config, step, self._steps) for step in range(self._steps)]
         self._sparse_step = sparse_step
         self._ends = [0.0]
+        self._said = False
 
     def __call__(self, progress: StepProgress) -> None:
         self._ends.append(progress.seconds)
-        if progress.step != AFTER or self._steps <= AFTER:
+        if self._said or progress.step < AFTER or progress.step == self._steps:
             return
         took = [later - before for before, later in itertools.pairwise(self._ends)]
         dense = _mean([seconds for seconds, is_dense in zip(took, self._is_dense) if is_dense])
@@ -56,6 +57,7 @@ class Estimate:
         known = [pace for pace in paces if pace is not None]
         if len(known) < len(paces):
             return
+        self._said = True
         one, rest = sum(known), ""
         if self._later and dense is not None:
             rest = f", {clock(one + self._later * self._steps * dense)} for all {self._later + 1} runs"

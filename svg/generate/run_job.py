@@ -32,7 +32,7 @@ from .estimate import Estimate
 from .job import RESULTS, Job, inputs_of
 from .report import describe_device, make_report, overall_density, run_summary
 from .several_gpus import rank
-from .warm_up import warm_up, warm_up_control
+from .warm_up import control_config, is_plain, warm_up
 
 __all__ = ["RESULTS", "describe_device", "overall_density", "run", "run_all", "run_summary", "to_uint8", "warm_up"]
 
@@ -159,7 +159,8 @@ class _Run:
         return [*(["accelerated"] if sparse else []), *(dense if self.job.dense else [])]
 
     def _one(self, name: str) -> None:
-        self.display.stage(f"warming up {name}")
+        if not is_plain(self.pipe, self.job):
+            self.display.stage(f"warming up {name}")
         config, last_step = self._warmed_up(name)
         if config is None:
             return
@@ -182,17 +183,15 @@ class _Run:
         self.results[name] = result
 
     def _warmed_up(self, name: str) -> tuple[MethodConfig | None, float | None]:
-        """What a run computes with, None where it cannot be made, and seconds of the warm-up's last step."""
-        job = self.job
+        """What a run computes with, None where it cannot be made, and seconds of the warm-up's last step, if it had one."""
+        job, plain = self.job, is_plain(self.pipe, self.job)
         if name == "control":
-            return warm_up_control(self.pipe, job, self.notes), None
+            return control_config(self.pipe, job, self.notes, warmed_up=not plain), None
         if name == "accelerated":
             config = job.config
         else:
             config = DenseConfig(dense_backend=job.config.dense_backend, check_finite=job.config.check_finite)
-        if self.results and self.pipe._execution_device.type == "cpu" and not job.compiled:
-            return config, None  # plain code: the run before this one has touched all that there is
-        return config, warm_up(self.pipe, job, config)
+        return config, None if plain else warm_up(self.pipe, job, config)
 
     def _stop(self, name: str, error: BaseException) -> dict[str, Any]:
         """Keep what is there after a later run, its measurement or its file went wrong."""

@@ -18,6 +18,11 @@ WARMUP_STEPS = 2
 _MATH_LIMIT = 4 * 2**30  # bytes of scores that the "math" backend may hold
 
 
+def is_plain(pipe: Any, job: Job) -> bool:
+    """Whether all of a job is plain code on a CPU, which compiles nothing: its first step is like any other."""
+    return pipe._execution_device.type == "cpu" and not job.compiled
+
+
 def warm_up(pipe: Any, job: Job, config: MethodConfig) -> float:
     """Compile and allocate, untimed: every step runs the method itself, in every layer.
 
@@ -30,20 +35,30 @@ def warm_up(pipe: Any, job: Job, config: MethodConfig) -> float:
         Seconds that its last step took.
     """
     accelerate(pipe, replace(config, warmup_steps=0.0, warmup_layers=0.0))
-    # Plain code on a CPU compiles nothing: its first step touches all memory, and a second one would only take time.
-    steps = 1 if pipe._execution_device.type == "cpu" and not job.compiled else WARMUP_STEPS
+    steps = 1 if is_plain(pipe, job) else WARMUP_STEPS  # one touches all memory
     ends = [0.0]
     generate(pipe, replace(job.request, steps=steps), lambda progress: ends.append(progress.seconds))
     return ends[-1] - ends[-2]
 
 
-def warm_up_control(pipe: Any, job: Job, notes: list[str]) -> DenseConfig | None:
-    """The first dense backend that differs from the baseline's and can run this model."""
+def control_config(pipe: Any, job: Job, notes: list[str], warmed_up: bool = True) -> DenseConfig | None:
+    """The first dense backend that differs from the baseline's and can run this model.
+
+    Args:
+        pipe: a pipeline that has run the job densely, which tells how large the attention map is.
+        job: what the control is of.
+        notes: told why there is none.
+        warmed_up: whether each is tried, untimed; else the first is taken.
+
+    Returns:
+        The control's settings, or None.
+    """
     refused = None
     for backend in _control_backends(pipe, job):
         config = DenseConfig(dense_backend=backend, check_finite=job.config.check_finite)
         try:
-            warm_up(pipe, job, config)
+            if warmed_up:
+                warm_up(pipe, job, config)
         except ValueError as error:
             refused = error
         else:

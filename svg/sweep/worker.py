@@ -21,7 +21,7 @@ from ..environment import versions
 from ..generate.job import Job
 from ..generate.report import describe_device, overall_density, run_summary, seconds_of
 from ..generate.run_job import to_uint8
-from ..generate.warm_up import WARMUP_STEPS, warm_up, warm_up_control
+from ..generate.warm_up import WARMUP_STEPS, control_config, warm_up
 from .cell import Cell
 
 
@@ -156,7 +156,7 @@ class Worker:
 
     def _control(self, pipe: Any, job: Job) -> MethodConfig:
         notes: list[str] = []
-        config = warm_up_control(pipe, job, notes)
+        config = control_config(pipe, job, notes)
         if config is None:
             raise ValueError("; ".join(notes))
         return config

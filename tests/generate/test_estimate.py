@@ -25,6 +25,12 @@ def test_sparse_steps_count_at_their_own_pace():
     assert "52 s for this video, 92 s for all 3 runs" in text and "GiB of memory" in text
 
 
+def test_without_a_warm_up_the_first_sparse_step_is_waited_for():
+    assert said(NearConfig(warmup_steps=0.2), 2, None, [1, 2, 3, 4]) == []
+    (text,) = said(NearConfig(warmup_steps=0.2), 2, None, [1, 2, 3, 4, 7, 10])
+    assert "52 s for this video, 92 s for all 3 runs" in text
+
+
 def test_sparse_steps_that_have_run_are_asked_themselves():
     (text,) = said(NearConfig(warmup_steps=0.05), 1, 9.0, [1, 4, 7, 10])
     assert "58 s for this video, 78 s for all 2 runs" in text  # one dense second, nineteen of three
