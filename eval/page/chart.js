@@ -76,3 +76,8 @@ function marker({ colour, shape }, x, y, size, outline = {}) {
     shape === "cross" ? { fill: "none", stroke: colour, strokeWidth: 2.3 } : { fill: colour, ...outline };
   return svg("path", { d, transform: `translate(${x} ${y})`, style });
 }
+
+// A line of a legend: a mark and what it stands for.
+function legendItem(width, mark, text) {
+  return el("li", {}, svg("svg", { width, height: 16, "aria-hidden": "true" }, mark), text);
+}

@@ -344,30 +344,9 @@ function legendItems() {
   const families = new Map(finished(inGroup()).map((cell) => [familyOf(cell), cell]));
   const text = { dense: "dense, the reference", control: "control: dense on another backend" };
   const items = [...families].map(([family, cell]) =>
-    el(
-      "li",
-      {},
-      svg(
-        "svg",
-        { width: 18, height: 16, "aria-hidden": "true" },
-        marker(lookOf(cell), 9, 8, 5),
-      ),
-      text[family] || family,
-    ),
+    legendItem(18, marker(lookOf(cell), 9, 8, 5), text[family] || family),
   );
   const sparse = marks().filter((mark) => mark.cell.role === "accelerated").length;
-  if (sparse > 1)
-    items.push(
-      el(
-        "li",
-        {},
-        svg(
-          "svg",
-          { width: 22, height: 16, "aria-hidden": "true" },
-          svg("path", { class: "front", d: "M1 12H11V4H21" }),
-        ),
-        "best trade-offs",
-      ),
-    );
+  if (sparse > 1) items.push(legendItem(22, svg("path", { class: "front", d: "M1 12H11V4H21" }), "best trade-offs"));
   return items;
 }

@@ -81,16 +81,7 @@ function measurePlot(methods, measure, width) {
 
 function recordedLegend(methods) {
   const items = [...new Set(methods.map(({ method }) => method))].map((name) =>
-    el(
-      "li",
-      {},
-      svg(
-        "svg",
-        { width: 18, height: 16, "aria-hidden": "true" },
-        marker(recordedLook(name), 9, 8, 5),
-      ),
-      name,
-    ),
+    legendItem(18, marker(recordedLook(name), 9, 8, 5), name),
   );
   return el("ul", { class: "legend" }, items);
 }

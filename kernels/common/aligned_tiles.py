@@ -8,6 +8,7 @@ import torch
 
 from . import target
 from .target import tl, triton
+from .tile_lists import larger, smaller
 
 ALIGN = 16  # bytes, and tokens in 8 bits
 
@@ -103,16 +104,6 @@ def _cut(runs: list[tuple[int, int]], block_n: int) -> list[tuple[int, int]]:
     return tiles
 
 
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
 @triton.jit(do_not_specialize=["Cq", "Ck", "tokens", "width"])
 def _aligned_tiles_kernel(
     block_map, sizes, tiles, counts, Cq, Ck, tokens, width,
@@ -125,8 +116,8 @@ def _aligned_tiles_kernel(
     start = tl.cumsum(n) - n
     # A run reaches from the end of the last skipped cluster to the start of the next one; empty clusters do not break it.
     skipped = (n > 0) & ~picked
-    run_start = tl.associative_scan(tl.where(skipped, start + n, 0), 0, _larger)
-    run_stop = tl.associative_scan(tl.where(skipped, start, tokens), 0, _smaller, reverse=True)
+    run_start = tl.associative_scan(tl.where(skipped, start + n, 0), 0, larger)
+    run_stop = tl.associative_scan(tl.where(skipped, start, tokens), 0, smaller, reverse=True)
     before = run_start % ALIGN
     body = run_start + tl.where(before > 0, BLOCK_N - before, 0)  # where the tiles after an unaligned one begin
     front = ((before > 0) & picked & (n > 0) & (start == run_start)).to(tl.int32)

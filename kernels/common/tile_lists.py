@@ -60,12 +60,12 @@ def _block_c(clusters: int) -> int:
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
     return tl.maximum(a, b)
 
 
 @triton.jit
-def _smaller(a, b):
+def smaller(a, b):
     return tl.minimum(a, b)
 
 
@@ -100,8 +100,8 @@ def _key_tiles_kernel(
     start = tl.cumsum(n) - n
     # A run reaches from the end of the last skipped cluster to the start of the next one; empty clusters do not break it.
     skipped = (n > 0) & ~picked
-    run_start = tl.associative_scan(tl.where(skipped, start + n, 0), 0, _larger)
-    run_stop = tl.associative_scan(tl.where(skipped, start, tokens), 0, _smaller, reverse=True)
+    run_start = tl.associative_scan(tl.where(skipped, start + n, 0), 0, larger)
+    run_stop = tl.associative_scan(tl.where(skipped, start, tokens), 0, smaller, reverse=True)
     # Each cluster writes those tiles of its run that begin inside it.
     offset = start - run_start
     first = tl.where(picked, tl.cdiv(offset, BLOCK_N), 0)

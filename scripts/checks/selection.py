@@ -284,15 +284,8 @@ def time_launches():
     granules = cut.cut_granules(k, v, k_order, 16, gather=False)
     for first in ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (256, 64, 8, 3), (64, 128, 4, 2)):
         yield f"launch normalizers {first}", _launched(q, q_order, granules, Launch(*first, 128, 64, 8, 3))
-    for second in (
-        (128, 64, 8, 2),
-        (128, 64, 8, 4),
-        (64, 128, 4, 3),
-        (64, 64, 4, 3),
-        (128, 128, 8, 2),
-        (256, 64, 8, 3),
-    ):
-        yield f"launch scores {second}", _launched(q, q_order, granules, Launch(128, 128, 8, 2, *second))
+    for tile in ((128, 64, 8, 2), (128, 64, 8, 4), (64, 128, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (256, 64, 8, 3)):
+        yield f"launch scores {tile}", _launched(q, q_order, granules, Launch(128, 128, 8, 2, *tile))
 
 
 def _launched(q, q_order, granules, launch) -> float:

@@ -89,40 +89,16 @@ def _documents() -> Iterator[Case]:
         "svg2": {},
     }
     for method, column in (("svg2", "head_top_p"), ("svg1", "head_density"), ("near", "head_budget")):
+        preset = ("--preset", "t.yaml", "--method", method)
+        arguments = ("generate", PROMPT, *preset, *LPIPS, "--out", "new", "--device", "cpu")
         for name, table in _head_tables():
             text = json.dumps({**good, method: {column: table}})
-            arguments = (
-                "generate",
-                PROMPT,
-                "--preset",
-                "t.yaml",
-                "--method",
-                method,
-                *LPIPS,
-                "--out",
-                "new",
-                "--device",
-                "cpu",
-            )
             yield Case(f"head tables: {name}", arguments, (column,), files={"t.yaml": text})
         for tuned in ({}, 3, {"model": 3}, dict(model="model", fingerprint="0" * 16, tokens=[3, 2, 3], device="cpu"),
                       dict(model="x/y", fingerprint=None, tokens=[3, 2, 3], device="cpu"),
                       dict(model="model", fingerprint="x", tokens=[3, 2], device="cpu"),
                       dict(model="model", fingerprint=[], tokens="abc", device=None)):  # fmt: skip
             text = json.dumps({**good, method: {column: [[0.5] * 2] * 3, "tuned_for": tuned}})
-            arguments = (
-                "generate",
-                PROMPT,
-                "--preset",
-                "t.yaml",
-                "--method",
-                method,
-                *LPIPS,
-                "--out",
-                "new",
-                "--device",
-                "cpu",
-            )
             yield Case("tuned for others", arguments, ("tuned", "tokens", "model", "device"), files={"t.yaml": text})
     for key in ("steps", "height", "width", "frames", "guidance", "fps", "flow_shift"):
         for value in ("x", None, -1, 0.5, [1], {}, True, 10**40):

@@ -6,19 +6,14 @@ from typing import Any
 
 import click
 
-from .options import dense_job, model_option, preset_option, run_options, seed_option, size_options
+from .options import dense_job, dense_run_options
 from .panels import Command
 from .process import quiet_loading
 
 
 @click.command(cls=Command)
 @click.argument("prompt")
-@model_option
-@preset_option
-@size_options
-@click.option("--negative-prompt", help="What the videos must not show.")
-@seed_option
-@run_options
+@dense_run_options
 @click.option(
     "--max-error", type=float, default=0.05, show_default=True, help="Most relative L2 error of a linear's output."
 )

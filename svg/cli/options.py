@@ -98,6 +98,14 @@ def run_options(command: Callable) -> Callable:
     return command
 
 
+def dense_run_options(command: Callable) -> Callable:
+    """Options of what `dense_job` makes: a model, its preset and sizes, and where it runs."""
+    negative = click.option("--negative-prompt", help="What the videos must not show.")
+    for option in (run_options, seed_option, negative, size_options, preset_option, model_option):
+        command = option(command)
+    return command
+
+
 def pop_run_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take what `run_options` added out of a command's options, with defaults in place."""
     device, dtype, offload, tiling = (options.pop(name) for name in ("device", "dtype", "offload", "vae_tiling"))

@@ -6,19 +6,14 @@ from typing import Any
 
 import click
 
-from .options import Numbers, dense_job, model_option, preset_option, run_options, seed_option, size_options
+from .options import Numbers, dense_job, dense_run_options
 from .panels import Command
 from .process import quiet_loading
 
 
 @click.command(cls=Command)
 @click.argument("prompt")
-@model_option
-@preset_option
-@size_options
-@click.option("--negative-prompt", help="What the videos must not show.")
-@seed_option
-@run_options
+@dense_run_options
 @click.option("--record-steps", type=Numbers(int), help="Steps to record, from 0; -1 is the last [default: three].")
 @click.option("--record-layers", type=Numbers(int), help="Layers to record, from 0; -1 is the last [default: all].")
 @click.option("--record-branches", help="Guidance branches, with commas, such as cond [default: all].")

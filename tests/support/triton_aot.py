@@ -32,6 +32,7 @@ from svg.kernels import (
     block_sparse_attention_quantised,
     block_statistics,
     gather_tokens,
+    granules,
     kmeans,
     kmeans_update,
     neighbour_order,
@@ -53,15 +54,6 @@ from svg.kernels.common.sums import sums_of
 from svg.kernels.dense_quantised.nvfp4 import fp4_attention
 from svg.kernels.dense_quantised.triton import LAUNCH as quantised_table
 from svg.kernels.dense_quantised.varlen import varlen_attention
-from svg.kernels.granules import (
-    cut_granules,
-    granule_attention,
-    granule_attention_quantized,
-    granule_scores,
-    listed_density,
-    quantize_granules,
-    select_granules,
-)
 from svg.kernels.granules.reference import cut_granules_reference, lists_of
 from svg.kernels.granules.values import GranuleLists
 from svg.kernels.selection.computed_pairs import computed_pairs
@@ -112,11 +104,11 @@ def run_operations(arch):
         for row in (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, True), Launch(128, 128, 8, 2, True)):
             yield f"block_sparse bf16 {row.name()}", lambda row=row: attention_launched(row)
         for D, tail in ((64, True), (96, True), (128, True), (128, False)):
-            yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: granules("bf16", D, 128, tail)
+            yield f"granules specialised D={D} tail={tail}", lambda D=D, tail=tail: over_granules("bf16", D, 128, tail)
     for name, D in itertools.product(("bf16", "fp32"), (64, 128)):
-        yield f"granules {name} D={D}", lambda name=name, D=D: granules(name, D, 64)
-    yield "granules bf16 D=128 of 32 rows", lambda: granules("bf16", 128, 32)
-    yield "granules bf16 D=128 of 16 rows", lambda: granules("bf16", 128, 16)
+        yield f"granules {name} D={D}", lambda name=name, D=D: over_granules(name, D, 64)
+    yield "granules bf16 D=128 of 32 rows", lambda: over_granules("bf16", 128, 32)
+    yield "granules bf16 D=128 of 16 rows", lambda: over_granules("bf16", 128, 16)
     for name, D, size, pool in (("bf16", 128, 16, 4), ("fp16", 64, 64, 1), ("fp32", 128, 8, 8)):
         yield (
             f"granules planned {name} D={D} size={size} pool={pool}",
@@ -187,13 +179,13 @@ def attention(dtype, D, tail=0, contiguous=False):
     )  # fmt: skip
 
 
-def granules(name, D, rows, tail=True):
+def over_granules(name, D, rows, tail=True):
     q = torch.zeros(1, 256, 2, D, dtype=DTYPES[name]).transpose(1, 2)
     order = torch.zeros(1, 2, 256, dtype=torch.int32)
     cut = cut_granules_reference(q, q, order, 16)
     lists = lists_of(torch.ones(1, 2, 256 // rows, 16, dtype=torch.bool), cut.tokens, 16, rows)
-    granule_attention(q, cut, lists, q_order=order, tail=tail, return_lse=True)
-    granule_attention(q, cut, lists, q_order=order, tail=tail, only=torch.ones(1, 2, dtype=torch.int32))
+    granules.granule_attention(q, cut, lists, q_order=order, tail=tail, return_lse=True)
+    granules.granule_attention(q, cut, lists, q_order=order, tail=tail, only=torch.ones(1, 2, dtype=torch.int32))
 
 
 def granules_in_8_bits(arch, fp8):
@@ -212,11 +204,11 @@ def granules_in_8_bits(arch, fp8):
 def granules_quantized(precision, D, size, own):
     q = torch.zeros(1, 256, 2, D, dtype=torch.bfloat16).transpose(1, 2)
     order, text = torch.zeros(1, 2, 200, dtype=torch.int32), torch.zeros(1, 56, dtype=torch.int32)
-    cut = quantize_granules(q, q, order, size=size, text=text, precision=precision, interleave=own)
+    cut = granules.quantize_granules(q, q, order, size=size, text=text, precision=precision, interleave=own)
     number = torch.zeros(1, 2, 2, dtype=torch.int32)
     lists = GranuleLists(number.flatten(), number.long(), number, number, number[..., None], number.flatten(), 128)
     for return_lse in (False, True):
-        granule_attention_quantized(
+        granules.granule_attention_quantized(
             q, cut, lists, q_order=order, return_lse=return_lse, failed=number[..., 0].contiguous()
         )
 
@@ -224,16 +216,16 @@ def granules_quantized(precision, D, size, own):
 def planned_granules(name, D, size, pool):
     q = torch.zeros(1, 256, 2, D, dtype=DTYPES[name]).transpose(1, 2)
     order, text = torch.zeros(1, 2, 200, dtype=torch.int32), torch.zeros(1, 56, dtype=torch.int32)
-    cut = cut_granules(q, q, order, size, text, torch.zeros(1, dtype=torch.int32))
-    scores = granule_scores(q, order, cut, rows=128, pool=pool)
-    lists = select_granules(scores, cut.tokens, budget=0.2, floor=0.5, size=size, rows=128)
-    listed_density(lists, torch.zeros(1, dtype=torch.int64), video=200, text=56, size=size)
+    cut = granules.cut_granules(q, q, order, size, text, torch.zeros(1, dtype=torch.int32))
+    scores = granules.granule_scores(q, order, cut, rows=128, pool=pool)
+    lists = granules.select_granules(scores, cut.tokens, budget=0.2, floor=0.5, size=size, rows=128)
+    granules.listed_density(lists, torch.zeros(1, dtype=torch.int64), video=200, text=56, size=size)
     sums_of(q, q, q)
 
 
 def listed(T):
     tokens = torch.zeros(1, T, dtype=torch.int32)
-    select_granules(torch.zeros(1, 2, 3, T), tokens, budget=0.2, floor=0.5, size=16, rows=128)
+    granules.select_granules(torch.zeros(1, 2, 3, T), tokens, budget=0.2, floor=0.5, size=16, rows=128)
 
 
 def quantised(precision, D, **options):

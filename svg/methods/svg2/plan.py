@@ -69,7 +69,7 @@ def plan(
         found = _assembled(chosen, chosen.k_blocks.means, k, v, config, layout, text_mask)
     else:
         chosen = kept.chosen
-        found = _reused(kept, q, k, v, config, layout, text_mask)
+        found = _reused(kept, k, v, config, layout, text_mask)
     reuse.remember(state, config, kept, found, chosen, q[:, :, layout.video_slice], k[:, :, layout.video_slice])
     return found
 
@@ -89,7 +89,6 @@ class Chosen(NamedTuple):
 
 def _reused(
     kept: reuse.SharedClustering,
-    q: Tensor,
     k: Tensor,
     v: Tensor,
     config: SVG2Config,
