@@ -100,17 +100,17 @@ def _reused(
     if config.compensate:
         means = _means(k[:, :, layout.video_slice], blocks)
     if text_mask is not None:  # where the prompt ends is this call's
-        return replace(_assembled(kept.chosen, means, k, v, config, layout, text_mask), reused=True)
+        return replace(_assembled(k, v, kept.chosen, means, config, layout, text_mask), reused=True)
     if means is None:
         return kept.plan.reused_with(None)
     return kept.plan.reused_with((means.to(k.dtype), _means(v[:, :, layout.video_slice], blocks).to(v.dtype)))
 
 
 def _assembled(
-    chosen: Chosen,
-    means: Tensor | None,
     k: Tensor,
     v: Tensor,
+    chosen: Chosen,
+    means: Tensor | None,
     config: SVG2Config,
     layout: TokenLayout,
     text_mask: Tensor | None,
