@@ -66,7 +66,7 @@ def plan(
     kept = reuse.still_good(state, config)
     if kept is None:
         chosen = _choose(q, k, config, state, layout)
-        found = _assembled(chosen, chosen.k_blocks.means, k, v, config, layout, text_mask)
+        found = _assembled(k, v, chosen, chosen.k_blocks.means, config, layout, text_mask)
     else:
         chosen = kept.chosen
         found = _reused(kept, k, v, config, layout, text_mask)
