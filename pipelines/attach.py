@@ -158,7 +158,8 @@ def report(pipe: Any) -> dict[str, Any]:
         pipe: an accelerated pipeline.
 
     Returns:
-        {"config": the method's settings, "transformers": {name: summary of its calls and "transformer_seconds"}}.
+        {"config": the method's settings, "transformers": {name: summary of its calls, "transformer_seconds", and
+        "linears", None or {linears (in 8 bits), precision, guard {probes, largest_error, own_precision}}}}.
 
     Raises:
         ValueError: the pipeline isn't accelerated.
@@ -172,7 +173,14 @@ def report(pipe: Any) -> dict[str, Any]:
     for hook in hooks.values():
         if not hook.same_run(latest):  # Wan2.2 may leave one of its transformers out of a run
             hook.reset()
-    summaries = {name: {**summarize(hook.state), "transformer_seconds": hook.seconds()} for name, hook in hooks.items()}
+    summaries = {
+        name: {
+            **summarize(hook.state),
+            "transformer_seconds": hook.seconds(),
+            "linears": hook.linear_guard.summary(),
+        }
+        for name, hook in hooks.items()
+    }
     return {"config": latest.state.config.to_dict(), "transformers": summaries}
 
 

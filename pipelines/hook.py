@@ -14,7 +14,8 @@ from torch import nn
 from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
-from .linears import begin_run, find_linears, quantize_linears, restore_linears
+from .linear_guard import LinearGuard
+from .linears import find_linears, quantize_linears, restore_linears
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -62,6 +63,7 @@ class RunHook(ModelHook):
         config = self.state.config
         names = find_linears(transformer, self.spec, config.linears, self.state.name)
         self.linears = quantize_linears(transformer, names, config.linear_precision)
+        self.linear_guard = LinearGuard(transformer, self.linears, config)
         if self.state.config.fused is not False:
             self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))
         self._made_registry = not hasattr(transformer, "_diffusers_hook")
@@ -134,13 +136,14 @@ class RunHook(ModelHook):
         position = self.position
         if position.enter(transformer, self._context(), latents, inputs[self.spec.timestep]):
             self._begin_run()
-            begin_run(transformer, self.linears)
+            self.linear_guard.begin_run()
             self.timers = []
             self.started = time.perf_counter()
             self._warn_of_no_warmup()
         self.state.begin_forward(
             step=position.step, num_steps=position.num_steps, branch=position.branch, layout=layout
         )
+        self.linear_guard.begin_forward(position.step, position.branch)
         self._running = Timer(latents.device)
 
     def _begin_run(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svg.config.base import LINEARS
@@ -31,6 +32,7 @@ _JOINT_OUT = re.compile(r"proj_out(\.base_layer)?")  # of attention and feed-for
 _NOT = re.compile(r"(^|\.)(lora_|norm)")
 ALIKE = ("to_q", "to_k", "to_v", "to_query", "to_key", "to_value")  # which take the same input
 EDGES_FROM = 4  # blocks from which on the first and the last stay in 16 bits
+SAMPLED = 32  # output channels whose 16-bit weights stay on the device, for the guard
 
 
 class SharedInput:
@@ -89,6 +91,10 @@ class QuantizedLinear(nn.Module):
             found = (quantize_rows if precision == "fp8" else quantize_blocks)(linear.weight)
         self.register_buffer("values", found.values, persistent=False)
         self.register_buffer("scale", found.scale, persistent=False)
+        self.register_buffer("sample", None, persistent=False)  # of the 16-bit weight, for the guard
+        self.sampled = slice(0, 0)
+        self.own: Tensor | None = None  # the 16-bit weight, where the guard went back to it
+        self.probe: Callable[[Tensor, Tensor], None] | None = None  # told input and output of this forward
         self._kept = (linear,)  # in a tuple: no submodule, which would be moved to the GPU
         linear.weight.data = linear.weight.data.cpu()
 
@@ -96,6 +102,8 @@ class QuantizedLinear(nn.Module):
         """[..., K], or its quantised rows -> [..., N] of the same dtype."""
         if isinstance(x, QuantizedRows):
             return self._fp8(x)
+        if self.own is not None:
+            return F.linear(x, self.own, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             raise NotImplementedError(
                 "linears in 8 bits have no backward pass, and an input requires a gradient: run under "
@@ -103,7 +111,14 @@ class QuantizedLinear(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return self._fp8(self.shared.quantize(x)) if self.precision == "fp8" else self._int8(x)
+        out = self._fp8(self.shared.quantize(x)) if self.precision == "fp8" else self._int8(x)
+        if self.probe is not None:
+            self._probe(x, out)
+        return out
+
+    @torch.compiler.disable  # what it finds is queued on the host
+    def _probe(self, x: Tensor, out: Tensor) -> None:
+        self.probe(x, out)
 
     def _fp8(self, x: QuantizedRows) -> Tensor:
         return fp8_linear(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
@@ -118,6 +133,26 @@ class QuantizedLinear(nn.Module):
         """The 16-bit weight, in CPU memory."""
         return self._kept[0].weight
 
+    def keep_sample(self) -> None:
+        """Keep a few output channels of the 16-bit weight on the device."""
+        self.sampled = slice(None, None, -(-self.out_features // SAMPLED))
+        self.sample = self.weight.detach()[self.sampled].contiguous().to(self.values.device)
+
+    def take_own(self) -> None:
+        """Compute with the 16-bit weight from now on, until the next run."""
+        if self.own is None:
+            self.own, self.probe = self.weight.detach().to(self.values.device), None
+            self.shared.users -= 1
+
+    def begin_run(self) -> None:
+        """Forget what the last run taught: 8 bits again, and in INT8 another first threshold."""
+        if self.own is not None:
+            self.own = None
+            self.shared.users += 1
+        self.probe = None
+        if self.shared.steering is not None:
+            self.shared.steering.threshold = None
+
     def original(self) -> nn.Linear:
         """The linear in whose place this is, with its weight where the quantised one is."""
         linear = self._kept[0]
@@ -129,10 +164,12 @@ class QuantizedLinear(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            if self._buffers[name].dtype != tensor.dtype:
+            if tensor is not None and self._buffers[name].dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(self._buffers[name].device)
         kept = self.weight
         kept.data = kept.data.to(fn(kept.data.new_empty(0)).dtype)
+        if self.own is not None:
+            self.own = fn(self.own)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -246,7 +283,8 @@ def is_untouched(module: nn.Module) -> bool:
 def takes_rows(*linears: Any) -> bool:
     """Whether linears can be called with quantised rows, past whatever else would see the call."""
     plain = (type(linear) is QuantizedLinear and is_untouched(linear) for linear in linears)
-    return all(plain) and all(linear.precision == "fp8" for linear in linears)
+    # A guard that probes this forward compares with the product of what the rows were before.
+    return all(plain) and all(one.precision == "fp8" and one.own is None and one.probe is None for one in linears)
 
 
 def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: str = "auto") -> list[str]:
@@ -281,19 +319,6 @@ def best_precision(transformer: nn.Module) -> str:
     if device.type == "cpu" and torch.cuda.is_available():
         device = torch.device("cuda")
     return "fp8" if target.has_fp8(device) else "int8"
-
-
-def begin_run(transformer: nn.Module, names: Iterable[str]) -> None:
-    """Forget what the last run taught linears in INT8, so that the same seed gives the same video.
-
-    Args:
-        transformer: the transformer.
-        names: what `quantize_linears` returned.
-    """
-    for name in names:
-        steering = transformer.get_submodule(name).shared.steering
-        if steering is not None:
-            steering.threshold = None
 
 
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:

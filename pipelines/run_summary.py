@@ -27,6 +27,7 @@ class RunSummary:
         speedup: estimated speed-up of the transformer over a run in which every call takes what this run's dense ones
             took; None as before.
         recomputed: heads that the guard computed again, as a share of those it watched; None without a guard.
+        linears_back: linears in 8 bits that the guard took back to their own precision; None without such a guard.
         peak_memory: bytes torch held at most on the GPU since its statistics were last reset; None on a CPU.
         transformer_seconds: in the transformers' forwards.
     """
@@ -38,6 +39,7 @@ class RunSummary:
     attention_speedup: float | None
     speedup: float | None
     recomputed: float | None
+    linears_back: int | None
     peak_memory: int | None
     transformer_seconds: float
 
@@ -52,7 +54,9 @@ class RunSummary:
         return f"<table>{''.join(cells)}</table>"
 
     def _rows(self) -> list[tuple[str, str]]:
-        guard = "off" if self.recomputed is None else f"{_percent(self.recomputed)} of the heads computed again"
+        watched = [] if self.recomputed is None else [f"{_percent(self.recomputed)} of the heads computed again"]
+        watched += [] if self.linears_back is None else [f"linears in their own precision again: {self.linears_back}"]
+        guard = ", ".join(watched) or "off"
         memory = "-" if self.peak_memory is None else f"{self.peak_memory / 2**30:.1f} GiB"
         return [
             ("method", self.method),
@@ -92,6 +96,7 @@ def summary(pipe: Any) -> RunSummary:
     attention, as_dense, speedup = _attention(parts)
     guards = [part["quantised"]["guard"] for part in parts if part["quantised"] and part["quantised"]["guard"]]
     watched = sum(guard["head_calls"] for guard in guards)
+    linears = [part["linears"]["guard"] for part in parts if part["linears"] and part["linears"]["guard"]]
     return RunSummary(
         method=found["config"]["method"],
         density=_weighted(parts, "all_calls", "total"),
@@ -100,6 +105,7 @@ def summary(pipe: Any) -> RunSummary:
         attention_speedup=speedup,
         speedup=(seconds - attention + as_dense) / seconds if as_dense is not None and seconds else None,
         recomputed=sum(guard["recomputed"] for guard in guards) / watched if watched else None,
+        linears_back=sum(len(guard["own_precision"]) for guard in linears) if linears else None,
         peak_memory=_peak_memory(hooks),
         transformer_seconds=seconds,
     )

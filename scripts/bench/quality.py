@@ -4,7 +4,7 @@
         --configs "dense,dense_backend=math" "svg1,density=0.3" "svg2,top_p=0.9,num_q_clusters=48,num_k_clusters=128"
 
 Prompts are held-out captions of scripts/tiny/world.py unless `--prompt` is given. The first config named plain `dense` is the reference.
-Rows are written as they are measured; a file that is there is continued.
+Rows are written as they are measured; a file that is there is continued, without the dense runs whose frames `--keep` has.
 """
 
 from __future__ import annotations
@@ -57,6 +57,19 @@ def measure(pipe, settings: dict, request: GenerationRequest):
     return to_uint8(result.frames), row
 
 
+def dense(pipe, request: GenerationRequest, keep: Path | None):
+    """Frames and row of the reference: those of an earlier process, where it kept them."""
+    kept = None if keep is None else keep / f"dense-{request.seed}.npz"
+    if kept is not None and kept.exists():
+        with np.load(kept) as found:
+            return found["frames"], json.loads(str(found["row"]))
+    frames, row = measure(pipe, {"method": "dense"}, request)
+    if kept is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        np.savez(kept, frames=frames, row=json.dumps(row))
+    return frames, row
+
+
 def summarise_row(row: dict) -> str:
     names = ("psnr", "ssim", "lpips", "density_all_calls", "density_sparse_calls", "seconds", "attention_seconds")
     return f"{row['config']}: " + " ".join(f"{k} {row[k]:.4g}" for k in names if row[k] is not None)
@@ -81,6 +94,7 @@ def main() -> None:
     parser.add_argument("--lpips", default="alex", choices=("alex", "vgg", "none"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default=None)
+    parser.add_argument("--keep", type=Path, help="folder for the dense frames, one prompt, size and model a seed")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     frames, height, width = map(int, args.size.split("x"))
@@ -103,7 +117,7 @@ def main() -> None:
         done = {row["config"] for row in result["rows"] if row["prompt"] == prompt}
         if done >= {"dense", *args.configs}:
             continue
-        reference, dense_row = measure(pipe, {"method": "dense"}, request)
+        reference, dense_row = dense(pipe, request, args.keep)
         for text in ["dense", *args.configs]:
             if text in done:
                 continue

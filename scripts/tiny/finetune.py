@@ -1,9 +1,10 @@
-"""Fine-tune tiny-wan with bf16 attention and with INT8 attention from the same weights, data and noise; compare the losses.
+"""Fine-tune tiny-wan in bf16 and with INT8 attention, and linears, from the same weights, data and noise; compare the losses.
 
 The whole transformer is trained on fresh scenes of world.py with one kind of object, which shifts the captions and
-clips it was trained on. Both runs see the same numbers in the same order, so that every difference is attention's.
+clips it was trained on. Both runs see the same numbers in the same order, so that every difference is INT8's.
 
     python scripts/tiny/finetune.py --out finetune.json                                  (one GPU, under a minute)
+    python scripts/tiny/finetune.py --linears all --out finetune.json                    (the blocks' linears in INT8 too)
     python scripts/tiny/finetune.py --size 9x32x48 --clips 4 --batch 2 --steps 4         (a toy on a CPU)
 """
 
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from world import SHAPES, captions, render, sample_scenes
 
 import svg
+from svg.config.base import LINEARS
 from svg.kernels.training.op import PRODUCTS
 
 BAR = 0.01  # of the final loss, relative
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--gradients", choices=PRODUCTS, default="int8", help="as in svg.training_attention")
+    parser.add_argument("--linears", choices=LINEARS, default="none", help="which run in INT8, as in svg.int8_training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="where to write both curves (JSON)")
@@ -99,15 +102,16 @@ def data(args) -> tuple[torch.Tensor, torch.Tensor]:
     return latents, PromptEncoder(encoder, tokenizer.pad_token_id)(ids)
 
 
-def finetune(args, latents: torch.Tensor, texts: torch.Tensor, attention: str) -> list[float]:
-    """Losses of every step of a run with "bf16" or "int8" attention."""
+def finetune(args, latents: torch.Tensor, texts: torch.Tensor, kind: str) -> list[float]:
+    """Losses of every step of a run in "bf16" or "int8"."""
     torch.manual_seed(args.seed)
     transformer = WanTransformer3DModel.from_pretrained(args.model, subfolder="transformer").float().to(args.device)
     transformer.train()
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=args.lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: the same numbers on every device
     losses = []
-    with svg.int8_training(transformer, args.gradients) if attention == "int8" else contextlib.nullcontext():
+    in_int8 = kind == "int8"
+    with svg.int8_training(transformer, args.gradients, args.linears) if in_int8 else contextlib.nullcontext():
         for _ in range(args.steps):
             index = torch.randint(len(latents), (args.batch,), generator=generator)
             loss = flow_loss(transformer, latents[index], texts[index], generator)

@@ -207,8 +207,9 @@ class GuardedConfig(MethodConfig):
     Args:
         guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
             range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.
-        probe_every: steps from one probe of a layer to the next, >= 1; 0: never probe.
-        tolerance: relative L2 error of a head's probed rows, > 0, above which it is computed again.
+        probe_every: steps from one probe of a layer, or of a linear in 8 bits, to the next, >= 1; 0: never probe.
+        tolerance: relative L2 error of a head's probed rows, > 0, above which it is computed again; of a linear's, above
+            which it is in its own precision from the next forward on.
     """
 
     guard: bool = True

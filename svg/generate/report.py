@@ -151,7 +151,7 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
 
 
 def _quantized_notes(run: dict[str, Any] | None) -> list[str]:
-    """What a reader must know of attention in fewer bits: emulation, and heads that were computed again."""
+    """What a reader must know of fewer bits: emulation, heads that were computed again, linears that left 8 bits."""
     parts = [part["quantised"] for part in (run or {"transformers": {}})["transformers"].values()]
     parts = [part for part in parts if part is not None]
     emulated = sorted({name for part in parts for name, one in part["precisions"].items() if one["emulated"]})
@@ -160,7 +160,15 @@ def _quantized_notes(run: dict[str, Any] | None) -> list[str]:
     again, heads = (sum(guard[key] for guard in guards) for key in ("recomputed", "head_calls"))
     if again:
         notes.append(f"the guard computed {again} of {heads} head calls again without quantisation")
-    return notes
+    return notes + _linear_notes(run)
+
+
+def _linear_notes(run: dict[str, Any] | None) -> list[str]:
+    """Which linears left 8 bits during the run."""
+    parts = [part.get("linears") for part in (run or {"transformers": {}})["transformers"].values()]
+    guards = [(part["linears"], part["guard"]) for part in parts if part is not None and part["guard"] is not None]
+    back, linears = sum(len(guard["own_precision"]) for _, guard in guards), sum(count for count, _ in guards)
+    return [f"the guard took {back} of {linears} linears back to their own precision"] if back else []
 
 
 def transformer_of(pipe: Any) -> Any:

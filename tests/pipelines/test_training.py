@@ -146,7 +146,7 @@ def test_the_example_gives_both_curves(monkeypatch):
     script = importlib.import_module("finetune")
     args = argparse.Namespace(
         model=Path(svg.pipelines.__file__).parent / "tiny-wan", size="5x32x32", shape="ring", clips=2, batch=2, steps=2,
-        lr=1e-4, gradients="int8", seed=0, device="cpu",
+        lr=1e-4, gradients="int8", linears="all", seed=0, device="cpu",
     )  # fmt: skip
     latents, texts = script.data(args)
     assert latents.shape == (2, 16, 2, 8, 8) and texts.shape == (2, 512, 128)
