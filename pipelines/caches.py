@@ -13,11 +13,14 @@ from svg.documents import MEBIBYTE, read_json, shown
 CACHES = {
     "first-block": ("FirstBlockCacheConfig", "threshold", 0.05),
     "taylorseer": ("TaylorSeerCacheConfig", "cache_interval", 5),
+    "seacache": ("SeaCacheConfig", "threshold", 0.25),
     "dbcache": ("DBCacheConfig", "residual_diff_threshold", 0.08),
 }
 # Whose numbers are of one model and are read from a file: what Diffusers prints with `MagCacheConfig(calibrate=True)`.
 FROM_FILE = {"magcache": ("MagCacheConfig", "mag_ratios")}
 CACHE_DIT = ("DBCacheConfig",)
+# SeaCache asks for the noise of a step, which these alone pass on; beside others it would run everything, with a warning.
+SEA_PIPELINES = ("WanPipeline", "Cosmos3OmniPipeline")
 # What TaylorSeer predicts. Diffusers' own pattern wants a name that ends in attn, which Wan's attn1 does not.
 PREDICTED = (
     r"(.*\.)?[a-z_]*(blocks|layers)\.\d+\.(.*\.)?(attn\d*|self_attn|self_attention|cross_attention|ffn?|feed_forward)"
@@ -78,7 +81,7 @@ def enable_cache(pipe: Any, cache: str, steps: int) -> None:
         steps: of the run.
 
     Raises:
-        ValueError: as `parse_cache`.
+        ValueError: as `parse_cache`, or the cache does nothing beside this pipeline.
     """
     import diffusers
 
@@ -90,6 +93,11 @@ def enable_cache(pipe: Any, cache: str, steps: int) -> None:
 
         cache_dit.enable_cache(pipe, cache_config=getattr(cache_dit, kind)(**{field: value}))
         return
+    if kind == "SeaCacheConfig" and type(pipe).__name__ not in SEA_PIPELINES:
+        raise ValueError(
+            f"cache seacache must be left out for {type(pipe).__name__}, which does not tell it how much noise a step has "
+            f"({' and '.join(SEA_PIPELINES)} do): use first-block or taylorseer"
+        )
     more = {
         "MagCacheConfig": {"num_inference_steps": steps},
         "TaylorSeerCacheConfig": {"cache_identifiers": [PREDICTED]},

@@ -21,7 +21,6 @@ from .processor import (
     register_skip,
 )
 from .spec import FIRST, ModelSpec
-from .stock import fit_layout
 
 
 class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
@@ -53,8 +52,7 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
             q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
             q, k = _rotate_video(q, image_rotary_emb, text), _rotate_video(k, image_rotary_emb, text)
-        fit_layout(self.state, text + video, text)
-        out = attn.to_out[1](attn.to_out[0](self.attend(q, k, v)))  # [B, S, C]
+        out = attn.to_out[1](attn.to_out[0](self.attend(q, k, v, text=text)))  # [B, S, C]
         encoder_hidden_states, hidden_states = out.split([text, video], dim=1)
         return hidden_states, encoder_hidden_states
 

@@ -162,13 +162,13 @@ class FusedForward:
 
     def __init__(self, block: nn.Module, everywhere: bool = True):
         self.block = block
+        self.own = type(block).forward  # kept, as torch.compile cannot ask a class of Diffusers for it
         self.everywhere = everywhere
         self.active = True
 
     def __call__(self, *args, **kwargs):
-        kind = type(self.block)
         fused = self.active and not torch.is_grad_enabled() and (self.everywhere or _on_gpu(args, kwargs))
-        forward = FORWARDS[kind.__name__] if fused else kind.forward
+        forward = FORWARDS[type(self.block).__name__] if fused else self.own
         return forward(self.block, *args, **kwargs)
 
 

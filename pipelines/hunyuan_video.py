@@ -11,7 +11,6 @@ from .layouts import channels_first, patches
 from .parallel import JOINT_PLAN
 from .processor import VideoAttnProcessor, apply_rope, both_streams, norm_and_rotate, project_qkv, register_skip
 from .spec import LAST, ModelSpec
-from .stock import fit_layout
 
 
 class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
@@ -88,8 +87,6 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
 
     def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         """Attention over video and text, [B, S, H, D] -> [B, S, H * D]."""
-        video = self.state.layout.video_tokens if self.parallel else q.shape[1] - text
-        fit_layout(self.state, video + text, text)
         return self.attend(q, k, v, text_mask, text)
 
 

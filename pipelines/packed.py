@@ -15,7 +15,7 @@ from svg.engine.layout import TokenLayout
 from .hunyuan_video import HunyuanVideoSparseAttnProcessor, attention_modules
 from .layouts import channels_first
 from .spec import PACKED, ModelSpec
-from .stock import StockAttnProcessor, fit_layout
+from .stock import StockAttnProcessor
 
 
 class Cosmos3SparseAttnProcessor(StockAttnProcessor):
@@ -38,7 +38,6 @@ class FramepackSparseAttnProcessor(HunyuanVideoSparseAttnProcessor):
     def joint(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         video = self.state.layout.video_tokens
         history = q.shape[1] - text - video
-        fit_layout(self.state, q.shape[1])
         if text_mask is not None:
             text_mask = torch.cat([text_mask, text_mask.new_ones(text_mask.shape[0], history)], dim=1)
         q, k, v = (x.roll(-history, 1) for x in (q, k, v))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,21 +67,27 @@ class VideoAttnProcessor:
         """Whether this rank has a stretch of the video's tokens only."""
         return self._parallel_config is not None
 
+    @torch.compiler.disable  # here, and not further in: every frame between a block and this one breaks with it
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None, text: int = 0) -> Tensor:
-        """Run the shared attention for this layer.
+        """Run the shared attention for this layer, and take what q has beside the video into the forward's layout.
 
         Args:
             q, k, v: float [B, S, H, D], after QK-norm and RoPE; k and v may have fewer heads, each for H / Hkv in a row.
             text_mask: bool [B, text_tokens], True for real prompt tokens; None: all are real.
-            text: tokens that every rank has whole under context parallelism, which splits the others.
+            text: tokens that are not the video's, where the family knows it; under context parallelism every rank has them
+                whole, and a stretch of the others.
 
         Returns:
             Float [B, S, H * D], dtype of q.
 
         Raises:
             NotImplementedError: ring attention, or gradients or settings of single heads under context parallelism.
-            ValueError: a Diffusers attention backend that cannot be kept was chosen.
+            ValueError: a Diffusers attention backend that cannot be kept was chosen, or the video has other tokens than
+                the grid.
         """
+        if text or not self.parallel:  # without text a split sequence's layout is known before
+            layout = self.state.layout
+            fit_layout(self.state, layout.video_tokens + text if self.parallel else q.shape[1], text or None)
         device = q.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # as PyTorch's attention does
             q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
@@ -96,7 +103,6 @@ class VideoAttnProcessor:
         backend = dense_backend(self, self.state.config)
         return attend(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend)
 
-    @torch.compiler.disable
     def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         if torch.is_grad_enabled() and q.requires_grad:
             raise NotImplementedError("gradients must be off under context parallelism: run under torch.no_grad()")
@@ -108,6 +114,28 @@ class VideoAttnProcessor:
         q, k, v = (exchange.heads_for_tokens(x) for x in (q, k, v))
         self.state.peers = exchange.peers
         return exchange.tokens_for_heads(self._attend(q, k, v, text_mask))
+
+
+def fit_layout(state: RunState, tokens: int, text: int | None = None) -> None:
+    """Take what this call has beside the video, text or whatever shares the sequence with it, into the forward's layout.
+
+    Args:
+        state: the transformer's state.
+        tokens: of the sequence.
+        text: how many of them are not video, where that is known.
+
+    Raises:
+        ValueError: the video has other tokens than the grid.
+    """
+    layout = state.layout
+    if layout.text_position == "none":
+        return
+    rest = tokens - layout.video_tokens
+    if rest < 0 or (text is not None and rest != text):
+        raise ValueError(
+            f"q must have the grid's {layout.video_tokens} video tokens, got {tokens} tokens, {text} of them text"
+        )
+    state.layout = replace(layout, text_tokens=rest, text_position=layout.text_position if rest else "none")
 
 
 def refuse_parallel(processor: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -57,8 +56,6 @@ class StockAttnProcessor(VideoAttnProcessor):
             NotImplementedError: causal attention, a scale of its own, or a mask that the family does not take.
         """
         self.check_plain(q, k, options)
-        if not self.parallel:  # where the sequence is split, the layout is known before
-            fit_layout(self.state, q.shape[1])
         return self.attend(q, k, v, self.text_mask(attn_mask)).unflatten(2, (q.shape[2], -1))
 
     def text_mask(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -147,25 +144,3 @@ class _Functional:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(F, name)
-
-
-def fit_layout(state: RunState, tokens: int, text: int | None = None) -> None:
-    """Take what this call has beside the video, text or whatever shares the sequence with it, into the forward's layout.
-
-    Args:
-        state: the transformer's state; training begins no forward, and needs no layout.
-        tokens: of the sequence.
-        text: how many of them are not video, where that is known.
-
-    Raises:
-        ValueError: the video has other tokens than the grid.
-    """
-    if not state.begun or state.layout.text_position == "none":
-        return
-    layout = state.layout
-    rest = tokens - layout.video_tokens
-    if rest < 0 or (text is not None and rest != text):
-        raise ValueError(
-            f"q must have the grid's {layout.video_tokens} video tokens, got {tokens} tokens, {text} of them text"
-        )
-    state.layout = replace(layout, text_tokens=rest, text_position=layout.text_position if rest else "none")

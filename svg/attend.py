@@ -79,8 +79,9 @@ def attend(
     precision: str | None = None
     if not dense:
         precision, dense = _precision(config, state, layer, q.device)
-    kind, density, plan, outcome = None, torch.ones(q.shape[:2]), None, None
+    kind, plan, outcome = None, None, None
     if dense or precision is None:
+        density = torch.ones(q.shape[:2])
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
         if residual.is_due(state, layer):
             _keep_residual(q, k, v, out, state, layer, text_mask)
@@ -137,8 +138,7 @@ def _planned(
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device)
     with torch.no_grad():
-        settings = state.scheduled.at_step(state.step, state.num_steps)
-        plan = planner(config).plan(q, k, v, settings, memory, layout, text_mask)
+        plan = planner(config).plan(q, k, v, state.settings, memory, layout, text_mask)
     if precision == "native" or not isinstance(config, GuardedConfig) or not config.guard:
         return plan.execute(q, k, v, precision), plan, None
 

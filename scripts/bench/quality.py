@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--size", default="33x256x256", help="frames x height x width")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--flow-shift", type=float, default=None, help="default: the model's")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--prompt", action="append")
     parser.add_argument("--seed", type=int, default=0)
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     frames, height, width = map(int, args.size.split("x"))
-    pipe = load_pipeline(args.model, device=args.device, dtype=args.dtype)
+    pipe = load_pipeline(args.model, device=args.device, dtype=args.dtype, flow_shift=args.flow_shift)
     pipe.set_progress_bar_config(disable=True)
     device = pipe.transformer.device
     result = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
@@ -107,7 +108,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "size": [frames, height, width], "steps": args.steps, "guidance": args.guidance,
-        "dtype": str(pipe.transformer.dtype),
+        "flow_shift": args.flow_shift, "dtype": str(pipe.transformer.dtype),
     }  # fmt: skip
     for number, prompt in enumerate(prompts_of(args)):
         request = GenerationRequest(

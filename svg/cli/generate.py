@@ -82,8 +82,8 @@ _GENERATION_FLAGS = (
 )
 @click.option(
     "--cache",
-    help="A step cache for the accelerated run: first-block[=threshold], taylorseer[=interval], dbcache[=threshold] (cache-dit), "
-    "magcache=FILE of ratios.",
+    help="A step cache for the accelerated run: first-block[=threshold], taylorseer[=interval], seacache[=threshold], "
+    "dbcache[=threshold] (cache-dit), magcache=FILE of ratios.",
 )
 @click.option(
     "--gpus",

@@ -26,6 +26,8 @@ class DeferredReads:
 
     def read(self) -> None:
         """Read what is queued, one transfer a device, and act on it in the order of the queue."""
+        if not self._pending:
+            return
         pending, self._pending = self._pending, []
         by_device = defaultdict(list)
         for index, (numbers, _) in enumerate(pending):
@@ -33,7 +35,7 @@ class DeferredReads:
         values: dict[int, list[float]] = {}
         for indices in by_device.values():
             parts = [pending[index][0].flatten().float() for index in indices]
-            whole = torch.cat(parts).tolist()
+            whole = (parts[0] if len(parts) == 1 else torch.cat(parts)).tolist()
             for index, part in zip(indices, parts):
                 values[index], whole = whole[: len(part)], whole[len(part) :]
         for index, (_, then) in enumerate(pending):

@@ -134,6 +134,7 @@ class RunState:
         """Forget everything but the config: layer caches, generators, records, position in the run."""
         self._forward: Forward | None = None
         self._scheduled: MethodConfig | None = None  # the config, its warm-up in steps
+        self._settings: MethodConfig | None = None  # the same, of one step
         self.records: list[AttentionRecord] = []
         self.peers: Peers | None = None
         self.deals: dict[int, Deal] = {}
@@ -153,11 +154,6 @@ class RunState:
         if self._forward is None:
             raise RuntimeError("attend needs to know the step and layout: call state.begin_forward(...) first")
         return self._forward
-
-    @property
-    def begun(self) -> bool:
-        """Whether a forward was begun."""
-        return self._forward is not None
 
     step = property(lambda self: self.forward.step, doc="Index of the step, from 0.")
     num_steps = property(lambda self: self.forward.num_steps, doc="Steps of the run.")
@@ -179,7 +175,7 @@ class RunState:
 
     @config.setter
     def config(self, config: MethodConfig) -> None:
-        self._config, self._scheduled = config, None
+        self._config, self._scheduled, self._settings = config, None, None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and what is pickled, has the settings and no run."""
@@ -218,7 +214,7 @@ class RunState:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
         self._sums.read()
         self._decisions.read()
-        self._forward = Forward(step, num_steps, branch, layout)
+        self._forward, self._settings = Forward(step, num_steps, branch, layout), None
 
     def end_run(self) -> None:
         """Say that the run is over.
@@ -261,6 +257,13 @@ class RunState:
         if self._scheduled is None:
             self._scheduled = self.config.on_schedule(None)
         return self._scheduled
+
+    @property
+    def settings(self) -> MethodConfig:
+        """What is scheduled for the current step: made once a forward, not once a call."""
+        if self._settings is None:
+            self._settings = self.scheduled.at_step(self.step, self.num_steps)
+        return self._settings
 
     def generator(self, layer: int, device: torch.device | str) -> torch.Generator:
         """Private generator of a layer and the current branch; its draws never touch the global one."""

@@ -71,7 +71,7 @@ def test_compiled_blocks(generate):
     assert far(plain["accelerated"], compiled["accelerated"]) < 1
 
 
-@pytest.mark.parametrize("cache", ["first-block=0.5", "taylorseer=3"])
+@pytest.mark.parametrize("cache", ["first-block=0.5", "taylorseer=3", "seacache=10"])
 def test_a_cache_is_of_the_accelerated_run_alone(generate, cache):
     report, _ = generate("cached", "--steps", "8", "--cache", cache)
     assert calls(report)["total"] < calls(report, "dense")["total"] == 8 * 2 * 7  # steps, branches, layers

@@ -10,6 +10,7 @@ import svg
 from svg.config import DenseConfig, NearConfig, SVG1Config, SVG2Config
 from svg.engine.state import RunState
 from svg.pipelines.attach import attached, transformers_of
+from svg.pipelines.caches import enable_cache
 
 SPARSE = SVG2Config(
     top_p=0.5, num_q_clusters=4, num_k_clusters=6, first_iterations=5, warmup_steps=0.2, warmup_layers=0.0
@@ -74,6 +75,27 @@ def test_first_block_cache(load, run, name, cache_first, threshold, skips):
         assert any(record.layer > 0 and record.step > 0 for record in records) != skips
     pipe.transformer.disable_cache()
     assert torch.equal(run(pipe), alone)
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_sea_cache(load, run, cache_first):
+    """Its first and last step are whole; between them it skips two in a row, and counts nothing for svg."""
+    pipe = load("wan")
+    alone = run(svg.accelerate(pipe, SPARSE))
+    svg.restore(pipe)
+    actions = lambda: enable_cache(pipe, "seacache=1e6", 5), lambda: svg.accelerate(pipe, SPARSE)
+    for action in actions if cache_first else actions[::-1]:
+        action()
+    assert not torch.equal(run(pipe), alone) and steps_of(pipe) == [0, 3, 4]
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), alone)
+
+
+def test_sea_cache_is_refused_where_it_would_do_nothing(load):
+    pipe = load("hunyuan")
+    with pytest.raises(ValueError, match="seacache must be left out for HunyuanVideoPipeline"):
+        enable_cache(pipe, "seacache", 5)
+    assert not pipe.transformer.is_cache_enabled
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential", "group"])

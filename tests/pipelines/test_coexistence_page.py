@@ -138,13 +138,3 @@ def test_two_pipes_in_two_threads(load, run):
     for thread in threads:
         thread.join()
     assert all(torch.equal(together[seed], alone[seed]) for seed in range(2))
-
-
-def test_compiled_blocks_break_once_and_are_not_compiled_again(load, run):
-    pipe = svg.accelerate(load("wan"), SPARSE)
-    pipe.transformer.compile_repeated_blocks(backend="eager")
-    run(pipe, steps=3)
-    torch._dynamo.utils.counters.clear()
-    run(pipe, steps=5)
-    counters = torch._dynamo.utils.counters
-    assert not counters["stats"] or counters["stats"]["unique_graphs"] == 0
