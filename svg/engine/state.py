@@ -47,6 +47,9 @@ class LayerState:
         reads: what this forward decides for the next one, read before it.
         peers: processes that have the layer's other heads, or None.
         cache: whatever the method keeps.
+        step: what this step's forwards of the layer share, whichever their branch; empty at the first of them, and None
+            where the step before had one branch only.
+        signature: what the cache was made for.
     """
 
     layer: int
@@ -56,15 +59,16 @@ class LayerState:
     reads: DeferredReads = field(default_factory=DeferredReads, repr=False)
     peers: Peers | None = None
     cache: dict[str, Any] = field(default_factory=dict)
-    _signature: tuple | None = None
+    step: dict[str, Any] | None = None
+    signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
     def match(self, *signature) -> None:
         """Start over when what the cache was made for (shapes, layout, device) is no longer what is asked for."""
-        if signature != self._signature:
+        if signature != self.signature:
             self.cache.clear()
             self._generators.clear()
-            self._signature = signature
+            self.signature = signature
 
     def deal(self, peers: Peers | None) -> None:
         """Take the heads of another deal: centroids and residuals go with their heads, all else is made anew."""
@@ -138,7 +142,11 @@ class RunState:
         self.records: list[AttentionRecord] = []
         self.peers: Peers | None = None
         self.deals: dict[int, Deal] = {}
+        self._dealt: dict[int, Deal] = {}  # from the next step on
         self._layers: dict[tuple[int, str], LayerState] = {}
+        self._step: dict[int, dict[str, Any]] = {}
+        self._branches: set[str] = set()  # of this step
+        self._alone = False
         self.safer: dict[int, int] = {}
         self._sums = DeferredReads()  # of inputs, whether they are finite
         self._decisions = DeferredReads()  # what the next forward depends on
@@ -214,6 +222,10 @@ class RunState:
             raise ValueError(f"step must be in [0, num_steps), got {step} with num_steps={num_steps}")
         self._sums.read()
         self._decisions.read()
+        if self._forward is None or step != self._forward.step:
+            self._step, self.deals = {}, dict(self._dealt)
+            self._alone, self._branches = len(self._branches) == 1, set()
+        self._branches.add(branch)
         self._forward, self._settings = Forward(step, num_steps, branch, layout), None
 
     def end_run(self) -> None:
@@ -244,8 +256,10 @@ class RunState:
         if key not in self._layers:
             seed = _seed(self.config.seed, index, self.branch)
             self._layers[key] = LayerState(index, self.branch, seed, self.name, self._decisions)
-        self._layers[key].deal(self.peers)
-        return self._layers[key]
+        found = self._layers[key]
+        found.deal(self.peers)
+        found.step = None if self._alone else self._step.setdefault(index, {})
+        return found
 
     def is_warmup(self, layer: int) -> bool:
         """Whether a layer runs dense attention in the current step."""
@@ -307,7 +321,7 @@ class RunState:
         self._decisions.add(cosine, partial(self._take_safer, layer, at_least))
 
     def note_work(self, layer: int, work: Tensor) -> None:
-        """Note what the heads of a layer cost, of all processes; from the next forward on they are dealt by it.
+        """Note what the heads of a layer cost, of all processes; from the next step on they are dealt by it.
 
         Args:
             layer: index of the layer.
@@ -317,7 +331,7 @@ class RunState:
         self._decisions.add(work, partial(self._deal, layer, self.peers.ranks))
 
     def _deal(self, layer: int, ranks: int, work: list[float]) -> None:
-        self.deals.setdefault(layer, balanced_deal(work, ranks))
+        self._dealt.setdefault(layer, balanced_deal(work, ranks))
 
     def _take_safer(self, layer: int, at_least: float, cosine: list[float]) -> None:
         if not cosine[0] >= at_least:

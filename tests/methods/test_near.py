@@ -1,5 +1,6 @@
 """near: whole calls of the method through `attend`, against dense attention and against brute force."""
 
+import dataclasses
 import math
 
 import pytest
@@ -184,3 +185,58 @@ def test_more_budget_is_closer():
         out, _, exact = run(NearConfig(budget=budget, rows=64, cluster_tokens=16, **COLD), TokenLayout(6, 8, 12))
         errors.append(error(out, exact))
     assert errors == sorted(errors, reverse=True) and not math.isnan(errors[0])
+
+
+def two_branches(config, layout=LAYOUTS[0], seed=0, mask=None, layouts=None):
+    """Outputs of a step's two branches, whose queries and keys are almost the same, and dense ones."""
+    q, k, v, _ = inputs(layout, seed)
+    near = [x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in (q, k, v)]
+    state = RunState(config, 1)
+    out, exact = [], []
+    for branch, part in (("cond", (q, k, v)), ("uncond", near)):
+        state.begin_forward(0, 4, branch, layout)
+        out.append(attend(*part, state, 0, mask))
+        exact.append(dense(*part, mask, layout))
+    return out, exact, state
+
+
+def test_branches_share_a_choice_and_guidance_does_not_multiply_what_it_leaves_out():
+    config = NearConfig(budget=0.35, rows=64, cluster_tokens=16, query_cluster_tokens=32, **COLD)
+    errors = {}
+    for share in (True, False):
+        (cond, uncond), (exact_cond, exact_uncond), state = two_branches(
+            dataclasses.replace(config, share_branches=share)
+        )
+        assert [record.reused for record in state.records] == [False, share]
+        errors[share] = error(uncond + 4 * (cond - uncond), exact_uncond + 4 * (exact_cond - exact_uncond))
+        assert error(uncond, exact_uncond) < 0.3
+    assert errors[True] < 0.6 * errors[False]
+
+
+def test_what_branches_share_ends_with_the_step_and_is_not_kept_for_one_branch():
+    config = NearConfig(budget=0.4, rows=64, **COLD)
+    layout = LAYOUTS[0]
+    q, k, v, _ = inputs(layout)
+    state = RunState(config, 1)
+    for step, branches in enumerate((("cond",), ("cond", "uncond"), ("cond", "uncond"), ("cond",))):
+        for branch in branches:
+            state.begin_forward(step, 4, branch, layout)
+            attend(q, k, v, state, 0, None)
+            assert (state.layer(0).step is None) == (step == 1)
+    reused = [(record.step, record.branch) for record in state.records if record.reused]
+    assert reused == [(2, "uncond")]
+
+
+def test_branches_choose_for_themselves_where_masks_or_settings_differ():
+    layout = next(layout for layout in LAYOUTS if layout.text_tokens)
+    config = NearConfig(budget=0.6, rows=64, **COLD)
+    mask = torch.arange(layout.text_tokens).expand(2, -1) < layout.text_tokens - 1
+    assert not any(record.reused for record in two_branches(config, layout, mask=mask)[2].records)
+    q, k, v, _ = inputs(layout)
+    state = RunState(config, 1)
+    state.begin_forward(0, 4, "cond", layout)
+    attend(q, k, v, state, 0, None)
+    state.begin_forward(0, 4, "uncond", layout)
+    state.config = dataclasses.replace(config, budget=0.7)
+    attend(q, k, v, state, 0, None)
+    assert not state.records[-1].reused

@@ -41,6 +41,9 @@ class NearConfig(GuardedConfig):
             falling as `svg.engine.residual` has it; memory of a tensor like q for every layer and branch. 0: none.
         first_iterations: k-means iterations on a layer's first sparse call of a run, >= 1.
         iterations: k-means iterations on later calls, from the cached centroids, >= 1.
+        share_branches: whether the guidance branches of a step share the orders and lists of the first one. What is left
+            out is then left out of all, and guidance, which multiplies what differs between branches, leaves it alone.
+            Not where text shares the sequence and is masked, or where the branches' layouts differ.
         refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
         max_drift: with refresh, choose anew also where queries or keys would be further from those of the choice, as a
             share of their spread, > 0, or None: however far they are.
@@ -71,6 +74,7 @@ class NearConfig(GuardedConfig):
     residual: float = 0.0
     first_iterations: int = 20
     iterations: int = 1
+    share_branches: bool = True
     refresh: int = 1
     max_drift: float | None = None
     precision: str = "native"

@@ -53,6 +53,20 @@ class Chosen(NamedTuple):
     lists: tuple[GranuleLists, ...]
 
 
+class ForBranches(NamedTuple):
+    """What the first guidance branch of a step leaves to the others.
+
+    Args:
+        branch: whose choice it is.
+        decided_by: settings, shapes, layout and heads, which must be the same.
+        chosen: the choice.
+    """
+
+    branch: str
+    decided_by: tuple
+    chosen: Chosen
+
+
 @dataclass(frozen=True, kw_only=True)
 class NearPlan:
     """What one call computes.
@@ -187,6 +201,9 @@ def plan(
     stretches = _stretches(q, config, layout, state.peers)
     common = {"size": config.granule, "stretches": stretches, "layout": layout, "text_mask": text_mask}
     common["dense_backend"] = config.dense_backend
+    of_other = _of_other_branch(state, config, text_mask)
+    if of_other is not None:
+        return NearPlan(chosen=of_other, reused=True, **common)
     if kept is not None and text_mask is None:
         found = NearPlan(chosen=kept.chosen, reused=True, **common)
     else:
@@ -199,7 +216,22 @@ def plan(
         kept, made = None, granules if gather else None
     # What is remembered must not hold this call's keys and values.
     reuse.remember(state, config, kept, found, found.chosen, q[:, :, video], k[:, :, video])
+    if config.share_branches and state.step is not None:
+        state.step["near"] = ForBranches(state.branch, _decided_by(state, config), found.chosen)
     return dataclasses.replace(found, made=made)
+
+
+def _of_other_branch(state: LayerState, config: NearConfig, text_mask: Tensor | None) -> Chosen | None:
+    """What another guidance branch chose in this step, where it serves this one too."""
+    made = None if state.step is None else state.step.get("near")
+    if made is None or text_mask is not None or not config.share_branches:
+        return None
+    serves = made.branch != state.branch and made.decided_by == _decided_by(state, config)
+    return made.chosen if serves else None
+
+
+def _decided_by(state: LayerState, config: NearConfig) -> tuple:
+    return config, state.signature, None if state.peers is None else state.peers.deal
 
 
 def _select(
