@@ -4,79 +4,11 @@ import json
 import shutil
 
 import pytest
+from page_files import recorded_json, tune_json
 
 from svg.eval.files import write_json
 from svg.eval.page import build_page
 from svg.eval.page.build import load_page_data
-
-LEVELS = [0.3, 0.6, 1.0]
-
-
-def trial(family, label, density, psnr, met):
-    about = {"family": family, "label": label, "videos": "held-out", "spent": density, "value": psnr, "met": met}
-    numbers = {
-        "density": density,
-        "attention_seconds": 1.5,
-        "dense_attention_seconds": 2.0,
-        "psnr": psnr,
-        "lpips": None,
-    }
-    return {**about, **numbers, "config": {"method": "svg2", "head_top_p": [[0.3, 1.0], [0.6, 0.6]]}}
-
-
-def tune_json():
-    shape = [[[0.1, 0.4, 1.0], [0.2, 0.5, 1.0]], [[0.15, 0.3, 1.0], [0.3, 0.9, 1.0]]]
-    return {
-        "format": "svg-tune",
-        "version": 1,
-        "state": "finished",
-        "command": "svg tune --min-psnr 30",
-        "target": {"kind": "min_psnr", "value": 30.0, "worst": False},
-        "method": {"method": "svg2", "top_p": 0.9, "head_top_p": None},
-        "model": {"name": "tiny-wan <b>", "fingerprint": "0"},
-        "prompts": {"search": ["a"], "held-out": ["b", "c"]},
-        "cost": {"plan": 0.0, "per_density": 1.0, "dense": 2.0, "unit": "density"},
-        "levels": LEVELS,
-        "density": shape,
-        "error": [[[0.1, 0.01, 0.0]] * 2] * 2,
-        "weight": [[1.0, 2.0], [3.0, 4.0]],
-        "tuned": trial("tuned", "svg2 tuned 0.40", 0.4, 31.0, True),
-        "uniform": trial("uniform", "svg2 uniform top_p=0.9", 0.5, 30.5, True),
-        "uniform_at_equal_cost": {**trial("uniform", "svg2 uniform top_p=0.8", 0.4, 27.0, None)},
-        "saved": 0.2,
-        "winner": "tuned",
-        "preset": "tuned.yaml",
-        "trials": [trial("tuned", "svg2 tuned 0.40", 0.4, 31.0, None)],
-        "notes": [],
-    }
-
-
-def recorded_json():
-    rows = [
-        {
-            "label": label,
-            "method": {"method": label.split()[0]},
-            "transformer": "transformer",
-            "step": step,
-            "layer": layer,
-            "branch": branch,
-            "head": head,
-            "density": density,
-            "recall": recall,
-            "error": round(0.01 * (1 + step + layer + head), 4),
-        }
-        for label, density, recall in (
-            ("svg2 top_p=0.5", 0.3, 0.8),
-            ("svg2 top_p=0.9", 0.6, 0.95),
-            ("sparge", 0.5, None),
-        )
-        for step in (2, 5)
-        for layer in (0, 3)
-        for branch in ("cond", "uncond")
-        for head in range(2)
-    ]
-    source = {"model": "tiny-wan", "generation": {"prompt": "a red ball"}, "dtype": "float32", "versions": {}}
-    return {"format": "svg-recorded", "version": 1, "source": source, "command": "svg sweep --recorded", "rows": rows}
 
 
 @pytest.fixture
