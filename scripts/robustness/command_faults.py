@@ -38,11 +38,13 @@ BASES = {
     "sweep": ("sweep", "--prompt", PROMPT, *MODEL, *LPIPS, "--methods", "svg1", "--out", "new"),
     "record": ("record", PROMPT, *MODEL, "--out", "new"),
     "tune": ("tune", "--min-psnr", "9", "--prompt", "a cat", "--held-out", "a dog", *MODEL, "--steps", "6", *LPIPS, "--out", "new"),
+    "adapt-linears": ("adapt-linears", PROMPT, *MODEL, "--out", "new"),
     "adapt": ("adapt", "q.safetensors", "--device", "cpu", "--out", "new"),
     "sparge-tune": ("sparge-tune", "q.safetensors", "--device", "cpu", "--out", "new"),
     "evaluate": ("evaluate", "a.mp4", "b.mp4", "--device", "cpu", *LPIPS),
 }  # fmt: skip
-GENERATING = ("generate", "sweep", "record", "tune")
+GENERATING = ("generate", "sweep", "record", "tune", "adapt-linears")
+DENSE = ("record", "adapt-linears")  # whose one run is dense: no method, no comparison
 
 NO_INTEGERS = ("x", "", "1.5", "1e3", "nan", "0x10", "1,5", "--")
 INTEGERS = {
@@ -107,7 +109,7 @@ def _usage() -> Iterator[Case]:
         yield Case("usage", (*base, "--no-such-option=3"), ("--no-such-option",))
         yield Case("usage", (command, "-x"), ("-x",))
         yield Case("usage", (*base, *(["extra"] * 3)), ("argument", "RECORDINGS", "recording", "what", "WHAT", "extra"))
-    for command in ("generate", "record", "adapt", "sparge-tune", "evaluate", "page", "sweep", "tune"):
+    for command in ("generate", "record", "adapt-linears", "adapt", "sparge-tune", "evaluate", "page", "sweep", "tune"):
         yield Case("usage", (command,), ("argument", "PROMPT", "prompt", "one of"))
     for word in ("", "no-such", "Generate", "generate ", "-", "--verson", "gen"):
         yield Case("usage", (word,), ("command", "option"), word)
@@ -148,12 +150,12 @@ def _models(command: str) -> Iterator[Case]:
 def _choices(command: str) -> Iterator[Case]:
     for value in DEVICES:
         yield faulty("devices", command, "device", value)
-    for option in ("dtype", "offload", *(("lpips",) if command != "record" else ())):
+    for option in ("dtype", "offload", *(("lpips",) if command not in DENSE else ())):
         for value in NO_CHOICES:
             yield faulty("choices", command, option, value)
     for value in ("model", "group", "sequential"):
         yield faulty("offload on a CPU", command, "offload", value)
-    if command != "record":
+    if command not in DENSE:
         for method in ("", "x", "SVG1", "svg1 ", "svg1,,svg2", "none"):
             option = "methods" if command == "sweep" else "method"
             yield Case("methods", (*BASES[command], f"--{option}={method}"), ("method",), method)
@@ -167,6 +169,7 @@ def _texts(command: str) -> Iterator[Case]:
         arguments = {
             "generate": ("generate", prompt, *BASES["generate"][2:]),
             "record": ("record", prompt, *BASES["record"][2:]),
+            "adapt-linears": ("adapt-linears", prompt, *BASES["adapt-linears"][2:]),
             "sweep": (*BASES["sweep"], "--prompt", prompt),
             "tune": (*BASES["tune"], "--prompt", prompt),
         }[command]
@@ -284,6 +287,12 @@ def _generate() -> Iterator[Case]:
     for option in ("revision", "variant"):
         for value in ("x", "", "../x", "fp16"):
             yield Case("revisions", (*base, f"--{option}={value}"), (option,), value)
+    yield from _linears_and_gpus()
+    for text in ("magcache", "magcache=none", "magcache=folder", "magcache=pipe", "magcache=list.json", "magcache=deep.json",
+                 "magcache=ratios-0.json", "magcache=ratios-1.json", "magcache=ratios-2.json", "dbcache=nan"):  # fmt: skip
+        yield Case("caches", (*base, f"--cache={text}"), ("cache", "deep.json"), text.rpartition("=")[2])
+    for value in ("[" * 100_000, "9" * 6000):
+        yield Case("settings", (*base, "--set", f"budget={value}"), ("--set", "budget"), value)
     yield Case("rivals", (*base, "--method", "dense", "--no-dense"), ("no-dense",))
     yield Case("rivals", (*base, "--method", "dense", "--fast"), ("no-dense", "fast"))
     for pair in (("budget", "density"), ("topk", "cdf")):
@@ -292,3 +301,20 @@ def _generate() -> Iterator[Case]:
     for net in ("alex",):
         yield Case("sizes for lpips", (*base, "--lpips", net, "--height", "16", "--width", "16"), ("height",))
     yield Case("earlier results", (*base, "--out", "run"), ("out",), "run")
+
+
+def _linears_and_gpus() -> Iterator[Case]:
+    base = BASES["generate"]
+    for value in ("", "x", "ALL", "folder", "pipe", "q.safetensors", "none.json", "list.json", "deep.json", "layers.json",
+                  "linears-other.json", "linears-text.json", "linears-precision.json"):  # fmt: skip
+        for method in ("near", "svg1", "dense"):
+            yield Case(
+                "linears", (*base, "--method", method, f"--linears={value}"), ("linears", "precision", "json"), value
+            )
+    for value in ("0", "-1", "x", "", "1.5", "3", "1000", "9" * 30):
+        yield Case("gpus", (*base, f"--gpus={value}"), ("gpus",), value)
+    for words in (("--split", "x"), ("--split", "branches"), ("--split", "branches", "--gpus", "3"),
+                  ("--split", "branches", "--gpus", "2", "--guidance", "1"), ("--gpus", "2", "--device", "cuda:0")):  # fmt: skip
+        yield Case("gpus", (*base, *words), ("split", "device"), words[-1])
+    for value in ("nan", "0", "-1", "inf", "x", ""):
+        yield Case("numbers", (*BASES["adapt-linears"], f"--max-error={value}"), ("max-error", "max_error"), value)

@@ -76,7 +76,7 @@ def _yaml_bombs() -> Iterator[tuple[str, str]]:
 
 def _documents() -> Iterator[Case]:
     for name, text in _yaml_bombs():
-        for command in ("generate", "record", "tune"):
+        for command in ("generate", "record", "adapt-linears", "tune"):
             file = f"p-{command}.yaml"
             yield Case(f"presets: {name}", (*BASES[command], "--preset", file), ("yaml", "YAML"), files={file: text})
         yield Case(f"presets: {name}", ("presets", "p.yaml"), ("p.yaml",), files={"p.yaml": text})
@@ -244,7 +244,7 @@ def _recordings() -> Iterator[Case]:
 
 
 def _outputs() -> Iterator[Case]:
-    for command in ("record", "adapt", "sparge-tune"):
+    for command in ("record", "adapt", "adapt-linears", "sparge-tune"):
         for value in NO_OUTPUTS:
             yield Case("outputs", (*BASES[command], f"--out={value}"), ("out",), value)
     for option in ("json", "csv"):
@@ -257,6 +257,9 @@ def _outputs() -> Iterator[Case]:
         for value in ("q.safetensors", "./q.safetensors", "linked", "folder/../q.safetensors"):
             yield Case("inputs as outputs", (*BASES[command], "--out", value), ("out",), value)
     yield Case("inputs as outputs", (*BASES["record"], "--out", "model/model_index.json"), ("out",))
+    yield Case("inputs as outputs", (*BASES["adapt-linears"], "--out", "model/vae/config.json"), ("out",))
+    for command, folder in (("sweep", "run"), ("tune", "run"), ("tune", "swept"), ("generate", "swept")):
+        yield Case("results of another command", (*BASES[command], "--out", folder), ("out",), folder)
     yield Case("inputs as outputs", (*BASES["evaluate"], "--json", "x", "--csv", "./x"), ("json",))
 
 
@@ -271,17 +274,18 @@ def _measuring() -> Iterator[Case]:
         "long.mp4",
         "picture.png",
     ):
+        said = "" if value in ("wide.mp4", "long.mp4") else value  # sizes and lengths are what differs
         yield Case(
             "videos",
             ("evaluate", "a.mp4", value, *LPIPS, "--device", "cpu"),
             ("video", "size", "frames", "output", "file", "folder"),
-            value,
+            said,
         )
         yield Case(
             "videos",
             ("evaluate", value, "a.mp4", *LPIPS, "--device", "cpu"),
             ("video", "size", "frames", "reference", "file", "folder"),
-            value,
+            said,
         )
     for pair in (
         ("videos", "a.mp4"),
@@ -304,6 +308,11 @@ def _measuring() -> Iterator[Case]:
     ):
         for value in wrong:
             yield Case("targets", (*BASES["tune"], f"--{option}={value}"), (option,), value)
+    for name in ("warmup_layers", "warmup_steps"):
+        yield Case("targets", (*BASES["tune"], "--method", "near", "--set", f"{name}=1.0"), (name,), "1.0")
+    short = ("--height", "16", "--width", "16", "--frames", "1")  # one token: nothing but its mean
+    yield Case("targets", (*BASES["tune"], "--method", "near", *short), ("height",), "16")
+    yield Case("targets", (*BASES["generate"], "--method", "near", *short), ("budget",))
     yield Case("targets", (*BASES["tune"], "--held-out", "a cat"), ("held-out",))
     yield Case("targets", (*BASES["tune"], "--prompt", "a cat"), ("prompt",))
 
@@ -313,7 +322,8 @@ def _folders() -> Iterator[Case]:
     for value in ("none", "folder", "a.mp4", "pipe", "loop", "", "x" * 300, "model", *broken):
         yield Case("pages", ("page", value), ("folder", "report.json", "sweep.json", "results"), value)
     for value in ("x", "", "PSNR"):
-        yield Case("pages", ("page", "swept", "--plots", f"--metric={value}"), ("metric",), value)
+        for flags in ((), ("--plots",)):
+            yield Case("pages", ("page", "swept", *flags, f"--metric={value}"), ("metric",), value)
     for value in ("none", "folder", "run", "a.mp4", *(name for name in broken if name.startswith("swept"))):
         yield Case(
             "unfinished sweeps",

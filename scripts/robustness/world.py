@@ -93,6 +93,16 @@ def _broken_files() -> None:
     Path("bomb.png").write_bytes(_bomb())
     Path("deep.json").write_text("[" * 100_000)
     Path("list.json").write_text("[]")
+    for number, text in enumerate(("[1e400]", f"[1{'0' * 400}]", "[-1, 0, 3]")):
+        Path(f"ratios-{number}.json").write_text(text)
+    one = {"precision": "int8", "error": 0.1}
+    for name, linears in (
+        ("other", {"other": {"x": one}}),
+        ("text", "x"),
+        ("precision", {"transformer": {"x": {"precision": []}}}),
+    ):
+        content = {"format": "svg-linears", "version": 1, "about": {}, "transformers": linears}
+        Path(f"linears-{name}.json").write_text(json.dumps(content))
     _recordings_of_wrong_shape()
     _results_of_wrong_shape()
 
@@ -141,7 +151,7 @@ def _results_of_wrong_shape() -> None:
 
 
 _NEEDED = {
-    "run": ("runs", "generation", "model", "method", "device"),
+    "run": ("runs", "generation", "model", "versions", "device"),
     "swept": ("cells", "counts", "command", "versions"),
 }
 

@@ -39,12 +39,14 @@ MEMORY = 12 * 2**30
 _LOADERS = (
     "svg.generate.run_job.load_pipeline",
     "svg.recordings.record.load_pipeline",
+    "svg.recordings.linear_precisions.load_pipeline",
+    "svg.cli.generate.start",
     "svg.sweep.worker.load_pipeline",
 )
 
 
 class Reached(BaseException):
-    """The model was about to be loaded."""
+    """The model was about to be loaded, or processes to be started."""
 
 
 class Hung(BaseException):
@@ -139,7 +141,7 @@ def _judge(case: Case, code: int | None, err: str) -> list[str]:
 
 def _repeats(given: str, line: str) -> bool:
     """Whether a piece of what was given is in the line: as text, or as the number it is read as."""
-    pieces = {given, repr(given)[1:-1], given[:60], *re.split(r"[,\s=]+", given)} - {""}
+    pieces = {given, os.path.normpath(given), repr(given)[1:-1], given[:60], *re.split(r"[,\s=]+", given)} - {"", "."}
     with contextlib.suppress(ValueError, OverflowError):
         pieces |= {str(float(given)), str(json.loads(given))}
     with contextlib.suppress(ValueError):
