@@ -121,6 +121,24 @@ def check_folder(name, folder, files, inputs=()):
     _check_writable(name, folder, next(place for place in (folder, *folder.parents) if place.exists()))
 
 
+def check_no_others(name, folder, files):
+    """Refuse a folder that holds results of another command, whose page this one would replace.
+
+    Args:
+        name: the argument that asks for it.
+        folder: it may be there, or be made later.
+        files: names of those results.
+
+    Raises:
+        ValueError: one is there.
+    """
+    found = [file for file in files if os.path.lexists(Path(folder) / file)]
+    if found:
+        raise ValueError(
+            f"{name} must hold no results of another command, got {folder} with {found[0]}: choose another folder"
+        )
+
+
 def check_not_input(name, path, inputs):
     """Refuse to write where a command reads.
 

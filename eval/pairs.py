@@ -32,13 +32,13 @@ def find_pairs(reference: str | Path, output: str | Path) -> list[tuple[str, Pat
         ValueError: one is a folder and the other is not, a folder holds no video, or a video has no counterpart.
     """
     reference, output = Path(reference), Path(output)
-    if reference.is_dir() != output.is_dir():
-        folder, file = (reference, output) if reference.is_dir() else (output, reference)
+    if os.path.isdir(reference) != os.path.isdir(output):
+        folder, file = (reference, output) if os.path.isdir(reference) else (output, reference)
         raise ValueError(
             f"REFERENCE and OUTPUT must be two videos or two folders, got the folder {folder} and {file}: "
             f"give two of a kind"
         )
-    if not reference.is_dir():
+    if not os.path.isdir(reference):
         return [(output.name, reference, output)]
     found = _videos(reference), _videos(output)
     for (here, there), folder in zip((found, found[::-1]), (output, reference)):

@@ -90,7 +90,7 @@ def open_video(path):
         VideoError: the file is empty, is no video, is grey or has alpha.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no video at {path}")
     if not path.stat().st_size:
         raise VideoError(f"{path} is empty (0 bytes): write the file again")

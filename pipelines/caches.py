@@ -64,12 +64,16 @@ def cache_file(cache: str) -> str | None:
 
 def _ratios(name: str, path: str) -> list[float]:
     found = read_json(path, MEBIBYTE) if Path(path).is_file() else None
-    if not isinstance(found, list) or not found or not all(type(one) in (int, float) for one in found):
+    if not isinstance(found, list) or not found or not all(map(_is_ratio, found)):
         raise ValueError(
-            f"cache must be {name}=FILE with a JSON list of ratios, which Diffusers prints with "
+            f"cache must be {name}=FILE with a JSON list of ratios above 0, which Diffusers prints with "
             f"MagCacheConfig(calibrate=True), got {path!r}"
         )
     return [float(one) for one in found]
+
+
+def _is_ratio(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def enable_cache(pipe: Any, cache: str, steps: int) -> None:

@@ -56,10 +56,13 @@ def read_json(path: str | Path, most: int = 256 * MEBIBYTE) -> Any:
         ValueError: as `read_text`, not JSON, NaN or infinity in it, or nested too deeply.
         OSError: it is not there or cannot be read.
     """
+    text = read_text(path, most)
     try:
-        return parse_json(read_text(path, most))
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def parse_json(text: str) -> Any:
@@ -72,12 +75,17 @@ def parse_json(text: str) -> Any:
         Its content.
 
     Raises:
-        ValueError: it is not JSON (a JSONDecodeError), holds NaN or infinity, or is nested too deeply.
+        ValueError: it is not JSON (a JSONDecodeError), holds NaN, infinity or a number of thousands of digits, or is nested
+            too deeply.
     """
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:
         raise ValueError("JSON must not be nested as deeply as this") from error
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError) or "digits" not in str(error):
+            raise
+        raise ValueError("JSON must not hold a number of as many digits as this") from error
 
 
 def shown(value: Any) -> str:

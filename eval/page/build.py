@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_page_data(folder):
         ValueError, FileNotFoundError: as build_page.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which a name that is too long is not either
         raise FileNotFoundError(f"no folder at {folder}")
     there = [(folder / name, load) for name, load in FOLDERS if (folder / name).is_file()]
     if not there:

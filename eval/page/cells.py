@@ -14,6 +14,13 @@ _MAIN_SETTINGS = ("density", "top_p", "budget", "topk", "cdf")  # in the label o
 _CPU_NOTE = "on a CPU sparse attention runs the plain-torch reference: no speed-up is expected"
 
 
+def check_blocks(content, blocks):
+    """Raise TypeError unless blocks of a file are of their kind: {name: dict, list or str}."""
+    for name, kind in blocks.items():
+        if not isinstance(content[name], kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got a {type(content[name]).__name__}")
+
+
 def page_data(*, kind, title, cells, notes, state="finished", command=None, versions=None):
     """Everything the page needs.
 

@@ -31,8 +31,7 @@ def write_plots(folder, metric="psnr"):
     Raises:
         ValueError: unknown metric, nothing to draw, no results in the folder, or no matplotlib.
     """
-    if metric not in _AXES:
-        raise ValueError(f"metric must be one of {', '.join(_AXES)}, got {metric!r}")
+    check_metric(metric)
     data = load_page_data(folder)
     paths = []
     for index, group in enumerate(dict.fromkeys(item["group"] for item in data["cells"])):
@@ -44,6 +43,12 @@ def write_plots(folder, metric="psnr"):
                 figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
             paths.append(path)
     return paths
+
+
+def check_metric(metric):
+    """Raise ValueError unless plots have an axis for a metric."""
+    if metric not in _AXES:
+        raise ValueError(f"metric must be one of {', '.join(_AXES)}, got {metric!r}")
 
 
 def _figure(cells, title, metric):

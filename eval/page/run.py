@@ -1,6 +1,9 @@
 """The folder of one `svg generate`."""
 
-from .cells import cell, method_label, page_data
+from .cells import cell, check_blocks, method_label, page_data
+
+_BLOCKS = dict.fromkeys(("generation", "model", "device", "versions", "runs", "quality"), dict)
+_BLOCKS |= {"command": str, "notes": list}
 
 
 def load_run(report, folder):
@@ -13,6 +16,7 @@ def load_run(report, folder):
     Returns:
         dict of `page_data`: dense, accelerated and control as cells, those that were run.
     """
+    check_blocks(report, _BLOCKS)
     cells = [_cell(name, report, folder) for name in ("dense", "accelerated", "control") if name in report["runs"]]
     return page_data(
         kind="run",

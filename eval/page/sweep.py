@@ -1,8 +1,9 @@
 """The folder of a `svg sweep`, finished or still running."""
 
-from .cells import cell, page_data
+from .cells import cell, check_blocks, page_data
 
 VERSION = 1
+_BLOCKS = {"cells": list, "counts": dict, "notes": list, "versions": dict, "command": str, "state": str}
 
 
 def load_sweep(sweep, folder):
@@ -21,6 +22,7 @@ def load_sweep(sweep, folder):
     if sweep.get("format") != "svg-sweep" or sweep.get("version") != VERSION:
         found = f"{sweep.get('format')!r} version {sweep.get('version')!r}"
         raise ValueError(f"sweep.json must be 'svg-sweep' version {VERSION}, got {found}: use the svg that wrote it")
+    check_blocks(sweep, _BLOCKS)
     return page_data(
         kind="sweep",
         title=_title(sweep),

@@ -13,7 +13,7 @@ import click
 
 from ..config import METHODS
 from ..config.run import DTYPES, OFFLOADS
-from ..generate.several_gpus import last_words, quiet, rank, start
+from ..generate.several_gpus import check_gpus, last_words, quiet, rank, start
 from ..methods.registry import method_flags
 from .options import (
     device_option,
@@ -123,6 +123,7 @@ def generate(prompt: str | None, prompts: str | None, **options: Any) -> int:
         for job in jobs:
             preflight(job)
         if jobs[0].gpus > 1:
+            check_gpus(jobs[0].gpus, jobs[0].device)
             return _on_several_gpus(jobs[0].gpus)
     return _run(jobs, Terminal(quiet=bool(rank())))
 
@@ -210,12 +211,12 @@ def _videos(report: dict[str, Any]) -> list[str]:
 
 def _is_done(job: Job) -> bool:
     """Whether this very job's results are there, so that a list of prompts goes on where it was stopped."""
-    import json
-
+    from ..documents import read_json
     from ..generate.command_line import command_line
 
     try:
-        report = json.loads((job.out / "report.json").read_text(encoding="utf-8"))
+        report = read_json(job.out / "report.json")
     except (OSError, ValueError):
         return False
-    return not job.force and report.get("state") == "finished" and report.get("command") == command_line(job)
+    wanted = ("finished", command_line(job))
+    return not job.force and isinstance(report, dict) and (report.get("state"), report.get("command")) == wanted

@@ -23,7 +23,8 @@ def page(folder: str, plots: bool, metric: str) -> None:
       svg page svg-out
     """
     from svg.eval.page import build_page
-    from svg.eval.page.plots import write_plots
+    from svg.eval.page.plots import check_metric, write_plots
 
+    check_metric(metric)
     paths = [build_page(folder), *(write_plots(folder, metric) if plots else [])]
     click.echo(f"written: {', '.join(map(str, paths))}")

@@ -77,7 +77,7 @@ def sweep(grid: str | None, **options: Any) -> int:
 
 
 def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
-    from svg.eval.files import check_folder
+    from svg.eval.files import check_folder, check_no_others
     from svg.eval.page import PAGE, build_page
     from svg.eval.sweep_table import write_tables
     from svg.pipelines.loading import resolve_device
@@ -92,6 +92,7 @@ def _sweep(console: Any, grid: str | None, options: dict[str, Any]) -> int:
     plan, left_out = _without_missing_peers(read_grid(grid, _flags(options)))
     address = options["ray_address"]
     device = _device_of(plan.run["device"], address, options["workers"], resolve_device)
+    check_no_others("--out", options["out"], ("report.json", "tune.json", "curves"))
     check_folder("--out", options["out"], ("sweep.json", "sweep.csv", "paired.csv", PAGE), [grid, *inputs_of(plan)])
     check_grid(plan, device)
     header = {"command": command_text(), "lpips": plan.run["lpips"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def tune(**options: Any) -> int:
     Example:
       svg tune --min-psnr 35 --method near --out tuned
     """
-    from svg.eval.files import check_folder
+    from svg.eval.files import check_folder, check_no_others
     from svg.eval.page import PAGE
     from svg.pipelines.loading import check_offload, resolve_device
 
@@ -80,6 +81,8 @@ def tune(**options: Any) -> int:
     quiet_loading()
     console = Terminal()
     plan = _plan(options)
+    if not os.path.isdir(os.path.join(options["out"], "curves")):  # else it is a tuning that goes on
+        check_no_others("--out", options["out"], ("report.json", "sweep.json"))
     check_folder("--out", options["out"], ("sweep.json", "tune.json", PRESET, PAGE), inputs_of(plan.job))
     device = resolve_device(plan.job.device)
     check_offload(plan.job.offload, device)

@@ -182,7 +182,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         Value by name; whether a method has them is for its config to say.
 
     Raises:
-        ValueError: one has no "=".
+        ValueError: one has no "=", or a value that is nested too deeply or has too many digits.
     """
     settings = {}
     for text in assignments:
@@ -193,6 +193,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             settings[name] = json.loads(value)
         except json.JSONDecodeError:
             settings[name] = value  # text needs no quotes
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--set must have a value that can be read, got {shown(text)}") from error
     return settings
 
 

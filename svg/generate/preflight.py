@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from svg.eval.files import check_folder
 from svg.eval.lpips_backbones import BACKBONES
+from svg.pipelines.linears_file import read_linears
 from svg.pipelines.model_files import check_complete, locate_model, read_rules
 from svg.pipelines.request import PipelineRules, check_request
 
-from ..config import MethodConfig, SpargeConfig
+from ..config import MethodConfig, NearConfig, SpargeConfig
 from ..config.run import check_device_name
 from ..config.tuned import check_tuned
 from ..environment import version_problems
@@ -69,9 +71,38 @@ def _check_method(job: Job, rules: PipelineRules) -> None:
     for name in rules.transformers:
         check_tuned(job.config, name, layers, heads, rules.tokens(job.request), device)
         _check_files(job.config, name, layers, heads)
+    if job.split == "sequence" and job.gpus > heads:
+        raise ValueError(f"--gpus must be at most {heads}, the attention heads of {job.model}, got {job.gpus}")
+    check_budgets(job.config, rules.tokens(job.request), job.request.steps)
+
+
+def check_budgets(config: MethodConfig, tokens: tuple[int, int, int], steps: int) -> None:
+    """Refuse budgets of near that a video this short cannot keep, text in the same sequence left out of account.
+
+    Args:
+        config: settings of any method.
+        tokens: frames, height and width of the latent video, in tokens.
+        steps: of the run.
+
+    Raises:
+        ValueError: the means alone are more than a step's budget.
+    """
+    if not isinstance(config, NearConfig) or math.prod(tokens) < config.min_tokens:
+        return
+    if config.warmup_noise is not None or config.head_budget is not None:
+        return  # which steps are sparse is the scheduler's to say; heads of a table share what they have
+    from ..engine.layout import TokenLayout
+    from ..methods.near.plan import exact_share
+
+    every_layer = replace(config, warmup_layers=0.0)
+    sparse = [step for step in range(steps) if not every_layer.is_warmup(step, steps, 0, 1)]
+    for budget in sorted({config.at_step(step, steps).budget for step in sparse}):
+        exact_share(budget, config, TokenLayout(*tokens))
 
 
 def _check_files(config: MethodConfig, transformer: str, layers: int, heads: int) -> None:
+    if config.linears_file is not None:
+        read_linears(config.linears_file, transformer)
     sparse = [layer for layer in range(layers) if not config.is_warmup(1, 1, layer, layers)]
     if isinstance(config, SpargeConfig) and config.thresholds is not None:
         from ..methods.sparge.thresholds_file import check_thresholds

@@ -27,6 +27,23 @@ def last_words(text: str, code: int) -> None:
     Path(os.environ[ERROR_FILE]).write_text(json.dumps(words))
 
 
+def check_gpus(gpus: int, device: str) -> None:
+    """Refuse more processes than there are GPUs; without any they share the CPU.
+
+    Args:
+        gpus: how many are asked for.
+        device: "auto", "cuda" or "cpu".
+
+    Raises:
+        ValueError: torch sees fewer.
+    """
+    import torch
+
+    there = torch.cuda.device_count()
+    if device != "cpu" and 0 < there < gpus:
+        raise ValueError(f"--gpus must be at most {there}, the GPUs visible to torch, got {gpus}")
+
+
 def start(arguments: Sequence[str], processes: int) -> tuple[int, str | None]:
     """Run `svg` with the same arguments in several processes that know of each other.
 

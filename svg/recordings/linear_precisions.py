@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate,
 from svg.pipelines.attach import attached, transformers_of
 from svg.pipelines.linears import best_precision, find_linears
 from svg.pipelines.linears_file import linears_content
+from svg.pipelines.loading import check_offload, resolve_device
 
 from ..config import DenseConfig
 from ..generate.job import Job, inputs_of
+from ..generate.preflight import check_job
 
 ROWS = 512  # tokens whose output is compared; blocks of INT8 have 128
 PARTS = 3  # of the run: one step each
@@ -45,11 +48,10 @@ def adapt_linears(
         {"precision": the chosen one or "native", "error": the largest} by transformer and linear.
 
     Raises:
-        ValueError: max_error is not positive.
+        ValueError: max_error is not positive and finite.
         NotImplementedError: there are no linears to put in 8 bits.
     """
-    if not max_error > 0:
-        raise ValueError(f"max_error must be > 0, got {max_error}")
+    _check_max_error(max_error)
     steps = {(2 * part + 1) * request.steps // (2 * PARTS) for part in range(PARTS)}
     errors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     handles, chosen = [], {}
@@ -75,6 +77,11 @@ def adapt_linears(
         }
         for name, own in found.items()
     }
+
+
+def _check_max_error(max_error: float) -> None:
+    if not 0 < max_error < math.inf:
+        raise ValueError(f"max_error must be a finite number > 0, got {max_error}")
 
 
 class _Probe:
@@ -115,14 +122,10 @@ def adapt_linears_job(job: Job, max_error: float, out: str | Path, **options: An
         As `adapt_linears`; OSError: the file cannot be written.
     """
     check_outputs({"out": out}, inputs_of(job))
-    pipe = load_pipeline(
-        job.model,
-        device=job.device,
-        dtype=job.dtype,
-        offload=job.offload,
-        flow_shift=job.flow_shift,
-        vae_tiling=job.vae_tiling,
-    )
+    _check_max_error(max_error)
+    check_job(job)
+    check_offload(job.offload, resolve_device(job.device))
+    pipe = load_pipeline(job.model, device=job.device, **job.loading)
     choices = adapt_linears(pipe, job.request, max_error, **options)
     about = {"model": job.model, "preset": job.preset, "max_error": max_error, "prompt": job.request.prompt}
     content = linears_content(choices, about)

@@ -183,9 +183,10 @@ def _by_layer(recordings: list[Recording]) -> dict[Key, list[tuple[Recording, Re
 
 def _about(recordings: list[Recording], config: SpargeConfig, bounds: Bounds, sampling: Sampling) -> dict[str, Any]:
     """Everything that decides the thresholds but the recorded tensors themselves."""
-    models = {recording.source.get("model") for recording in recordings}
+    models = {recording.source.get("model"): recording.path for recording in recordings}
     if len(models) > 1:
-        raise ValueError(f"recordings must be of one model, got {', '.join(map(str, sorted(models, key=str)))}")
+        found = ", ".join(f"{path} of {model}" for model, path in sorted(models.items(), key=str))
+        raise ValueError(f"recordings must be of one model, got {found}")
     return {
         "model": models.pop(),
         "order": config.order,

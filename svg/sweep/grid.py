@@ -304,6 +304,10 @@ def _entry(item: Any, content: Mapping, name: str, main: str, optional: tuple[st
             raise GridError(f"{item.where(key)}{key} must be text, got {shown(value)}")
     if main not in item and name != "models":
         raise GridError(f"{item.where()}an entry of {name} must have {main!r}")
+    if not item:
+        raise GridError(
+            f"{content.where(name)}an entry of {name} must have {main!r} or {optional[0]!r}, got none of them"
+        )
     item.setdefault(main, None)
     return _with_text(item, main)
 

@@ -24,6 +24,7 @@ from ..sweep.run import Display, now
 from .allocate import Problem, fit_cost, uniform_cost, uniform_value, weights_of, within
 from .calibrate import is_fixed
 from .curves import curves_of
+from .levels import levels_for
 from .preset import write_preset
 from .search import Search, Target
 from .video_trials import KeptPool, Stage
@@ -128,7 +129,7 @@ class Tuner:
         self._command, self._display = command, display
         self._pool: KeptPool | None = None
         self._config, self._on_gpu = plan.job.config, device.startswith("cuda")
-        self._levels = self._config.levels
+        self._levels = levels_for(plan.job)
         self._place = {"mark": fingerprint(plan.job.model), "device": device.split(":")[0], "dtype": dtype}
         self._notes: list[str] = []
         self._trials: list[dict[str, Any]] = []
