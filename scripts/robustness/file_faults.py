@@ -311,7 +311,7 @@ def _measuring() -> Iterator[Case]:
     for name in ("warmup_layers", "warmup_steps"):
         yield Case("targets", (*BASES["tune"], "--method", "near", "--set", f"{name}=1.0"), (name,), "1.0")
     short = ("--height", "16", "--width", "16", "--frames", "1")  # one token: nothing but its mean
-    yield Case("targets", (*BASES["tune"], "--method", "near", *short), ("height",), "16")
+    yield Case("targets", (*BASES["tune"], "--method", "near", *short), ("budget",))
     yield Case("targets", (*BASES["generate"], "--method", "near", *short), ("budget",))
     yield Case("targets", (*BASES["tune"], "--held-out", "a cat"), ("held-out",))
     yield Case("targets", (*BASES["tune"], "--prompt", "a cat"), ("prompt",))

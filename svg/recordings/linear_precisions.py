@@ -81,7 +81,7 @@ def adapt_linears(
 
 def _check_max_error(max_error: float) -> None:
     if not 0 < max_error < math.inf:
-        raise ValueError(f"max_error must be a finite number > 0, got {max_error}")
+        raise ValueError(f"max_error must be > 0 and finite, got {max_error}")
 
 
 class _Probe:

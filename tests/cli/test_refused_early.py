@@ -40,7 +40,7 @@ def refused(model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("value", ["nan", "0", "-1", "inf"])
 def test_errors_of_linears(refused, value):
-    assert "max_error must be a finite number > 0" in refused("adapt-linears", "a", "--max-error", value)
+    assert "max_error must be > 0 and finite" in refused("adapt-linears", "a", "--max-error", value)
 
 
 def test_prompts_and_sizes_of_adapt_linears(refused):
@@ -86,7 +86,9 @@ def test_more_processes_than_gpus(monkeypatch):
 def test_budgets_that_a_short_video_cannot_keep(refused):
     short = ["--height", "16", "--width", "16", "--frames", "5", "--steps", "2", "--lpips", "none", "--device", "cpu"]
     assert "budget must be above" in refused(*GENERATE, "--method", "near", size=short)
-    assert "frames, height and width must give near more to tune, got 5 x 16 x 16" in refused(*TUNE, size=short)
+    assert "budget must be above" in refused(*TUNE, size=short)
+    line = refused(*TUNE, "--set", "budget=1.0", size=short)
+    assert "frames, height and width must give near more to tune, got 5 x 16 x 16" in line
 
 
 def test_nothing_left_to_tune(refused):

@@ -75,5 +75,5 @@ def test_files_of_another_kind_are_named(model, tmp_path):  # noqa: F811
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
             svg.accelerate(pipe, DenseConfig(linears=str(path)))
-    with pytest.raises(ValueError, match="max_error must be > 0"):
+    with pytest.raises(ValueError, match="max_error must be > 0 and finite"):
         adapt_linears(pipe, REQUEST, 0.0)
