@@ -62,10 +62,13 @@ def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> P
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}
     for name, transformer in transformers.items():
         _check(name, transformer, specs[name], config)
+    hooks = {name: _hook(transformer) for name, transformer in transformers.items()}
+    linears = {name: hook and hook.release_linears(transformers[name], config) for name, hook in hooks.items()}
     restore(pipe)
     for name, transformer in transformers.items():
         state = RunState(config, len(specs[name].attention_modules(transformer)), name)
-        RunHook(None if pipe is transformer else pipe, transformer, specs[name], state).attach(transformer)
+        hook = RunHook(None if pipe is transformer else pipe, transformer, specs[name], state)
+        hook.attach(transformer, linears[name])
     watch(pipe, tuple(transformers))
     _tell(pipe, transformers, config)
     return pipe

@@ -11,11 +11,12 @@ import torch
 from diffusers.hooks.hooks import BaseState, CacheContext, HookFunctionReference, HookRegistry, ModelHook, StateManager
 from torch import nn
 
+from svg.config import MethodConfig
 from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
 from .linear_guard import LinearGuard
-from .linears import find_linears, quantize_linears, restore_linears
+from .linears import all_quantized, find_linears, quantize_linears, restore_linears
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -54,15 +55,22 @@ class RunHook(ModelHook):
         self._fused: list[FusedForward] = []
         self.linears: list[str] = []  # those in 8 bits
 
-    def attach(self, transformer: nn.Module) -> None:
-        """Replace the processors and start listening to the transformer's forward."""
+    def attach(self, transformer: nn.Module, linears: list[str] | None = None) -> None:
+        """Replace the processors and start listening to the transformer's forward.
+
+        Args:
+            transformer: the transformer.
+            linears: those that are in 8 bits already, as `release_linears` gave them; None: put the config's there.
+        """
         self.processors = [self.spec.processor(old, self.state, i) for i, old in enumerate(self.originals)]
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(original, processor)
             _put(attn, processor)
         config = self.state.config
-        names = find_linears(transformer, self.spec, config.linears, self.state.name)
-        self.linears = quantize_linears(transformer, names, config.linear_precision)
+        if linears is None:
+            names = find_linears(transformer, self.spec, config.linears, self.state.name)
+            linears = quantize_linears(transformer, names, config.linear_precision, config.linears)
+        self.linears = linears
         self.linear_guard = LinearGuard(transformer, self.linears, config)
         if self.state.config.fused is not False:
             self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))
@@ -102,6 +110,28 @@ class RunHook(ModelHook):
         del registry.hooks[HOOK_NAME], registry._hook_order[index], registry._fn_refs[index]
         if self._made_registry and not registry.hooks:
             del transformer._diffusers_hook
+
+    def release_linears(self, transformer: nn.Module, config: MethodConfig) -> list[str] | None:
+        """Leave linears in 8 bits where other settings want the same, so that their 16-bit weights needn't come back between.
+
+        Args:
+            transformer: the transformer.
+            config: the settings that follow.
+
+        Returns:
+            Their names, for `attach`; None: they are put back by `detach`.
+        """
+        own = self.state.config
+        same = (own.linears, own.linear_precision) == (config.linears, config.linear_precision)
+        if (
+            not self.linears
+            or not same
+            or config.linears_file is not None
+            or not all_quantized(transformer, self.linears)
+        ):
+            return None
+        linears, self.linears = self.linears, []
+        return linears
 
     def reset(self) -> None:
         """Forget the run: state, timers and position."""

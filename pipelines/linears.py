@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from svg.config.base import LINEARS
 from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
 from svg.kernels.common import target
-from svg.kernels.linears import QuantizedBlocks, Steering, int8_matmul, quantize_blocks
+from svg.kernels.linears import (
+    QuantizedBlocks,
+    Steering,
+    int8_matmul,
+    int8_rows_matmul,
+    quantize_blocks,
+    quantize_int8_rows,
+)
 from svg.kernels.linears.rows import MAX_WIDTH
 
 from .linears_file import read_linears
@@ -40,11 +47,11 @@ class SharedInput:
 
     Args:
         users: how many linears take it.
-        precision: "fp8" or "int8".
+        precision: "fp8", "int8-rows" or "int8".
     """
 
     def __init__(self, users: int = 1, precision: str = "fp8"):
-        self.users = users
+        self.users, self.precision = users, precision
         self.steering = Steering() if precision == "int8" else None
         self._forget()
 
@@ -61,7 +68,7 @@ class SharedInput:
 
     def _quantize(self, x: Tensor) -> QuantizedRows | QuantizedBlocks:
         if self.steering is None:
-            return quantize_rows(x)
+            return (quantize_rows if self.precision == "fp8" else quantize_int8_rows)(x)
         blocks = self.steering.blocks(x.flatten(0, -2))
         self.steering.nudge(blocks)
         return blocks
@@ -74,11 +81,11 @@ class SharedInput:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear whose weight and inputs are in 8 bits: FP8 with a scale an output channel and a row, or INT8 with fallback.
+    """A linear whose weight and inputs are in 8 bits: with a scale an output channel and a row, or INT8 blocks with fallback.
 
     Args:
         linear: the linear in whose place it is; its weight moves to CPU memory.
-        precision: "fp8" or "int8".
+        precision: "fp8", "int8-rows" (rotated) or "int8" (blocks).
         shared: what quantises its input, where others take the same.
     """
 
@@ -87,10 +94,11 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.precision = linear.in_features, linear.out_features, precision
         self.shared = shared or SharedInput(precision=precision)
         self.bias = linear.bias
+        device = linear.weight.device
         with torch.no_grad():
-            found = (quantize_rows if precision == "fp8" else quantize_blocks)(linear.weight)
-        self.register_buffer("values", found.values, persistent=False)
-        self.register_buffer("scale", found.scale, persistent=False)
+            found = quantize_weight(linear.weight.to(_computing(device)), precision)
+        self.register_buffer("values", found.values.to(device), persistent=False)
+        self.register_buffer("scale", found.scale.to(device), persistent=False)
         self.register_buffer("sample", None, persistent=False)  # of the 16-bit weight, for the guard
         self.sampled = slice(0, 0)
         self.own: Tensor | None = None  # the 16-bit weight, where the guard went back to it
@@ -101,7 +109,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """[..., K], or its quantised rows -> [..., N] of the same dtype."""
         if isinstance(x, QuantizedRows):
-            return self._fp8(x)
+            return self._rows(x)
         if self.own is not None:
             return F.linear(x, self.own, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -111,7 +119,7 @@ class QuantizedLinear(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self._fp8(self.shared.quantize(x)) if self.precision == "fp8" else self._int8(x)
+        out = self._int8(x) if self.precision == "int8" else self._rows(self.shared.quantize(x))
         if self.probe is not None:
             self._probe(x, out)
         return out
@@ -120,8 +128,9 @@ class QuantizedLinear(nn.Module):
     def _probe(self, x: Tensor, out: Tensor) -> None:
         self.probe(x, out)
 
-    def _fp8(self, x: QuantizedRows) -> Tensor:
-        return fp8_linear(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
+    def _rows(self, x: QuantizedRows) -> Tensor:
+        product = fp8_linear if self.precision == "fp8" else int8_rows_matmul
+        return product(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
 
     @torch.compiler.disable  # the threshold moves with every call
     def _int8(self, x: Tensor) -> Tensor:
@@ -185,6 +194,13 @@ class QuantizedLinear(nn.Module):
         """For print(model)."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.precision}"
+
+
+def quantize_weight(weight: Tensor, precision: str) -> QuantizedRows | QuantizedBlocks:
+    """A weight [N, K] in 8 bits: "fp8", "int8-rows" or "int8"."""
+    if precision == "int8":
+        return quantize_blocks(weight)
+    return (quantize_rows if precision == "fp8" else quantize_int8_rows)(weight)
 
 
 def find_linears(transformer: nn.Module, spec: ModelSpec, which: str, name: str = "transformer") -> list[str]:
@@ -287,19 +303,22 @@ def takes_rows(*linears: Any) -> bool:
     return all(plain) and all(one.precision == "fp8" and one.own is None and one.probe is None for one in linears)
 
 
-def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: str = "auto") -> list[str]:
+def quantize_linears(
+    transformer: nn.Module, names: Iterable[str], precision: str = "auto", which: str = "all"
+) -> list[str]:
     """Put linears in 8 bits, one after the other.
 
     Args:
         transformer: the transformer.
         names: of plain linears in it.
-        precision: "fp8", "int8", or "auto": FP8 where the GPU has it.
+        precision: "fp8", "int8-rows", "int8", or "auto": see `best_precision`.
+        which: the policy that chose them.
 
     Returns:
         The names, for `restore_linears`.
     """
     names = list(names)
-    precision = best_precision(transformer) if precision == "auto" else precision
+    precision = best_precision(transformer, which) if precision == "auto" else precision
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, own = name.removesuffix(".base_layer").rpartition(".")
@@ -313,12 +332,26 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: st
     return names
 
 
-def best_precision(transformer: nn.Module) -> str:
-    """What "auto" stands for: FP8 or INT8, by the GPU that weights are on, or may be moved to."""
-    device = next(transformer.parameters()).device
-    if device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda")
-    return "fp8" if target.has_fp8(device) else "int8"
+def all_quantized(transformer: nn.Module, names: Iterable[str]) -> bool:
+    """Whether linears are still those that `quantize_linears` put there."""
+    there = dict(transformer.named_modules())
+    return all(type(there.get(name)) is QuantizedLinear for name in names)
+
+
+def _computing(device: torch.device) -> torch.device:
+    """Where weights are quantised: those in CPU memory one by one on the GPU, if there is one."""
+    return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
+
+
+def best_precision(transformer: nn.Module, which: str = "all") -> str:
+    """What "auto" stands for: rotated INT8 rows, or FP8 where speed counts and the GPU has it.
+
+    Args:
+        transformer: the transformer, on the device that it runs on or in CPU memory before that.
+        which: the policy: "feed_forward" is for videos that must stay the same, and INT8 has a third of FP8's error.
+    """
+    device = _computing(next(transformer.parameters()).device)
+    return "fp8" if which != "feed_forward" and target.has_fp8(device) else "int8-rows"
 
 
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:

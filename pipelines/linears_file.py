@@ -9,7 +9,7 @@ from typing import Any
 from svg.documents import MEBIBYTE, read_json, shown
 
 FORMAT, VERSION = "svg-linears", 1
-PRECISIONS = ("fp8", "int8", "native")
+PRECISIONS = ("fp8", "int8-rows", "int8", "native")
 
 
 def linears_content(choices: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from svg.config import MethodConfig
 from svg.config.run import DTYPES, OFFLOADS, check_device_name
 from svg.documents import shown
 
+from .attach import accelerate
 from .model_files import check_configs, locate_model, read_index
 from .registry import PIPELINES
 from .request import check_flow_shift
@@ -27,6 +29,7 @@ def load_pipeline(
     vae_tiling: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    config: MethodConfig | None = None,
 ) -> Any:
     """Load a pipeline of a supported class: safetensors only, no code from the model's files.
 
@@ -40,12 +43,15 @@ def load_pipeline(
         vae_tiling: decode in tiles, for videos whose decoding doesn't fit.
         revision: branch, tag or commit of a hub id; None: its main branch.
         variant: which weights files, such as "fp16"; None: those without a variant.
+        config: settings of the first run, or None. Linears that they put in 8 bits are quantised one by one before anything
+            is moved, so that the device never holds their 16-bit weights; the pipeline is accelerated with them then.
+            Otherwise, and where layers are offloaded one by one, it changes nothing.
 
     Returns:
         The Diffusers pipeline.
 
     Raises:
-        ValueError: an argument breaks its rule, or the model is not a supported pipeline.
+        ValueError: an argument breaks its rule, or the model is not a supported pipeline; or as `accelerate`.
     """
     device = resolve_device(device)
     dtype = _resolve_dtype(dtype, device)
@@ -69,6 +75,8 @@ def load_pipeline(
         _set_flow_shift(pipe, flow_shift)
     if vae_tiling:
         pipe.vae.enable_tiling()
+    if config is not None and config.linears != "none" and offload in ("none", "model"):
+        accelerate(pipe, config)
     return place(pipe, device, offload)
 
 

@@ -6,7 +6,7 @@ out = scale_x scale_w (values_x values_w^T) + bias
 import torch
 
 from ..common import target
-from .rows import QuantizedRows
+from .rows import QuantizedRows, check_product
 
 # On Hopper FP8 products are summed with 14 bits between two additions in fp32: each 128 products, or never.
 FAST_SUMS = True
@@ -32,13 +32,7 @@ def fp8_linear(
 
     Source: row-wise scaled products of CUTLASS and cuBLASLt, as `torch._scaled_mm` gives them.
     """
-    N, K = weight.shape
-    if x.shape[-1] != K or (bias is not None and bias.shape != (N,)):
-        shown = None if bias is None else tuple(bias.shape)
-        raise ValueError(
-            f"x must be [..., {K}] and bias [{N}] for a weight [{N}, {K}], got {tuple(x.shape)} and {shown}: "
-            "pass the layer's own"
-        )
+    N, K = check_product(x, weight, bias)
     if not x.values.is_cuda:
         return fp8_linear_reference(x, weight, bias)
     if K % 16 or N % 16:

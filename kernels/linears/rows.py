@@ -20,10 +20,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows in FP8.
+    """Rows in FP8, or in INT8 as int8_rows.py has them.
 
     Args:
-        values: e4m3 [..., K], contiguous.
+        values: e4m3 or int8 [..., K], contiguous.
         scale: fp32 [...], contiguous.
         dtype: of the rows before, which what is computed of them has again.
     """
@@ -38,8 +38,24 @@ class QuantizedRows:
         return self.values.shape
 
     def dequantize(self) -> torch.Tensor:
-        """The numbers that the rows stand for: fp32 [..., K]."""
+        """The numbers that the rows stand for, rotated ones in INT8: fp32 [..., K]."""
         return self.values.float() * self.scale[..., None]
+
+
+def check_product(x: QuantizedRows, weight: QuantizedRows, bias: torch.Tensor | None) -> torch.Size:
+    """Shape [N, K] of the weight of a linear.
+
+    Raises:
+        ValueError: x or bias are of another.
+    """
+    N, K = weight.shape
+    if x.shape[-1] != K or (bias is not None and bias.shape != (N,)):
+        shown = None if bias is None else tuple(bias.shape)
+        raise ValueError(
+            f"x must be [..., {K}] and bias [{N}] for a weight [{N}, {K}], got {tuple(x.shape)} and {shown}: "
+            "pass the layer's own"
+        )
+    return weight.shape
 
 
 def quantize_rows(x: torch.Tensor) -> QuantizedRows:

@@ -1,11 +1,14 @@
-"""Linears in FP8 against bf16 ones at 720p's tokens, with the quantisation of their input counted."""
+"""Linears in FP8 and INT8 against bf16 ones at 720p's tokens, with the quantisation of their input counted."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from svg.kernels import activate, fp8_linear, quantize_rows
+from svg.kernels.linears import int8_rows_matmul, quantize_int8_rows
 
 from .timing import median_ms
 
@@ -29,30 +32,35 @@ def bench_linears(bench, tokens: int, device: str) -> None:
     """
     for model, layers in LAYERS.items():
         for name, (K, N, users) in layers.items():
-            _linear(bench, f"linear/fp8/M{tokens}/{model}/{name}", tokens, K, N, users, device)
+            _linear(bench, f"M{tokens}/{model}/{name}", tokens, K, N, users, device)
     _passes(bench, tokens, device)
 
 
-def _linear(bench, key: str, tokens: int, K: int, N: int, users: int, device: str) -> None:
+def _linear(bench, name: str, tokens: int, K: int, N: int, users: int, device: str) -> None:
     x = torch.randn(1, tokens, K, device=device, dtype=torch.bfloat16)
     weight = torch.randn(N, K, device=device, dtype=torch.bfloat16) * K**-0.5
     bias = torch.randn(N, device=device, dtype=torch.bfloat16)
-    rows, quantized = quantize_rows(x), quantize_rows(weight)
     stock = median_ms(lambda: F.linear(x, weight, bias))
-    times = {fast: median_ms(lambda fast=fast: fp8_linear(rows, quantized, bias, fast=fast)) for fast in (True, False)}
-    quantize = median_ms(lambda: quantize_rows(x))
     exact = x[0, :256].double() @ weight.double().T + bias.double()
     shape, flops = f"M={tokens} K={K} N={N}", 2 * tokens * K * N
-    for fast, suffix in ((True, ""), (False, "/exact_sums")):
-        whole = times[fast] + quantize / users
+    for key, quantize, product in (
+        ("fp8/{}", quantize_rows, fp8_linear),
+        ("fp8/{}/exact_sums", quantize_rows, partial(fp8_linear, fast=False)),
+        ("int8-rows/{}", quantize_int8_rows, int8_rows_matmul),
+    ):
+        key, rows, quantized = f"linear/{key.format(name)}", quantize(x), quantize(weight)
+        multiplied, rounded = (
+            median_ms(run) for run in (partial(product, rows, quantized, bias), partial(quantize, x))
+        )
+        whole = multiplied + rounded / users
         about = {
             "inputs": "normal",
-            "baseline": f"bf16 {stock:.2f} ms, this {whole:.2f} ms, {quantize:.2f} to quantise",
+            "baseline": f"bf16 {stock:.2f} ms, this {whole:.2f} ms, {rounded:.2f} to quantise",
         }
-        bench.note(f"{key}{suffix}/speedup", stock / whole, "x", shape, **about)
-        bench.note(f"{key}{suffix}/tflops", flops / times[fast] / 1e9, "TFLOP/s", shape, **about)
-        out = fp8_linear(quantize_rows(x[0, :256]), quantized, bias, fast=fast)
-        bench.note(f"{key}{suffix}/error", (out - exact).norm() / exact.norm(), "relative l2", shape, inputs="normal")
+        bench.note(f"{key}/speedup", stock / whole, "x", shape, **about)
+        bench.note(f"{key}/tflops", flops / multiplied / 1e9, "TFLOP/s", shape, **about)
+        out = product(quantize(x[0, :256]), quantized, bias)
+        bench.note(f"{key}/error", (out - exact).norm() / exact.norm(), "relative l2", shape, inputs="normal")
 
 
 def _passes(bench, tokens: int, device: str) -> None:

@@ -11,7 +11,7 @@ from ..documents import shown
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
 LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
-LINEAR_PRECISIONS = ("auto", "fp8", "int8")
+LINEAR_PRECISIONS = ("auto", "fp8", "int8-rows", "int8")
 PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")  # of a sparse method
 
 
@@ -49,8 +49,9 @@ class MethodConfig:
         linears: which linears of the blocks run in 8 bits: "none", "feed_forward", "all" (the video attention's too),
             or those that a file of `svg adapt-linears`, a path that ends in .json, has chosen by their error.
             The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
-        linear_precision: theirs: "fp8" (compute capability 8.9), "int8" with 16 bits for blocks of inputs that hold
-            outliers, or "auto": FP8 where the GPU has it.
+        linear_precision: theirs: "fp8" (compute capability 8.9); "int8-rows", rotated, with a third of FP8's error; "int8" in
+            blocks of 128 x 128, those of inputs that hold outliers with 16 bits; or "auto": int8-rows for "feed_forward",
+            which is for videos that must stay the same, else FP8 where the GPU has it, and int8-rows where it hasn't.
 
     Raises:
         ValueError: a value is outside its range.

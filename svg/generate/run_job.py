@@ -106,7 +106,10 @@ def load(job: Job) -> Any:
     device = resolve_device(job.device)
     check_offload(job.offload, device)
     check_size_for_cpu(job.model, device, job.revision, job.yes)
-    pipe = load_pipeline(job.model, device=job.device if job.gpus == 1 else str(join(device.type)), **job.loading)
+    # LoRAs wrap linears, blocks are compiled and sequences split as they are: these come first.
+    config = None if job.loras or job.compiled or job.gpus > 1 else job.config
+    name = job.device if job.gpus == 1 else str(join(device.type))
+    pipe = load_pipeline(job.model, device=name, config=config, **job.loading)
     load_loras(pipe, job.loras)
     if job.gpus > 1:
         for transformer in transformers_of(pipe).values():

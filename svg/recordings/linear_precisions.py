@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from svg.eval.files import check_outputs, write_json
-from svg.kernels.linears import fp8_linear, int8_matmul, quantize_blocks, quantize_rows
+from svg.kernels.linears import (
+    fp8_linear,
+    int8_matmul,
+    int8_rows_matmul,
+    quantize_blocks,
+    quantize_int8_rows,
+    quantize_rows,
+)
 from svg.kernels.linears.blocks import first_threshold
 from svg.pipelines import GenerationRequest, StepProgress, accelerate, generate, load_pipeline, restore
 from svg.pipelines.attach import attached, transformers_of
@@ -41,7 +48,7 @@ def adapt_linears(
         pipe: a Diffusers pipeline of a supported class; it is plain afterwards.
         request: what to generate.
         max_error: most relative L2 error of a linear's output that is taken, > 0, in every step looked at.
-        precision: "fp8", "int8", or "auto": as `MethodConfig.linear_precision`.
+        precision: "fp8", "int8-rows", "int8", or "auto": as `MethodConfig.linear_precision`.
         on_step: told about every step.
 
     Returns:
@@ -99,6 +106,8 @@ class _Probe:
         x, exact = x[rows], exact[rows].float()
         if self.precision == "fp8":
             got = fp8_linear(quantize_rows(x), quantize_rows(linear.weight), linear.bias)
+        elif self.precision == "int8-rows":
+            got = int8_rows_matmul(quantize_int8_rows(x), quantize_int8_rows(linear.weight), linear.bias)
         else:
             got = int8_matmul(quantize_blocks(x, first_threshold(x)), quantize_blocks(linear.weight), linear.bias)
         error = (got.float() - exact).norm() / exact.norm().clamp_min(1e-30)

@@ -67,6 +67,7 @@ def test_every_section_runs_and_every_goal_is_measured(small, video):
         "layer/hunyuan_720p/speedup_linears_only",
         "layer/hunyuan_720p/error",
         "linear/fp8/M144/hunyuan/proj_out/exact_sums/speedup",
+        "linear/int8-rows/M144/hunyuan/proj_out/speedup",
         "linear/passes/gelu_joined/tb_per_s",
         "sparge/int8_fp8/S144/topk0.25/speedup_vs_cudnn",
         "sparge/bf16/S144/topk0.25/rowmajor/recall",

@@ -29,6 +29,7 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
     "_cut_kernel", "_pool_kernel", "_normalizers_kernel", "_scores_kernel", "_floors_kernel", "_histogram_kernel", "_counts_kernel",
     "_ties_kernel", "_lists_kernel", "_sums_kernel", "_density_kernel", "_quantize_rows_kernel", "_activate_kernel", "_quantize_blocks_kernel", "_int8_matmul_kernel",
+    "_quantize_int8_rows_kernel", "_int8_rows_matmul_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
@@ -108,8 +109,9 @@ def test_quantised_products_run_in_8_bits(arch):
 
 @archs
 def test_linears_run_in_int8(arch):
-    rows = [row for row in compiled(arch) if row["kernel"] == "_int8_matmul_kernel"]
-    assert len(rows) == 3 and all(row["instructions"] == [INT8[arch]] for row in rows), rows
+    for kernel in ("_int8_matmul_kernel", "_int8_rows_matmul_kernel"):
+        rows = [row for row in compiled(arch) if row["kernel"] == kernel]
+        assert len(rows) == 3 and all(row["instructions"] == [INT8[arch]] for row in rows), rows
 
 
 @archs

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import svg
-from svg.config import DenseConfig
+from svg.config import DenseConfig, Sage2Config
 from svg.kernels import fp8_linear_reference, quantize_rows_reference
-from svg.pipelines import linears
+from svg.pipelines import linears, loading
 from svg.pipelines.linears import QuantizedLinear, find_linears, quantize_linears, restore_linears
 from svg.pipelines.registry import find_spec
 
@@ -121,15 +121,20 @@ def test_in_int8_with_fallback(load, run):
     assert torch.equal(run(pipe, steps=2), out)  # the threshold of the run before is forgotten
     svg.restore(pipe)
     assert torch.equal(run(pipe, steps=2), stock)
-    with pytest.raises(ValueError, match="linear_precision must be one of auto, fp8, int8"):
+    with pytest.raises(ValueError, match="linear_precision must be one of auto, fp8, int8-rows, int8"):
         DenseConfig(linear_precision="int4")
 
 
-def test_gpus_without_fp8_take_int8(load, monkeypatch):
-    monkeypatch.setattr(linears.target, "has_fp8", lambda device: False)
+def precisions(pipe):
+    return {one.precision for one in pipe.transformer.modules() if isinstance(one, QuantizedLinear)}
+
+
+def test_what_auto_stands_for(load, monkeypatch):
     pipe = load("wan")
-    svg.accelerate(pipe, DenseConfig(linears="all"))
-    assert {m.precision for m in pipe.transformer.modules() if isinstance(m, QuantizedLinear)} == {"int8"}
+    assert precisions(svg.accelerate(pipe, DenseConfig(linears="all"))) == {"fp8"}
+    assert precisions(svg.accelerate(pipe, DenseConfig(linears="feed_forward"))) == {"int8-rows"}
+    monkeypatch.setattr(linears.target, "has_fp8", lambda device: False)
+    assert precisions(svg.accelerate(load("wan"), DenseConfig(linears="all"))) == {"int8-rows"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -201,3 +206,58 @@ def test_accelerating_again_keeps_or_drops_them(load, run):
     svg.accelerate(pipe, DenseConfig())
     assert not quantized(pipe.transformer)
     assert all(torch.equal(values, before[key][1]) for key, (_, values) in bits(pipe.transformer).items())
+
+
+def stored(pipe):
+    """Bytes that a pipeline's transformer takes on its device."""
+    parts = [*pipe.transformer.parameters(), *pipe.transformer.buffers()]
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def test_what_is_put_on_the_device_is_in_8_bits_already(load, run, directory, monkeypatch):
+    placed, config = [], DenseConfig(linears="all")
+    real = loading.place
+    monkeypatch.setattr(loading, "place", lambda pipe, *rest: placed.append(stored(pipe)) or real(pipe, *rest))
+    plain = loading.load_pipeline(directory("wan"), device="cpu", dtype="bf16")
+    loading.load_pipeline(directory("wan"), device="cpu", dtype="bf16", config=DenseConfig())
+    pipe = loading.load_pipeline(directory("wan"), device="cpu", dtype="bf16", config=config)
+    weights = sum(
+        one.in_features * one.out_features for one in pipe.transformer.modules() if type(one) is QuantizedLinear
+    )
+    assert weights and placed[0] == placed[1] == stored(plain)
+    kept = sum(
+        one.scale.nbytes + one.sample.nbytes for one in pipe.transformer.modules() if type(one) is QuantizedLinear
+    )
+    assert placed[2] == placed[0] - weights + kept  # a byte less a weight
+    out = run(pipe, steps=2)
+    assert torch.equal(out, run(svg.accelerate(plain, config), steps=2))
+
+
+def test_the_same_linears_stay_in_8_bits_when_the_method_changes(load, run):
+    pipe = load("wan")
+    stock = run(pipe, steps=2)
+    svg.accelerate(pipe, DenseConfig(linears="all"))
+    before = {name: pipe.transformer.get_submodule(name) for name in quantized(pipe.transformer)}
+    out = run(svg.accelerate(pipe, Sage2Config(linears="all")), steps=2)
+    assert {name: pipe.transformer.get_submodule(name) for name in quantized(pipe.transformer)} == before
+    assert torch.equal(out, run(svg.accelerate(load("wan"), Sage2Config(linears="all")), steps=2))
+    svg.accelerate(pipe, Sage2Config(linears="all", linear_precision="int8"))
+    assert not before.keys() - set(quantized(pipe.transformer))
+    assert precisions(pipe) == {"int8"}
+    pipe.transformer.blocks[0].ffn.net[2] = theirs = nn.Linear(32, 32)
+    svg.accelerate(pipe, DenseConfig(linears="all", linear_precision="int8"))  # anew, because one is not ours any more
+    assert pipe.transformer.blocks[0].ffn.net[2] is not theirs
+    svg.restore(pipe)
+    assert pipe.transformer.blocks[0].ffn.net[2] is theirs and not quantized(pipe.transformer)
+    pipe.transformer.blocks[0].ffn.net[2] = load("wan").transformer.blocks[0].ffn.net[2]
+    assert torch.equal(run(pipe, steps=2), stock)
+
+
+def test_rotated_int8_errs_less_than_fp8(load, run):
+    stock, errors = run(load("wan"), steps=2), {}
+    for precision in ("fp8", "int8-rows"):
+        pipe = svg.accelerate(load("wan"), DenseConfig(linears="all", linear_precision=precision, fused=True))
+        errors[precision] = (run(pipe, steps=2) - stock).norm().item()
+        assert precisions(pipe) == {precision}
+        assert torch.equal(run(svg.restore(pipe), steps=2), stock)
+    assert 0 < errors["int8-rows"] < 0.5 * errors["fp8"]

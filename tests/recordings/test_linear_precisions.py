@@ -69,7 +69,7 @@ def test_files_of_another_kind_are_named(model, tmp_path):  # noqa: F811
         ),
         (
             {"format": "svg-linears", "version": 1, "transformers": {"transformer": {"x": {"precision": "fp2"}}}},
-            "precision must be one of fp8, int8, native, got 'fp2'",
+            "precision must be one of fp8, int8-rows, int8, native, got 'fp2'",
         ),
     ):
         path.write_text(json.dumps(content))

@@ -3,7 +3,7 @@
 import torch
 
 from svg.kernels import activate, gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
-from svg.kernels.linears import int8_matmul, quantize_blocks
+from svg.kernels.linears import int8_matmul, int8_rows_matmul, quantize_blocks, quantize_int8_rows
 
 
 def linears(fp8):
@@ -14,6 +14,7 @@ def linears(fp8):
     """
     yield "elementwise", lambda: elementwise(fp8)
     yield "linears int8", int8
+    yield "linears int8-rows", int8_rows
 
 
 def elementwise(fp8):
@@ -44,3 +45,9 @@ def int8():
         rows.t(whole=True), quantize_blocks(torch.zeros(200, 256).bfloat16(), seed=1).t(whole=True)
     )  # gradient of the weight
     int8_matmul(columns, columns)
+
+
+def int8_rows():
+    for width in (5120, 1536, 13824):  # of Wan 14B and 1.3B
+        x, weight = torch.zeros(200, width).bfloat16(), torch.zeros(256, width).bfloat16()
+        int8_rows_matmul(quantize_int8_rows(x), quantize_int8_rows(weight), torch.zeros(256).bfloat16())
