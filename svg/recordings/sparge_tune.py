@@ -188,7 +188,7 @@ def _about(recordings: list[Recording], config: SpargeConfig, bounds: Bounds, sa
         found = ", ".join(f"{path} of {model}" for model, path in sorted(models.items(), key=str))
         raise ValueError(f"recordings must be of one model, got {found}")
     return {
-        "model": models.pop(),
+        "model": next(iter(models)),
         "order": config.order,
         "attention_sink": config.attention_sink,
         **dataclasses.asdict(bounds),
