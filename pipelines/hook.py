@@ -177,8 +177,9 @@ class RunHook(ModelHook):
         self._running = Timer(latents.device)
 
     def _begin_run(self) -> None:
+        by_noise = self.state.config.warms_up_by_noise(self.position.num_steps)
         try:
-            self.state.begin_run(None if self.state.config.warmup_noise is None else self.position.noise())
+            self.state.begin_run(self.position.noise() if by_noise else None)
         except ValueError:
             self.position.forget()  # nothing has begun
             raise
@@ -200,9 +201,9 @@ class RunHook(ModelHook):
 
     def _warn_of_no_warmup(self) -> None:
         """A run that starts in the middle of its schedule, as video-to-video does, may start after its warm-up."""
-        config, step, steps = self.state.config, self.position.step, self.position.num_steps
+        config, step, steps = self.state.scheduled, self.position.step, self.position.num_steps
         layers = range(self.state.num_layers)
-        if config.warmup_noise is not None:
+        if self.state.config.warmup_noise is not None:
             return
         if step == 0 or self.state.name != "transformer" or all(config.is_dense(layer) for layer in layers):
             return

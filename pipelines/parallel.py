@@ -9,6 +9,7 @@ Source: DeepSpeed Ulysses (arXiv 2309.14509), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -63,8 +64,14 @@ class Ulysses:
         """The ranks as the method sees them: whoever has the other heads."""
         return Peers(self.deal, self.rank, self.group)
 
-    def heads_for_tokens(self, x: Tensor) -> Tensor:
-        """Some tokens of all heads [B, S / ranks + text, H, D] -> all tokens of some heads [B, S + text, H / ranks, D]."""
+    def heads_for_tokens(self, *several: Tensor) -> list[Tensor]:
+        """Some tokens of all heads [B, S / ranks + text, H, D] -> all tokens of some heads [B, S + text, H / ranks, D].
+
+        Of several tensors: one travels while the next is packed, and is unpacked while that one travels.
+        """
+        return [arrive() for arrive in [self._send(x) for x in several]]
+
+    def _send(self, x: Tensor) -> Callable[[], Tensor]:
         text, video = self._parts(x)
         batch, count, _, dim = video.shape
         mine = len(self.deal[self.rank])
@@ -75,18 +82,20 @@ class Ulysses:
             )
         sent = [_of_heads(video, heads) for heads in self.deal]
         shapes = [(batch, tokens, mine, dim) for tokens in self.tokens]
-        return self._joined(_of_heads(text, self.deal[self.rank]), _exchange(sent, shapes, 1, self.group))
+        arrive = _exchange(sent, shapes, 1, self.group)
+        return lambda: self._joined(_of_heads(text, self.deal[self.rank]), arrive())
 
     def tokens_for_heads(self, x: Tensor) -> Tensor:
         """Undo `heads_for_tokens`; text comes back with all heads."""
         text, video = self._parts(x)
         batch, _, _, dim = x.shape
         shapes = [(batch, self.tokens[self.rank], len(heads), dim) for heads in self.deal]
-        own = self._in_order(_exchange(list(video.split(self.tokens, dim=1)), shapes, 2, self.group))
+        own = _exchange(list(video.split(self.tokens, dim=1)), shapes, 2, self.group)
         if not self.text:
-            return own
+            return self._in_order(own())
         shapes = [(batch, self.text, len(heads), dim) for heads in self.deal]
-        return self._joined(self._in_order(_exchange([text] * len(shapes), shapes, 2, self.group)), own)
+        others = _exchange([text] * len(shapes), shapes, 2, self.group)
+        return self._joined(self._in_order(others()), self._in_order(own()))
 
     def _in_order(self, x: Tensor) -> Tensor:
         """Heads [B, S, H, D] as they were dealt -> by index."""
@@ -112,19 +121,24 @@ def _of_heads(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     return x.index_select(2, torch.tensor(heads, pin_memory=x.is_cuda).to(x.device, non_blocking=True))
 
 
-def _exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], dim: int, group: Any) -> Tensor:
-    """Send parts[r] to rank r; what rank r sends has shapes[r]; all of it, joined along a dimension."""
+def _exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], dim: int, group: Any) -> Callable[[], Tensor]:
+    """Send parts[r] to rank r; what rank r sends has shapes[r]. Call the result for all of it, joined along a dimension."""
     sizes, lengths = [prod(shape) for shape in shapes], [part.numel() for part in parts]
     sent = parts[0].new_empty(sum(lengths))
     for room, part in zip(sent.split(lengths), parts, strict=True):
         room.view(part.shape).copy_(part)
     received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, lengths, group=group)
+    work = dist.all_to_all_single(received, sent, sizes, lengths, group=group, async_op=True)
     whole = list(shapes[0])
     whole[dim] = sum(shape[dim] for shape in shapes)
-    if prod(whole[:dim]) == 1:  # the ranks' parts already lie as they must
-        return received.view(whole)
-    return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)], dim=dim)
+
+    def arrive() -> Tensor:
+        work.wait()
+        if prod(whole[:dim]) == 1:  # the ranks' parts already lie as they must
+            return received.view(whole)
+        return torch.cat([part.view(shape) for part, shape in zip(received.split(sizes), shapes, strict=True)], dim=dim)
+
+    return arrive
 
 
 def ulysses_group(processor: Any) -> Any:

@@ -111,7 +111,7 @@ class VideoAttnProcessor:
         exchange = Ulysses(
             ulysses_group(self), layout.total_tokens - text, q.shape[2], text, layout.text_position == "first", deal
         )
-        q, k, v = (exchange.heads_for_tokens(x) for x in (q, k, v))
+        q, k, v = exchange.heads_for_tokens(q, k, v)
         self.state.peers = exchange.peers
         return exchange.tokens_for_heads(self._attend(q, k, v, text_mask))
 

@@ -21,6 +21,8 @@ class RunSummary:
         method: name of the method.
         density: computed share of the attention map, mean over all calls, those of the warm-up included.
         sparse_density: the same over the sparse calls; None where there were none.
+        steps: of the run, those of both where there are two transformers.
+        dense_steps: of them, those in which every call was dense.
         attention_share: share of the transformer's time that attention took.
         attention_speedup: a dense call's time over a sparse one's, both means of this very run; None where one kind is
             missing, as without a warm-up.
@@ -35,6 +37,8 @@ class RunSummary:
     method: str
     density: float
     sparse_density: float | None
+    steps: int
+    dense_steps: int
     attention_share: float | None
     attention_speedup: float | None
     speedup: float | None
@@ -62,6 +66,7 @@ class RunSummary:
             ("method", self.method),
             ("computed, all calls", _percent(self.density)),
             ("computed, sparse calls", _percent(self.sparse_density)),
+            ("dense steps", _dense_steps(self.dense_steps, self.steps)),
             ("attention's share of the time", _percent(self.attention_share)),
             ("attention, against this run's dense calls", speed(self.attention_speedup)),
             ("transformer, estimated", speed(self.speedup)),
@@ -101,6 +106,8 @@ def summary(pipe: Any) -> RunSummary:
         method=found["config"]["method"],
         density=_weighted(parts, "all_calls", "total"),
         sparse_density=_weighted(parts, "sparse_calls", "sparse"),
+        steps=sum(part["steps"]["total"] for part in parts),
+        dense_steps=sum(part["steps"]["dense"] for part in parts),
         attention_share=attention / seconds if attention is not None and seconds else None,
         attention_speedup=speedup,
         speedup=(seconds - attention + as_dense) / seconds if as_dense is not None and seconds else None,
@@ -133,6 +140,11 @@ def _peak_memory(hooks: dict[str, Any]) -> int | None:
     # A dense call's density is a CPU tensor wherever it ran, so one record alone does not tell.
     devices = {record.density.device for hook in hooks.values() for record in hook.state.records}
     return next((torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"), None)
+
+
+def _dense_steps(dense: int, steps: int) -> str:
+    hint = {0: ", every step was sparse", steps: ", no step was sparse"}.get(dense, "")
+    return f"{dense} of {steps}{hint}"
 
 
 def _percent(value: float | None) -> str:

@@ -273,9 +273,9 @@ def timed_exchanges(device: torch.device) -> Iterator[list[Timer]]:
     kept = {name: getattr(Ulysses, name) for name in ("heads_for_tokens", "tokens_for_heads")}
 
     def around(method: Callable) -> Callable:
-        def call(self, x):
+        def call(self, *tensors):
             timer = Timer(device)
-            out = method(self, x)
+            out = method(self, *tensors)
             timer.stop()
             timers.append(timer)
             return out

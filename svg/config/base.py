@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from ..documents import shown
 
+FEW_STEPS = 8  # or fewer, of which a share says little
 DENSE_BACKENDS = ("auto", "cudnn", "flash", "efficient", "math")
 ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
 LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
@@ -38,6 +39,8 @@ class MethodConfig:
         warmup_steps: share of the steps, from the first on, that stays dense, in [0, 1].
         warmup_noise: steps stay dense while the noise's share of the latents, by the scheduler, is above this, in [0, 1];
             in the place of `warmup_steps`, for schedules of few steps and for runs that begin in the middle. None: off.
+        few_steps_noise: the same for runs of at most 8 steps alone, where the scheduler tells their noise; the words of
+            `svg.accelerate` and the presets of `near` have it. None: off.
         warmup_layers: share of the layers, from the first on, that stays dense in every step, in [0, 1].
         min_tokens: sequences of fewer tokens run dense, >= 0: below some length planning costs more than it saves.
         seed: seed of the method's private generators, >= 0; the global generator is never touched.
@@ -77,6 +80,7 @@ class MethodConfig:
         flag=float,
         help="Steps with a larger share of noise stay dense, in [0, 1]; in the place of --warmup-steps.",
     )
+    few_steps_noise: float | None = None
     warmup_layers: float = setting(0.03, flag=float, help="Share of the layers kept dense, in [0, 1].")
     min_tokens: int = 0
     seed: int = 0
@@ -91,8 +95,9 @@ class MethodConfig:
     def __post_init__(self):
         share(self, "warmup_steps")
         share(self, "warmup_layers")
-        if self.warmup_noise is not None:
-            share(self, "warmup_noise")
+        for name in ("warmup_noise", "few_steps_noise"):
+            if getattr(self, name) is not None:
+                share(self, name)
         integer(self, "min_tokens", least=0)
         integer(self, "seed", least=0)
         choice(self, "dense_backend", DENSE_BACKENDS)
@@ -123,27 +128,37 @@ class MethodConfig:
         """
         return step < count(self.warmup_steps, num_steps) or layer < count(self.warmup_layers, num_layers)
 
+    def warms_up_by_noise(self, num_steps: int) -> bool:
+        """Whether a run of so many steps warms up by its noise, not by a share of them.
+
+        Args:
+            num_steps: steps of the run.
+        """
+        few = self.few_steps_noise is not None and num_steps <= FEW_STEPS
+        return self.warmup_noise is not None or few
+
     def on_schedule(self, noise: list[float] | None) -> MethodConfig:
-        """The settings with `warmup_steps` where `warmup_noise` is given.
+        """The settings with `warmup_steps` where a run warms up by noise.
 
         Args:
             noise: of every step of a run, in its order; None: not known.
 
         Returns:
-            Settings without `warmup_noise`.
+            Settings whose warm-up is by steps.
 
         Raises:
             ValueError: `warmup_noise` is given and the noise is not known.
         """
-        if self.warmup_noise is None:
-            return self
-        if noise is None:
+        if noise is None and self.warmup_noise is not None:
             raise ValueError(
                 "warmup_noise must be left out where no scheduler tells how much noise a step has: use warmup_steps, or pass "
                 "the noise of all steps to svg.at_step"
             )
-        dense = sum(level > self.warmup_noise for level in noise)
-        return replace(self, warmup_noise=None, warmup_steps=dense / len(noise))
+        if noise is None or not self.warms_up_by_noise(len(noise)):
+            return self
+        most = self.few_steps_noise if self.warmup_noise is None else self.warmup_noise
+        dense = sum(level > most for level in noise)
+        return replace(self, warmup_noise=None, few_steps_noise=None, warmup_steps=dense / len(noise))
 
     def at_step(self, step: int, num_steps: int) -> MethodConfig:
         """The settings in one step of a run; a method whose budget depends on the step gives others.

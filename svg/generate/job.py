@@ -265,6 +265,8 @@ def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> Met
     rivals = METHODS[method].rivals if method in METHODS else ()
     if any(settings.get(name) is not None for name in rivals):
         base = {name: value for name, value in base.items() if name not in rivals}
+    if any(settings.get(name) is not None for name in ("warmup_steps", "warmup_noise")):
+        base.pop("few_steps_noise", None)  # a warm-up that is asked for holds for any number of steps
     return config_from_dict({**base, **settings})
 
 

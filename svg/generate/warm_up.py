@@ -34,7 +34,7 @@ def warm_up(pipe: Any, job: Job, config: MethodConfig) -> float:
     Returns:
         Seconds that its last step took.
     """
-    accelerate(pipe, replace(config, warmup_steps=0.0, warmup_layers=0.0))
+    accelerate(pipe, replace(config, warmup_steps=0.0, warmup_noise=None, few_steps_noise=None, warmup_layers=0.0))
     steps = 1 if is_plain(pipe, job) else WARMUP_STEPS  # one touches all memory
     ends = [0.0]
     generate(pipe, replace(job.request, steps=steps), lambda progress: ends.append(progress.seconds))

@@ -116,7 +116,7 @@ class _Probe:
     ):
         self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
         self._config = dataclasses.replace(
-            config, warmup_steps=0.0, warmup_noise=None, warmup_layers=0.0, tuned_for=None
+            config, warmup_steps=0.0, warmup_noise=None, few_steps_noise=None, warmup_layers=0.0, tuned_for=None
         )
         self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
 

@@ -84,8 +84,11 @@ class Plan:
             raise ValueError(
                 f"--held-out must be prompts that are not in --prompt, got {', '.join(sorted(both))} in both"
             )
-        if config.warmup_noise is not None:
-            raise ValueError(f"warmup_noise must be left out of a tuning, got {config.warmup_noise}: use warmup_steps")
+        if config.warms_up_by_noise(total):
+            raise ValueError(
+                f"warmup_noise, and few_steps_noise in so few steps, must be left out of a tuning of {total} steps: give "
+                f"warmup_steps"
+            )
         if not self.sparse_steps:
             raise ValueError(f"warmup_steps must leave a step of {total} sparse, got {config.warmup_steps}: lower it")
         if not set(self.measured_steps) <= set(self.sparse_steps):

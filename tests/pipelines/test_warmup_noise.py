@@ -6,7 +6,10 @@ import torch
 
 import svg
 from svg.config import NearConfig, SVG1Config
+from svg.configs import load_preset, preset_names
+from svg.generate.job import _config as job_config
 from svg.pipelines.attach import attached
+from svg.pipelines.choose import FEW_STEPS_NOISE, LEVELS, resolve
 from svg.pipelines.position import noise_of
 
 
@@ -61,6 +64,47 @@ def test_a_pipeline_warms_up_by_noise(load, run):
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     run(pipe, steps=4)
     assert svg.report(pipe)["transformers"]["transformer"]["steps"] == {"total": 4, "dense": 1}
+
+
+FEW = SVG1Config(few_steps_noise=0.85, warmup_steps=0.2, warmup_layers=0.0)
+
+
+@pytest.mark.parametrize(("shift", "steps", "dense"), [(3.0, 4, 2), (8.0, 4, 2), (3.0, 8, 3), (3.0, 9, 2), (8.0, 50, 10)])
+def test_runs_of_few_steps_warm_up_by_noise_and_others_by_a_share(shift, steps, dense):
+    config = FEW.on_schedule(noise_of(flow(shift, steps)))
+    assert [config.is_warmup(step, steps, 0, 1) for step in range(steps)] == [step < dense for step in range(steps)]
+
+
+def test_a_warmup_by_noise_goes_before_that_of_few_steps_and_unknown_noise_leaves_the_share():
+    noise = noise_of(flow(3.0, 4))  # 1, .86, .6, 0
+    assert SVG1Config(warmup_noise=0.95, few_steps_noise=0.5).on_schedule(noise).warmup_steps == 0.25
+    assert FEW.on_schedule(None) is FEW
+    with pytest.raises(ValueError, match="few_steps_noise must be in"):
+        SVG1Config(few_steps_noise=1.5)
+
+
+def test_words_and_presets_of_near_have_it_unless_a_warmup_is_asked_for():
+    assert {resolve(level).few_steps_noise for level in LEVELS} == {FEW_STEPS_NOISE}
+    presets = [load_preset(name) for name in preset_names() if name != "tiny-wan"]
+    assert {preset.config("near").few_steps_noise for preset in presets} == {FEW_STEPS_NOISE}
+    for given, left in (({"budget": 0.3}, FEW_STEPS_NOISE), ({"warmup_steps": 0.5}, None), ({"warmup_noise": 0.5}, None)):
+        assert job_config(presets[0], "near", given).few_steps_noise == left
+
+
+def test_a_pipeline_of_few_steps_warms_up_by_noise(load, run):
+    pipe = svg.accelerate(load("wan"), SVG1Config(few_steps_noise=0.85, warmup_layers=0.0, density=0.5))
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for steps, dense in ((4, 2), (10, 2)):
+        run(pipe, steps=steps)
+        assert svg.report(pipe)["transformers"]["transformer"]["steps"] == {"total": steps, "dense": dense}
+        assert svg.summary(pipe).dense_steps == dense and f"{dense} of {steps}" in str(svg.summary(pipe))
+
+
+def test_a_summary_says_when_every_step_was_sparse_and_when_none_was(load, run):
+    for warmup, words in ((0.0, "0 of 4, every step was sparse"), (1.0, "4 of 4, no step was sparse")):
+        pipe = svg.accelerate(load("wan"), SVG1Config(warmup_steps=warmup, warmup_layers=0.0, density=0.5))
+        run(pipe, steps=4)
+        assert words in str(svg.summary(pipe))
 
 
 def test_budgets_that_fall_over_the_steps_begin_where_the_noise_ends():
