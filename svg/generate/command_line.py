@@ -54,7 +54,7 @@ def _unflagged(job: Job) -> dict[str, Any]:
     """Settings without a flag that a bare `svg generate` of this model, preset and method would not have."""
     settings = job.config.to_dict()
     method, flags = settings.pop("method"), method_flags()
-    bare = _bare_config(job.preset, method).to_dict()
+    bare = _bare_config(job.preset, method).to_dict() | {"few_steps_noise": None}  # as the flag of a warm-up leaves it
     return {name: value for name, value in settings.items() if name not in flags and value != bare[name]}
 
 

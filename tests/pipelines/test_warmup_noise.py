@@ -69,7 +69,9 @@ def test_a_pipeline_warms_up_by_noise(load, run):
 FEW = SVG1Config(few_steps_noise=0.85, warmup_steps=0.2, warmup_layers=0.0)
 
 
-@pytest.mark.parametrize(("shift", "steps", "dense"), [(3.0, 4, 2), (8.0, 4, 2), (3.0, 8, 3), (3.0, 9, 2), (8.0, 50, 10)])
+@pytest.mark.parametrize(
+    ("shift", "steps", "dense"), [(3.0, 4, 2), (8.0, 4, 2), (3.0, 8, 3), (3.0, 9, 2), (8.0, 50, 10)]
+)
 def test_runs_of_few_steps_warm_up_by_noise_and_others_by_a_share(shift, steps, dense):
     config = FEW.on_schedule(noise_of(flow(shift, steps)))
     assert [config.is_warmup(step, steps, 0, 1) for step in range(steps)] == [step < dense for step in range(steps)]
@@ -87,7 +89,11 @@ def test_words_and_presets_of_near_have_it_unless_a_warmup_is_asked_for():
     assert {resolve(level).few_steps_noise for level in LEVELS} == {FEW_STEPS_NOISE}
     presets = [load_preset(name) for name in preset_names() if name != "tiny-wan"]
     assert {preset.config("near").few_steps_noise for preset in presets} == {FEW_STEPS_NOISE}
-    for given, left in (({"budget": 0.3}, FEW_STEPS_NOISE), ({"warmup_steps": 0.5}, None), ({"warmup_noise": 0.5}, None)):
+    for given, left in (
+        ({"budget": 0.3}, FEW_STEPS_NOISE),
+        ({"warmup_steps": 0.5}, None),
+        ({"warmup_noise": 0.5}, None),
+    ):
         assert job_config(presets[0], "near", given).few_steps_noise == left
 
 
