@@ -35,6 +35,7 @@ from world import PROMPT, SIZE, save_model
 import svg.eval.compare
 import svg.generate.run_job
 import svg.recordings.layer_precisions
+import svg.recordings.linear_precisions
 import svg.recordings.record
 import svg.recordings.sparge_tune
 import svg.sweep.pool
@@ -51,6 +52,7 @@ COMMANDS = {
     "tune": ("tune", "--min-psnr", "5", "--prompt", "a cat", "--held-out", "a dog", *COMMON, "--rounds", "1", "--probe", "none",
              "--lpips", "none", "--no-control", "--set", "num_q_clusters=2", "--set", "num_k_clusters=4", "--out", "out"),
     "record": ("record", PROMPT, *COMMON, "--out", "out/q.safetensors"),
+    "adapt-linears": ("adapt-linears", PROMPT, *COMMON, "--out", "out/linears.json"),
     "sparge-tune": ("sparge-tune", "q.safetensors", "--device", "cpu", "--out", "out/thresholds.safetensors"),
     "adapt": ("adapt", "q.safetensors", "--device", "cpu", "--min-cosine", "0.5", "--out", "out/layers.json"),
     "evaluate": ("evaluate", "videos", "others", "--device", "cpu", "--lpips", "none", "--json", "out/e.json", "--csv", "out/e.csv"),
@@ -225,7 +227,7 @@ def finished(out: Path, command: str) -> dict[str, Any]:
         from svg.methods.sparge.thresholds_file import read_about
 
         entries |= {**read_about(file)["layers"], **_tensors(file)}
-    if command in ("record", "adapt", "evaluate"):
+    if command in ("record", "adapt", "adapt-linears", "evaluate"):
         return {}  # one file, made at once
     return entries
 
@@ -233,7 +235,7 @@ def finished(out: Path, command: str) -> dict[str, Any]:
 def quicken(model: Path) -> None:
     """Leave out what takes long and has no place in the question: loading, enlarging, VMAF."""
     pipe = load_pipeline(model, device="cpu")
-    for module in (svg.generate.run_job, svg.recordings.record, svg.sweep.worker):
+    for module in (svg.generate.run_job, svg.recordings.record, svg.recordings.linear_precisions, svg.sweep.worker):
         module.load_pipeline = lambda *args, **kwargs: pipe
     svg.generate.run_job.to_watch = lambda frames, fps: frames
     svg.eval.compare.vmaf = lambda reference, output: np.full(sum(1 for _ in reference), 100.0)

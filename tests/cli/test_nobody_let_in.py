@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import svg
 from svg.cli import main
@@ -255,3 +256,28 @@ def test_a_pickle_under_another_name(tmp_path, model):
             with pytest.raises(ValueError, match="model must be complete and in safetensors"):
                 load_pipeline(tmp_path / "m", device="cpu")
             path.write_bytes(before)
+
+
+def test_other_files_say_what_the_docs_list(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "model")
+    size = ["--model", "model", "--height", "32", "--width", "48", "--frames", "9", "--steps", "2", "--device", "cpu"]
+    for words in (
+        ["record", "a ball", *size, "--record-steps", "1", "--out", "q"],
+        ["adapt", "q", "--min-cosine", "0.5", "--device", "cpu", "--out", "layers.json"],
+        ["adapt-linears", "a ball", *size, "--out", "linears.json"],
+        ["sparge-tune", "q", "--device", "cpu", "--out", "thresholds"],
+    ):
+        assert main(words) == 0
+    rows = re.findall(
+        r"^\| (\w+), `svg .*?` \| (.*)$", (Path(__file__).parents[2] / "docs/evaluation.md").read_text(), re.M
+    )
+    listed = {name: set(re.findall("`(\\w+)`", text)) for name, text in rows}
+    with safe_open("q", framework="pt") as recording, safe_open("thresholds", framework="pt") as thresholds:
+        said = {"recording": recording.metadata()["source"], "thresholds": thresholds.metadata()["about"]}
+    said = {name: json.loads(text) for name, text in said.items()}
+    said |= {name: json.loads(Path(f"{name}.json").read_text())["about"] for name in ("layers", "linears")}
+    assert {name: set(about) for name, about in said.items()} == {name: listed[name] for name in said}
+    assert said["layers"]["source"] == said["recording"] and listed["preset"] == {"model", "generation", "source"}
+    home = [platform.node(), str(Path.home()), str(tmp_path), sys.prefix]
+    assert not [word for word in home if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", json.dumps(said))]
