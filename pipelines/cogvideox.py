@@ -78,6 +78,7 @@ SPEC = ModelSpec(
     patch=patches,
     layout=frames_first("first"),
     kind=FIRST,
+    guidance_in_batch=True,
     others=("CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"),
     hub=("zai-org/CogVideoX-2b", "zai-org/CogVideoX-5b", "zai-org/CogVideoX1.5-5B-I2V"),
 )

@@ -171,7 +171,11 @@ class RunHook(ModelHook):
             self.started = time.perf_counter()
             self._warn_of_no_warmup()
         self.state.begin_forward(
-            step=position.step, num_steps=position.num_steps, branch=position.branch, layout=layout
+            step=position.step,
+            num_steps=position.num_steps,
+            branch=position.branch,
+            layout=layout,
+            halves=self.spec.guidance_in_batch and position.guided and len(latents) % 2 == 0,
         )
         self.linear_guard.begin_forward(position.step, position.branch)
         self._running = Timer(latents.device)

@@ -41,6 +41,7 @@ class Position:
     Attributes:
         step, num_steps, branch: of the forward that `enter` was last called for; step is None before the first.
         timesteps: the schedule of the run.
+        guided: whether a pipeline runs, and with guidance.
     """
 
     def __init__(self, pipe: Any = None):
@@ -52,6 +53,7 @@ class Position:
         self.step: int | None = None
         self.num_steps: int | None = None
         self.branch: str | None = None
+        self.guided = False
         self.timesteps: Tensor | None = None
         self._scheduler: Any = None
         self._told_noise: list[float] | None = None
@@ -97,6 +99,8 @@ class Position:
         else:
             self._calls_in_step += 1
         self.step, self.num_steps = step, num_steps
+        guidance = getattr(running, "guidance_scale", None)
+        self.guided = isinstance(guidance, (int, float)) and guidance > 1
         self.branch = f"call {self._calls_in_step}" if context is None else context.name
         self._names.add(self.branch)
         self._latents = weakref.ref(latents)

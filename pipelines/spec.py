@@ -38,6 +38,7 @@ class ModelSpec:
         pipelines: class names of the Diffusers pipelines that `load_pipeline` and `generate` know.
         fp32_components: components of the pipeline that are loaded in fp32 whatever the dtype.
         parallel: whether it runs under Diffusers' context parallelism (Ulysses).
+        guidance_in_batch: whether its pipelines run both guidance branches in one batch, the negative prompt's half first.
         cp_plan: how the sequence is split then, where Diffusers' class does not say it: a plan, or transformer -> plan.
         kind: which of the four layouts it has, for the table of models.
         others: class names of further pipelines it runs in, for the table.
@@ -60,6 +61,7 @@ class ModelSpec:
     pipelines: tuple[str, ...] = ()
     fp32_components: tuple[str, ...] = ()
     parallel: bool = False
+    guidance_in_batch: bool = False
     cp_plan: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] | None = None
     kind: str = SELF
     others: tuple[str, ...] = ()
@@ -79,7 +81,9 @@ class ModelSpec:
             value = getattr(self, name)
             if not (callable(value) or (name == "patch" and value is None)):
                 raise TypeError(f"{name} must be a function, got {shown(value)}")
-        if not isinstance(self.parallel, bool):
-            raise TypeError(f"parallel must be true or false, got {shown(self.parallel)}")
+        for name in ("parallel", "guidance_in_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be true or false, got {shown(value)}")
         if not (self.cp_plan is None or callable(self.cp_plan) or isinstance(self.cp_plan, Mapping)):
             raise TypeError(f"cp_plan must be a plan, a function or None, got {shown(self.cp_plan)}")

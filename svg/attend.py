@@ -136,7 +136,7 @@ def _planned(
     elif target.use_triton(q):
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
-    memory.match(q.shape, layout, q.device)
+    memory.match(q.shape, layout, q.device, memory.halves)
     with torch.no_grad():
         plan = planner(config).plan(q, k, v, state.settings, memory, layout, text_mask)
     if precision == "native" or not isinstance(config, GuardedConfig) or not config.guard:

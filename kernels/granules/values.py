@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,6 +38,13 @@ class Granules:
     spread: Tensor
     weight: Tensor
     size: int
+
+    def of_samples(self, which: slice) -> Granules:
+        """The granules of some samples of the batch."""
+        if which == slice(None):
+            return self
+        parts = {name: x[which] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,18 @@ class OtherHeads(Protocol):
 
     def gather(self, x: Tensor) -> Tensor:
         """Values of own heads [B, h, ...] -> of all heads [B, H, ...], by index."""
+
+
+def for_both_halves(lists: GranuleLists) -> GranuleLists:
+    """Lists of a batch [B, ...] for one of [2 B, ...] whose halves share them; the entries are there once.
+
+    Example:
+        >>> for_both_halves(lists).counts.shape[0] == 2 * lists.counts.shape[0]
+        True
+    """
+    twice = {name: torch.cat([getattr(lists, name)] * 2) for name in ("starts", "whole", "counts", "chosen")}
+    schedule = torch.cat([lists.schedule, lists.schedule + lists.counts.numel()])
+    return replace(lists, schedule=schedule, **twice)
 
 
 def longest_first(counts: Tensor) -> Tensor:

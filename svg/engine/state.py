@@ -33,6 +33,7 @@ class Forward(NamedTuple):
     num_steps: int
     branch: str
     layout: TokenLayout
+    halves: bool = False
 
 
 @dataclass
@@ -49,6 +50,7 @@ class LayerState:
         cache: whatever the method keeps.
         step: what this step's forwards of the layer share, whichever their branch; empty at the first of them, and None
             where the step before had one branch only.
+        halves: whether the halves of the batch are the guidance branches of the same samples.
         signature: what the cache was made for.
     """
 
@@ -60,6 +62,7 @@ class LayerState:
     peers: Peers | None = None
     cache: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] | None = None
+    halves: bool = False
     signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
@@ -205,7 +208,7 @@ class RunState:
         self.reset()
         self._scheduled = self.config.on_schedule(noise)
 
-    def begin_forward(self, step: int, num_steps: int, branch: str, layout: TokenLayout) -> None:
+    def begin_forward(self, step: int, num_steps: int, branch: str, layout: TokenLayout, halves: bool = False) -> None:
         """Say where the run is before the transformer's forward; checks the forward before it.
 
         Args:
@@ -213,6 +216,7 @@ class RunState:
             num_steps: steps of the run.
             branch: guidance branch, such as "cond" or "uncond".
             layout: token layout of this forward.
+            halves: whether the halves of the batch are the guidance branches of the same samples.
 
         Raises:
             ValueError: step is not in [0, num_steps).
@@ -226,7 +230,7 @@ class RunState:
             self._step, self.deals = {}, dict(self._dealt)
             self._alone, self._branches = len(self._branches) == 1, set()
         self._branches.add(branch)
-        self._forward, self._settings = Forward(step, num_steps, branch, layout), None
+        self._forward, self._settings = Forward(step, num_steps, branch, layout, halves), None
 
     def end_run(self) -> None:
         """Say that the run is over.
@@ -258,6 +262,7 @@ class RunState:
             self._layers[key] = LayerState(index, self.branch, seed, self.name, self._decisions)
         found = self._layers[key]
         found.deal(self.peers)
+        found.halves = self.forward.halves
         found.step = None if self._alone else self._step.setdefault(index, {})
         return found
 

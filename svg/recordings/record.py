@@ -59,7 +59,8 @@ class RecordedCall:
     @classmethod
     def of(cls, state: RunState, layer: int, name: str = "") -> RecordedCall:
         """The call of a layer in the forward that a state is in."""
-        where = state.forward._asdict()
+        at = state.forward
+        where = {"step": at.step, "num_steps": at.num_steps, "branch": at.branch, "layout": at.layout}
         return cls(name=name, layer=layer, num_layers=state.num_layers, transformer=state.name, **where)
 
 

@@ -240,3 +240,20 @@ def test_branches_choose_for_themselves_where_masks_or_settings_differ():
     state.config = dataclasses.replace(config, budget=0.7)
     attend(q, k, v, state, 0, None)
     assert not state.records[-1].reused
+
+
+def test_branches_in_one_batch_get_what_branches_in_turn_get():
+    config = NearConfig(budget=0.35, rows=64, cluster_tokens=16, query_cluster_tokens=32, **COLD)
+    layout = LAYOUTS[0]
+    (cond, uncond), _, _ = two_branches(config)
+    q, k, v, _ = inputs(layout)
+    near = [x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in (q, k, v)]
+    state = RunState(config, 1)
+    state.begin_forward(0, 4, "cond", layout, halves=True)
+    out = attend(*(torch.cat(pair) for pair in zip(near, (q, k, v))), state, 0, None)
+    torch.testing.assert_close(out, torch.cat([uncond, cond]), rtol=1e-5, atol=1e-6)
+    density = state.records[0].density
+    assert torch.equal(density[:2], density[2:]) and (density.mean(1) <= 0.35).all()
+    state.begin_forward(1, 4, "cond", layout)  # guidance has ended: the batch is four samples
+    attend(*(torch.cat(pair) for pair in zip(near, (q, k, v))), state, 0, None)
+    assert not torch.equal(state.records[1].density[:2], state.records[1].density[2:])

@@ -24,7 +24,7 @@ from svg.kernels.granules import (
     quantize_granules,
     select_granules,
 )
-from svg.kernels.granules.values import longest_first
+from svg.kernels.granules.values import for_both_halves, longest_first
 
 from ...engine.layout import TokenLayout
 from ...engine.peers import Peers, bounds
@@ -207,11 +207,17 @@ def plan(
     if kept is not None and text_mask is None:
         found = NearPlan(chosen=kept.chosen, reused=True, **common)
     else:
-        q_order, k_order = token_orders(q[:, :, video], k[:, :, video], config, state, layout)
+        halves = state.halves and config.share_branches and text_mask is None
+        deciding = slice(len(q) // 2, None) if halves else slice(None)  # with the prompt, as pipelines put them
+        q_order, k_order = token_orders(q[deciding, :, video], k[deciding, :, video], config, state, layout)
+        if halves:
+            q_order, k_order = (torch.cat([order, order]) for order in (q_order, k_order))
         found = NearPlan(chosen=Chosen(q_order, k_order, ()), **common)
         gather = config.precision == "native"  # other precisions are gathered where they are quantised
         granules = tuple(found.granules(k, v, heads, gather) for heads in stretches)
-        lists = tuple(_select(found, q, part, config, state, index) for index, part in enumerate(granules))
+        lists = tuple(_select(found, q, part, config, state, deciding, i) for i, part in enumerate(granules))
+        if halves:
+            lists = tuple(map(for_both_halves, lists))
         found = NearPlan(chosen=Chosen(q_order, k_order, lists), **common)
         kept, made = None, granules if gather else None
     # What is remembered must not hold this call's keys and values.
@@ -235,11 +241,19 @@ def _decided_by(state: LayerState, config: NearConfig) -> tuple:
 
 
 def _select(
-    found: NearPlan, q: Tensor, granules: Granules, config: NearConfig, state: LayerState, stretch: int
+    found: NearPlan,
+    q: Tensor,
+    granules: Granules,
+    config: NearConfig,
+    state: LayerState,
+    deciding: slice,
+    stretch: int,
 ) -> GranuleLists:
+    """Lists of a stretch of heads, for the samples that decide."""
     heads = found.stretches[stretch]
-    order = found.chosen.q_order[:, heads]
-    scores = granule_scores(q[:, heads], order, granules, rows=config.rows, pool=config.pool)
+    order = found.chosen.q_order[deciding, heads]
+    granules = granules.of_samples(deciding)
+    scores = granule_scores(q[deciding, heads], order, granules, rows=config.rows, pool=config.pool)
     options = {"floor": config.floor, "size": config.granule, "rows": config.rows}
     own = config.head_budgets(state.layer)
     if own is None:
