@@ -104,8 +104,9 @@ class MethodConfig:
         if not (isinstance(self.linears, str) and self.linears.endswith(".json")):
             choice(self, "linears", LINEARS)
         choice(self, "linear_precision", LINEAR_PRECISIONS)
-        if not isinstance(self.check_finite, bool):
-            raise TypeError(f"check_finite must be true or false, got {shown(self.check_finite)}")
+        for one in fields(self):
+            if isinstance(one.default, bool) and not isinstance(getattr(self, one.name), bool):
+                raise TypeError(f"{one.name} must be true or false, got {shown(getattr(self, one.name))}")
         if self.fused is not None and not isinstance(self.fused, bool):
             raise TypeError(f"fused must be true, false or null, got {shown(self.fused)}")
 
@@ -234,8 +235,6 @@ class GuardedConfig(MethodConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not isinstance(self.guard, bool):
-            raise TypeError(f"guard must be true or false, got {shown(self.guard)}")
         integer(self, "probe_every", least=0)
         number(self, "tolerance")
         if not self.tolerance > 0:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -222,3 +223,11 @@ def test_a_foreign_distribution_is_noticed(tmp_path):
     done = run_python("import svg", tmp_path)
     assert "svg.py is installed and also provides a module called 'svg'" in done.stderr
     assert "pip uninstall svg.py" in done.stderr
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_switch_is_true_or_false(method):
+    for one in dataclasses.fields(METHODS[method]):
+        for wrong in ("maybe", 1, 1.0, None, []) if isinstance(one.default, bool) else ():
+            with pytest.raises(TypeError, match=f"{one.name} must be true or false, got"):
+                METHODS[method](**{one.name: wrong})
