@@ -29,7 +29,7 @@ def compile_whole(pipe):
 
 
 @pytest.mark.parametrize("compiled", [compile_blocks, compile_whole])
-@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+@pytest.mark.parametrize("name", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
 def test_graphs_break_at_attention_and_nothing_is_compiled_after_the_second_step(load, run, name, compiled):
     plain = run(svg.accelerate(load(name), NEAR))
     pipe = svg.accelerate(load(name), NEAR)
