@@ -17,7 +17,7 @@ from pathlib import Path
 from wheel_layout import ROOT, lay_out
 
 JIT = ("@triton.jit", "@gluon.jit")
-UNCHECKED = ("svg/bench", "svg/kernels/granules", "svg/kernels/linears", "svg/methods/near", "svg/pipelines")
+UNCHECKED = ("svg/bench", "svg/pipelines")
 
 
 def has_jit_code(path: Path) -> bool:

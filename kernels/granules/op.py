@@ -57,7 +57,7 @@ def granule_attention(
 
     Source: the tail is arXiv 2603.08982 (SVG-EAR)'s compensation, here with groups of one size.
     """
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
     check(q, granules, lists, q_order, sm_scale, out)
     if only is not None and (only.shape != q.shape[:2] or only.dtype != torch.int32):
         raise ValueError(
@@ -94,7 +94,7 @@ def granule_attention(
                 hopper.launch(*arguments, *HOPPER[64 if D <= 64 else 128])
             else:
                 triton.launch(*arguments)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
 def check(
@@ -175,4 +175,4 @@ def _check_for_gpu(q: Tensor, granules: Granules) -> None:
         )
     if q.dtype not in DTYPES:
         raise TypeError(f"q, k and v must be fp16, bf16 or fp32, got {q.dtype}: convert them")
-    target.refuse_gradients("granule_attention", q, granules.k, granules.v)
+    target.refuse_gradients("granule_attention", *(x for x in (q, granules.k, granules.v) if x is not None))

@@ -63,7 +63,7 @@ def granule_attention_quantized(
     """
     _check(q, granules, lists, q_order, out)
     target.refuse_gradients("granule_attention_quantized", q)
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+    sm_scale = float(q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
     if not sm_scale > 0:
         raise ValueError(f"sm_scale must be positive, got {sm_scale}: scale q instead")
     op = _launch if target.use_triton(q) else granule_attention_quantized_reference
@@ -89,7 +89,7 @@ def granule_attention_quantized_reference(
     Works on the quantised numbers themselves; P is rounded against the largest score of its row.
     """
     B, H, S, D = q.shape
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    sm_scale = float(D**-0.5 if sm_scale is None else sm_scale)
     out = torch.zeros_like(q) if out is None else out
     rows = dequantize_tokens(quantize_tokens_reference(q, side="q"), D) * granules.k_scale[..., None, None]
     numbers = quantized_numbers(granules, D)
@@ -105,7 +105,7 @@ def granule_attention_quantized_reference(
                     logits = sm_scale * rows[b, h, index] @ keys.T + bias
                     lse[b, h, index] = logits.logsumexp(-1)
                     attended[b, h, index] = _rounded(logits, values, granules)
-    if granules.fp8:
+    if granules.v_scale is not None and granules.v_mean is not None:  # FP8
         attended = attended * granules.v_scale[:, :, None, :D] + granules.v_mean[:, :, None, :D]
     attended = torch.where(lse[..., None] == -torch.inf, 0.0, attended)
     note_failure_reference(failed, attended)
@@ -116,6 +116,7 @@ def granule_attention_quantized_reference(
 
 def _seen(granules: Granules, lists: GranuleLists, b: int, h: int, group: int, tail: bool, wide: torch.dtype):
     """Keys, values and logit biases that a row group attends to."""
+    assert granules.k is not None and granules.v is not None, "statistics alone can't be attended to"
     start = int(lists.starts[b, h, group])
     entries = lists.entries[start : start + int(lists.counts[b, h, group])].long()
     size, device = granules.size, entries.device
@@ -153,9 +154,10 @@ def quantized_numbers(granules: QuantizedGranules, D: int) -> Granules:
     T, slots = granules.means, granules.k.shape[2]
     keys, tail_keys = granules.k[..., :D].float(), granules.tail_k[:, :, :T, :D].float()
     values, tail_values = (_plain_values(v, granules, D) for v in (granules.v, granules.tail_v))
+    nothing = keys.new_empty(0)
     return Granules(
         keys, values[:, :, :slots], granules.tokens, tail_keys, tail_values[:, :, :T],
-        None, None, granules.size,
+        spread=nothing, weight=nothing, size=granules.size,
     )  # fmt: skip
 
 
@@ -205,6 +207,6 @@ def _launch(q, granules, lists, *, q_order, sm_scale, tail, failed, return_lse, 
         else torch.zeros_like(failed, memory_format=torch.contiguous_format)
     )
     kernel.launch(q, granules, lists, out, lse, flags, q_order, sm_scale * LOG2_E, tail)
-    if flags is not failed:
+    if failed is not None and flags is not None and flags is not failed:
         failed |= flags
-    return (out, unsmoothed_lse(lse, q, granules.k_mean, sm_scale)) if return_lse else out
+    return out if lse is None else (out, unsmoothed_lse(lse, q, granules.k_mean, sm_scale))

@@ -44,7 +44,7 @@ def cut_granules_reference(
     T = math.ceil(V / size)
     L = 0 if text is None else text.shape[-1]
     index = F.pad(k_order.long(), (0, T * size - V), value=-1)
-    if L:
+    if text is not None and L:
         prompt = torch.full((B,), L, device=k.device) if prompt_tokens is None else prompt_tokens
         seen = torch.arange(L, device=k.device) < prompt[:, None]
         words = F.pad(torch.where(seen, text.long(), -1), (0, -L % size), value=-1)
@@ -283,7 +283,11 @@ def _tokens_and_means(granules: Granules, b: int, h: int, held: Tensor, tail: bo
     """Keys and values of every slot, zeros where it holds no token, then the means: [C * size + T, D]."""
     parts = ((granules.k, granules.k_mean), (granules.v, granules.v_mean))
     inside = held.flatten()[:, None]
-    both = ([torch.where(inside, x[b, h].to(wide), 0), mean[b, h].to(wide)][: 1 + tail] for x, mean in parts)
+    both = (
+        [torch.where(inside, x[b, h].to(wide), 0), mean[b, h].to(wide)][: 1 + tail]
+        for x, mean in parts
+        if x is not None
+    )
     return tuple(torch.cat(pair) for pair in both)
 
 
@@ -315,7 +319,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float,
         logits = scale * q @ keys.T + bias
         lse = logits.logsumexp(-1)
         return (logits - lse.clamp_min(-1e30)[..., None]).exp() @ values, lse
-    several = (x.expand(len(q), 1, *x.shape) for x in (keys, values))
+    k, v = (x.expand(len(q), 1, *x.shape) for x in (keys, values))
     mask = bias[:, None].expand(-1, 1, q.shape[1], -1)
-    out = F.scaled_dot_product_attention(q[:, None], *several, mask, scale=scale)[:, 0]
+    out = F.scaled_dot_product_attention(q[:, None], k, v, mask, scale=scale)[:, 0]
     return torch.where((bias > -torch.inf).any(-1, keepdim=True), out, 0), None

@@ -80,17 +80,23 @@ class OtherHeads(Protocol):
         own: indices of this one's.
     """
 
-    heads: int
-    own: list[int]
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def own(self) -> list[int]: ...
 
     def add(self, numbers: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place."""
+        ...
 
     def before(self, numbers: Tensor) -> Tensor:
         """Integers [N] -> their sums over the processes before this one."""
+        ...
 
     def gather(self, x: Tensor) -> Tensor:
         """Values of own heads [B, h, ...] -> of all heads [B, H, ...], by index."""
+        ...
 
 
 def for_both_halves(lists: GranuleLists) -> GranuleLists:

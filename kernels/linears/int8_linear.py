@@ -26,6 +26,7 @@ class Steering:
 
     def nudge(self, blocks: QuantizedBlocks) -> None:
         """Move the threshold by what fell back."""
+        assert self.threshold is not None, "blocks come first"
         self.threshold = steered(self.threshold, blocks)
         self.steps += 1
 
@@ -59,7 +60,7 @@ class _Int8Linear(torch.autograd.Function):
         return to_x, to_weight, to_bias, None
 
 
-def _tensors(blocks: QuantizedBlocks) -> tuple[torch.Tensor, ...]:
+def _tensors(blocks: QuantizedBlocks) -> tuple[torch.Tensor | None, ...]:
     return blocks.values, blocks.scale, blocks.residual, blocks.residual_scale, blocks.flagged
 
 

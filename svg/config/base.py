@@ -158,7 +158,7 @@ class MethodConfig:
         if noise is None or not self.warms_up_by_noise(len(noise)):
             return self
         most = self.few_steps_noise if self.warmup_noise is None else self.warmup_noise
-        dense = sum(level > most for level in noise)
+        dense = 0 if most is None else sum(level > most for level in noise)
         return replace(self, warmup_noise=None, few_steps_noise=None, warmup_steps=dense / len(noise))
 
     def at_step(self, step: int, num_steps: int) -> MethodConfig:

@@ -12,18 +12,14 @@ call's own drift is therefore foreseen: what a call added at the last reading, t
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..engine.plan import Plan
 from ..engine.state import LayerState
 from .near.config import NearConfig
 from .svg2.config import SVG2Config
-
-if TYPE_CHECKING:
-    from .svg2.plan import Chosen
 
 ROWS = 64  # sampled tokens of a head
 
@@ -44,14 +40,14 @@ class SharedClustering(NamedTuple):
     """What calls share.
 
     Args:
-        plan: of the call that clustered.
-        chosen: its blocks and their map.
+        plan: the method's, of the call that clustered.
+        chosen: the method's choice, such as blocks and their map.
         calls: calls that took it.
         sample: its tokens, or None where no drift is measured.
     """
 
-    plan: Plan
-    chosen: Chosen
+    plan: Any
+    chosen: Any
     calls: int
     sample: Sample | None
 
@@ -71,8 +67,8 @@ def remember(
     state: LayerState,
     config: SVG2Config | NearConfig,
     kept: SharedClustering | None,
-    plan: Plan,
-    chosen: Chosen,
+    plan: Any,
+    chosen: Any,
     q: Tensor,
     k: Tensor,
 ) -> None:

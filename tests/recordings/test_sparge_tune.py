@@ -121,7 +121,9 @@ def test_other_settings_need_another_file_or_force(recording, tmp_path):
         with pytest.raises(ValueError, match="must be .* as in .* got .*: give another --out, or --force"):
             run(recording, tmp_path / "t", **settings)
     assert len(run(recording, tmp_path / "t", sampling=few, config=SpargeConfig(order="rowmajor"), force=True)) == 2
-    with pytest.raises(ValueError, match="recordings must be of one model, got .*qkv.safetensors of m, .*o.safetensors of other"):
+    with pytest.raises(
+        ValueError, match="recordings must be of one model, got .*qkv.safetensors of m, .*o.safetensors of other"
+    ):
         run([recording, write(tmp_path / "o.safetensors", model="other")], tmp_path / "u")
 
 

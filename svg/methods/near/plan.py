@@ -116,10 +116,10 @@ class NearPlan:
         """Attention as planned; arguments and result as `svg.engine.execute.execute` has them."""
         out = torch.empty_like(q)
         for i, (heads, lists) in enumerate(zip(self.stretches, self.chosen.lists)):
-            part = {"q_order": self.chosen.q_order[:, heads], "out": out[:, heads]}
+            order, rows = self.chosen.q_order[:, heads], out[:, heads]
             if precision == "native":
                 granules = self.granules(k, v, heads) if self.made is None else self.made[i]
-                granule_attention(q[:, heads], granules, lists, **part)
+                granule_attention(q[:, heads], granules, lists, q_order=order, out=rows)
             else:
                 text, prompt_tokens = text_order(self.layout, self.text_mask, k)
                 granules = quantize_granules(
@@ -133,7 +133,7 @@ class NearPlan:
                     rows=lists.rows,
                 )
                 flags = None if failed is None else failed[:, heads]
-                granule_attention_quantized(q[:, heads], granules, lists, failed=flags, **part)
+                granule_attention_quantized(q[:, heads], granules, lists, q_order=order, out=rows, failed=flags)
         if self.layout.text_tokens:
             text = self.layout.text_slice
             seen = key_mask(self.layout, self.text_mask)
@@ -260,8 +260,10 @@ def _select(
         share = exact_share(config.budget, config, found.layout)
         others = None if state.peers is None else state.peers.part(stretch, len(found.stretches))
         return select_granules(scores, granules.tokens, budget=share, others=others, **options)
-    shares = exact_share(state.head_budgets(config, q.device)[heads], config, found.layout)
-    most = exact_share(torch.tensor(own[heads]), config, found.layout).mean().item()
+    budgets = state.head_budgets(config, q.device)
+    assert isinstance(budgets, Tensor), "a layer with budgets of its own has one a head"
+    shares = exact_share(budgets[heads], config, found.layout)
+    most = float(torch.as_tensor(exact_share(torch.tensor(own[heads]), config, found.layout)).mean())
     return select_granules(scores, granules.tokens, budget=shares, per_head=True, most=min(1.0, most + 1e-4), **options)
 
 
@@ -308,7 +310,7 @@ def _stretches(q: Tensor, config: NearConfig, layout: TokenLayout, peers: Peers 
     return tuple(slice(*edges) for edges in bounds(heads, parts))
 
 
-def prompt_lengths(layout: TokenLayout, text_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+def prompt_lengths(layout: TokenLayout, text_mask: Tensor | None, batch: int, device: torch.device | None) -> Tensor:
     """Prompt tokens of each sample, int64 [B]."""
     if text_mask is None:
         return torch.full((batch,), layout.text_tokens, device=device)
