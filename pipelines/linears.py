@@ -318,7 +318,7 @@ def quantize_linears(
         The names, for `restore_linears`.
     """
     names = list(names)
-    precision = best_precision(transformer, which) if precision == "auto" else precision
+    precision = best_precision(transformer) if precision == "auto" else precision
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, own = name.removesuffix(".base_layer").rpartition(".")
@@ -343,15 +343,14 @@ def _computing(device: torch.device) -> torch.device:
     return torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
 
 
-def best_precision(transformer: nn.Module, which: str = "all") -> str:
-    """What "auto" stands for: rotated INT8 rows, or FP8 where speed counts and the GPU has it.
+def best_precision(transformer: nn.Module) -> str:
+    """What "auto" stands for: FP8 where the GPU has it, whose speed is measured, else rotated INT8 rows.
 
     Args:
         transformer: the transformer, on the device that it runs on or in CPU memory before that.
-        which: the policy: "feed_forward" is for videos that must stay the same, and INT8 has a third of FP8's error.
     """
     device = _computing(next(transformer.parameters()).device)
-    return "fp8" if which != "feed_forward" and target.has_fp8(device) else "int8-rows"
+    return "fp8" if target.has_fp8(device) else "int8-rows"
 
 
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:

@@ -132,7 +132,7 @@ def precisions(pipe):
 def test_what_auto_stands_for(load, monkeypatch):
     pipe = load("wan")
     assert precisions(svg.accelerate(pipe, DenseConfig(linears="all"))) == {"fp8"}
-    assert precisions(svg.accelerate(pipe, DenseConfig(linears="feed_forward"))) == {"int8-rows"}
+    assert precisions(svg.accelerate(pipe, DenseConfig(linears="feed_forward"))) == {"fp8"}
     monkeypatch.setattr(linears.target, "has_fp8", lambda device: False)
     assert precisions(svg.accelerate(load("wan"), DenseConfig(linears="all"))) == {"int8-rows"}
 
