@@ -12,7 +12,7 @@ LEVELS = ("quality", "balanced", "fast")
 # density 0.25 against cuDNN on an H100 take 3.2 times as long at 7,200 tokens and 0.88 times at 18,000 (`svg bench scale`).
 DENSE_BELOW = 16_384
 TOO_SHORT = 1024  # on a CPU, where nothing is faster: means and text alone would be most of the map
-FEW_STEPS_NOISE = 0.85  # in runs of few steps: docs/lab/near.md
+FEW_STEPS_NOISE = 0.9  # in runs of few steps: docs/lab/near.md
 # Share of the attention map that is computed, by word.
 _BUDGETS = {"quality": 0.4, "balanced": 0.25, "fast": 0.15}
 _SUFFIXES = tuple(f":{method}" for method in METHODS)
