@@ -85,8 +85,8 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_budgets_that_a_short_video_cannot_keep(refused):
     short = ["--height", "16", "--width", "16", "--frames", "5", "--steps", "2", "--lpips", "none", "--device", "cpu"]
-    assert "budget must be above" in refused(*GENERATE, "--method", "near", size=short)
-    assert "budget must be above" in refused(*TUNE, size=short)
+    assert "budget must be 1 at 2 tokens" in refused(*GENERATE, "--method", "near", size=short)
+    assert "budget must be 1 at 2 tokens" in refused(*TUNE, size=short)
     line = refused(*TUNE, "--set", "budget=1.0", size=short)
     assert "frames, height and width must give near more to tune, got 5 x 16 x 16" in line
 

@@ -257,3 +257,9 @@ def test_branches_in_one_batch_get_what_branches_in_turn_get():
     state.begin_forward(1, 4, "cond", layout)  # guidance has ended: the batch is four samples
     attend(*(torch.cat(pair) for pair in zip(near, (q, k, v))), state, 0, None)
     assert not torch.equal(state.records[1].density[:2], state.records[1].density[2:])
+
+
+def test_a_video_that_is_too_short_for_any_budget_is_told_so():
+    with pytest.raises(ValueError, match="budget must be 1 at 8 tokens.*use dense attention"):
+        exact_share(0.9, NearConfig(**COLD), TokenLayout(1, 2, 4))
+    assert exact_share(1.0, NearConfig(**COLD), TokenLayout(1, 2, 4)) == 1.0

@@ -44,7 +44,7 @@ class NearConfig(GuardedConfig):
         share_branches: whether the guidance branches of a step share the orders and lists of the first one. What is left
             out is then left out of all, and guidance, which multiplies what differs between branches, leaves it alone.
             Not where text shares the sequence and is masked, or where the branches' layouts differ. Between the branches
-            orders and lists of all layers are held: 3.2 GB for Wan 2.1 14B at 720p (75,600 tokens, granules of 32).
+            orders and lists of all layers are held: 3 to 5 GB for Wan 2.1 14B at 720p (75,600 tokens, granules of 32).
         refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
         max_drift: with refresh, choose anew also where queries or keys would be further from those of the choice, as a
             share of their spread, > 0, or None: however far they are.

@@ -292,6 +292,11 @@ def exact_share(budget: float | Tensor, config: NearConfig, layout: TokenLayout)
         return torch.where(budget >= 1, 1.0, share.clamp(1e-6, 1.0)).float()
     if budget == 1:
         return 1.0
+    if fixed >= total**2:
+        raise ValueError(
+            f"budget must be 1 at {total} tokens, where the means and the text alone are as much as dense attention, "
+            f"got {budget}: use dense attention for so short a video"
+        )
     if budget * total**2 <= fixed:
         raise ValueError(
             f"budget must be above {fixed / total**2:.4f}, the share of the means of {size} keys each and of "
