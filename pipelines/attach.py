@@ -16,6 +16,7 @@ from svg.documents import shown
 from svg.engine.state import RunState
 from svg.engine.summary import summarize
 
+from .branches import branches_of
 from .choose import resolve
 from .fingerprint import check_weights
 from .hook import HOOK_NAME, RunHook
@@ -57,6 +58,8 @@ def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> P
     """
     config = resolve(config)
     transformers = transformers_of(pipe)
+    if any(branches_of(transformer) is not None for transformer in transformers.values()):
+        config = config.for_branches_apart()
     if not isinstance(pipe, nn.Module):  # a transformer by itself knows its own folder, not the pipeline's
         check_weights(pipe, config)
     specs = {name: find_spec(transformer) for name, transformer in transformers.items()}

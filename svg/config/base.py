@@ -193,6 +193,10 @@ class MethodConfig:
         found = ((one.name, one.metadata["sweep"]) for one in fields(cls) if one.metadata.get("sweep"))
         return next(found, None)
 
+    def for_branches_apart(self) -> MethodConfig:
+        """These settings where each guidance branch runs in a process of its own."""
+        return self
+
     def for_warm_up(self) -> MethodConfig:
         """These settings without what kernels take as a number, so that one warm-up serves all values of it."""
         return self

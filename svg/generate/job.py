@@ -150,6 +150,8 @@ def resolve(
             f"--split branches must come with guidance above 1, got {values['guidance']}: there is one branch"
         )
     config = _config(chosen, method, settings)
+    if rest.get("split") == "branches":
+        config = config.for_branches_apart()
     _check_model(config, model)
     return Job(
         model=model,

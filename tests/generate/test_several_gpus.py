@@ -36,12 +36,15 @@ def svg(*arguments, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["sequence", "branches"])
 def test_two_processes_make_the_same_video(tmp_path, split):
-    for out, flags in (("one", ()), ("two", ("--gpus", "2", "--split", split))):
+    apart = ("--set", "share_branches=false") if split == "branches" else ()  # branches of two processes choose apart
+    for out, flags in (("one", apart), ("two", ("--gpus", "2", "--split", split))):
         done = svg(*flags, "--out", out, folder=tmp_path)
         assert done.returncode == 0 and done.stderr == "", done.stderr
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("one", "two"))
     frames = [read_video(tmp_path / out / "accelerated.mp4")[0] for out in ("one", "two")]
     assert min(psnr(*frames)) > 45
+    assert two["method"]["share_branches"] == (split == "sequence")
+    assert any("share_branches is off" in note for note in two["notes"]) == (split == "branches")
     assert (one["gpus"], two["gpus"]) == (1, 2) and "--gpus 2" in two["command"]
     assert two["density"]["sparse_calls"] == pytest.approx(one["density"]["sparse_calls"], abs=1e-3)
     calls = [run["runs"]["accelerated"]["transformers"]["transformer"]["calls"] for run in (one, two)]

@@ -43,7 +43,8 @@ class NearConfig(GuardedConfig):
         iterations: k-means iterations on later calls, from the cached centroids, >= 1.
         share_branches: whether the guidance branches of a step share the orders and lists of the first one. What is left
             out is then left out of all, and guidance, which multiplies what differs between branches, leaves it alone.
-            Not where text shares the sequence and is masked, or where the branches' layouts differ. Between the branches
+            Not where text shares the sequence and is masked, where the branches' layouts differ, or where each branch has a
+            process of its own. Between the branches
             orders and lists of all layers are held: 3 to 5 GB for Wan 2.1 14B at 720p (75,600 tokens, granules of 32).
         refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
         max_drift: with refresh, choose anew also where queries or keys would be further from those of the choice, as a
@@ -106,6 +107,10 @@ class NearConfig(GuardedConfig):
             )
         check_max_drift(self)
         check_head_table(self)
+
+    def for_branches_apart(self) -> NearConfig:
+        """These settings where each guidance branch runs in a process of its own, and chooses for itself."""
+        return replace(self, share_branches=False)
 
     def at_step(self, step: int, num_steps: int) -> NearConfig:
         """The settings with the budgets of one step: more at first, where errors grow longest.
