@@ -134,7 +134,9 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     if device.type == "cpu" and job.config.method != "dense":
         notes.append("on a CPU sparse attention runs the plain-torch reference: no speed-up is expected")
     if job.split == "branches" and job.config.method == "near":
-        notes.append("share_branches is off: the branches are on two GPUs and choose apart, which --split sequence does not")
+        notes.append(
+            "share_branches is off: the branches are on two GPUs and choose apart, which --split sequence does not"
+        )
     notes += _quantized_notes(report["runs"].get("accelerated"))
     density = report["density"]
     if density and density["sparse_calls"] is None:
