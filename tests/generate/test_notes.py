@@ -8,7 +8,7 @@ import torch
 from svg.config import NearConfig
 from svg.generate.report import _notes
 
-JOB = SimpleNamespace(model="elsewhere", config=NearConfig())
+JOB = SimpleNamespace(model="elsewhere", config=NearConfig(), split="sequence")
 
 
 @pytest.mark.parametrize(
