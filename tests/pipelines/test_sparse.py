@@ -29,11 +29,17 @@ NAMES = ["wan", "wan_2_2", "wan_i2v", "hunyuan", "cogvideox_2b", "cogvideox_1_5"
 small_blocks = sparge_blocks(6, 3)
 
 
+@pytest.fixture
+def run_dense(load, run, name):
+    """A pipeline and what it makes by itself."""
+    pipe = load(name)
+    return pipe, run(pipe)
+
+
 @pytest.mark.parametrize("method", FULL)
 @pytest.mark.parametrize("name", NAMES)
-def test_full_budget_equals_dense(load, run, name, method):
-    pipe = load(name)
-    dense = run(pipe)
+def test_full_budget_equals_dense(run, run_dense, method):
+    pipe, dense = run_dense
     full = run(svg.accelerate(pipe, FULL[method]))
     torch.testing.assert_close(full, dense, rtol=0, atol=1e-4)
     for part in svg.report(pipe)["transformers"].values():
@@ -43,9 +49,8 @@ def test_full_budget_equals_dense(load, run, name, method):
 
 @pytest.mark.parametrize("method", SPARSE)
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_twice_is_bit_equal_and_sparse(load, run, name, method):
-    pipe = load(name)
-    dense = run(pipe)
+def test_same_seed_twice_is_bit_equal_and_sparse(load, run, run_dense, name, method):
+    pipe, dense = run_dense
     first = run(svg.accelerate(pipe, SPARSE[method]))
     torch.rand(7)  # the global generator is no part of the result
     assert torch.equal(run(pipe), first)

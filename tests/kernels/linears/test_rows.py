@@ -1,12 +1,23 @@
-"""Linears in FP8: rows and their scales, the product, and rows that hold nothing or no numbers."""
+"""Linears in FP8, and what rows in INT8 have in common with them: rows and their scales, the product, and rows that hold nothing or no numbers."""
 
 import pytest
 import torch
 
 from svg.kernels import fp8_linear, quantize_rows, quantize_rows_reference
+from svg.kernels.linears import int8_rows_matmul, quantize_int8_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF_STEP = 2.0**-4  # of e4m3: 3 bits after the leading one
+KINDS = [(quantize_rows, fp8_linear), (quantize_int8_rows, int8_rows_matmul)]
+
+
+@pytest.mark.parametrize("quantize, number", [(quantize_rows, torch.float8_e4m3fn), (quantize_int8_rows, torch.int8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 96), (2, 5, 80), (0, 16)])
+def test_shapes_and_dtypes_of_rows(dtype, shape, quantize, number):
+    rows = quantize(torch.randn(shape).to(dtype))
+    assert rows.values.dtype == number and rows.shape == shape and rows.scale.shape == shape[:-1]
+    assert rows.dtype == dtype and rows.values.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -14,8 +25,6 @@ HALF_STEP = 2.0**-4  # of e4m3: 3 bits after the leading one
 def test_rows_are_within_half_a_step(dtype, shape):
     x = torch.randn(shape).to(dtype)
     rows = quantize_rows(x)
-    assert rows.values.dtype == torch.float8_e4m3fn and rows.shape == shape and rows.scale.shape == shape[:-1]
-    assert rows.dtype == dtype and rows.values.is_contiguous()
     wide = x.float()
     smallest = rows.scale[..., None] * 2.0**-10  # half a step of the subnormal numbers
     assert ((rows.dequantize() - wide).abs() <= HALF_STEP * wide.abs() + smallest).all()
@@ -29,30 +38,33 @@ def test_kernel_equals_its_specification():
     assert torch.equal(got.values.float(), wanted.values.float()) and torch.equal(got.scale, wanted.scale)
 
 
-def test_strided_rows():
+@pytest.mark.parametrize("quantize", [quantize_rows, quantize_int8_rows])
+def test_strided_rows(quantize):
     x = torch.randn(6, 3, 64)[:, 1]
-    assert torch.equal(quantize_rows(x).dequantize(), quantize_rows(x.contiguous()).dequantize())
+    assert torch.equal(quantize(x).dequantize(), quantize(x.contiguous()).dequantize())
 
 
+@pytest.mark.parametrize(("quantize", "multiply"), KINDS, ids=["fp8", "int8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_empty_rows_are_zero_and_bad_ones_show(bad):
+def test_empty_rows_are_zero_and_bad_ones_show(bad, quantize, multiply):
     x = torch.zeros(3, 32)
     x[1, 5], x[2] = bad, 1.0
-    rows = quantize_rows(x)
+    rows = quantize(x)
     assert 0 < rows.scale[0] < 1 and (rows.values[0].float() == 0).all()
-    out = fp8_linear(rows, quantize_rows(torch.ones(16, 32)))
+    out = multiply(rows, quantize(torch.ones(16, 32)))
     assert (out[0] == 0).all() and out[1].isnan().all()
     torch.testing.assert_close(out[2], torch.full((16,), 32.0))
 
 
+@pytest.mark.parametrize(("quantize", "multiply"), KINDS, ids=["fp8", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("M", [0, 1, 37])
-def test_product_is_that_of_the_dequantised(dtype, M):
-    x, weight, bias = torch.randn(1, M, 80).to(dtype), torch.randn(48, 80).to(dtype), torch.randn(48).to(dtype)
-    rows, columns = quantize_rows(x), quantize_rows(weight)
+@pytest.mark.parametrize("M, K, N", [(0, 32, 16), (1, 80, 48), (37, 384, 144), (130, 272, 16)])
+def test_product_is_that_of_the_dequantised(dtype, M, K, N, quantize, multiply):
+    x, weight, bias = torch.randn(1, M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+    rows, columns = quantize(x), quantize(weight)
     wanted = rows.dequantize().double() @ columns.dequantize().double().T + bias.double()
-    out = fp8_linear(rows, columns, bias)
-    assert out.dtype == dtype and out.shape == (1, M, 48)
+    out = multiply(rows, columns, bias)
+    assert out.dtype == dtype and out.shape == (1, M, N)
     assert ((out - wanted).abs() <= torch.finfo(dtype).eps * wanted.abs() + 1e-4).all()
 
 
