@@ -25,7 +25,7 @@ function timeSection() {
     PARTS.map((part) => el("li", {}, el("i", { class: "swatch", style: { background: part.colour } }), part.name)),
   );
   const lead =
-    "Seconds of one run after an untimed warm-up; planning (clustering, profiling, permuting) counts as attention.";
+    "Seconds of one run, on a GPU after an untimed warm-up; planning (clustering, profiling, permuting) counts as attention.";
   return section(
     "time",
     "Where the time went",
