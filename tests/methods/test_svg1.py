@@ -129,6 +129,7 @@ def test_profiled_mask_is_the_executed_mask(layout, make_mask, token_map):
             assert torch.equal(profiled[n, kind], token_map(plan, 0, 0)[layout.video_slice])
 
 
+@pytest.mark.slow
 def test_kind_is_the_brute_force_choice(layout, make_mask, make_qkv, masked_attention):
     mask, qkv = make_mask(layout), make_qkv(layout, heads=8)
     config = SVG1Config(density=0.5, block_size=4, sample_rows=10_000)  # every row

@@ -7,6 +7,8 @@ from torch._dynamo.utils import counters
 import svg
 from svg.config import NearConfig
 
+pytestmark = pytest.mark.slow
+
 NEAR = NearConfig(
     budget=0.9, granule=8, rows=16, cluster_tokens=8, query_cluster_tokens=8, warmup_steps=0.2, warmup_layers=0.0
 )
