@@ -61,13 +61,3 @@ def test_a_third_of_the_error_of_fp8_and_hardly_more_with_outliers():
     x[:, 77] *= 30  # a channel of outliers
     exact = x.double() @ weight.double().T
     assert error(int8(), exact) < 0.02
-
-
-def test_wrong_arguments_are_named():
-    rows = quantize_int8_rows(torch.zeros(4, 32))
-    with pytest.raises(ValueError, match=r"x must be \[..., 16\] and bias \[8\]"):
-        int8_rows_matmul(rows, quantize_int8_rows(torch.zeros(8, 16)))
-    with pytest.raises(ValueError, match=r"bias \[8\]"):
-        int8_rows_matmul(rows, quantize_int8_rows(torch.zeros(8, 32)), torch.zeros(9))
-    with pytest.raises(TypeError, match="fp16, bf16 or fp32"):
-        quantize_int8_rows(torch.zeros(4, 32, dtype=torch.float64))

@@ -75,11 +75,12 @@ def test_eight_bits_cost_four_percent():
     assert 0.02 < error < 0.045  # two roundings of 2.6 % each, at random
 
 
-def test_wrong_arguments_are_named():
-    rows = quantize_rows(torch.zeros(4, 32))
+@pytest.mark.parametrize(("quantize", "multiply"), KINDS, ids=["fp8", "int8"])
+def test_wrong_arguments_are_named(quantize, multiply):
+    rows = quantize(torch.zeros(4, 32))
     with pytest.raises(ValueError, match=r"x must be \[..., 16\] and bias \[8\]"):
-        fp8_linear(rows, quantize_rows(torch.zeros(8, 16)))
+        multiply(rows, quantize(torch.zeros(8, 16)))
     with pytest.raises(ValueError, match=r"bias \[8\]"):
-        fp8_linear(rows, quantize_rows(torch.zeros(8, 32)), torch.zeros(9))
+        multiply(rows, quantize(torch.zeros(8, 32)), torch.zeros(9))
     with pytest.raises(TypeError, match="x must be fp16, bf16 or fp32, got torch.float64"):
-        quantize_rows(torch.zeros(4, 32).double())
+        quantize(torch.zeros(4, 32).double())
