@@ -165,7 +165,7 @@ def _int8_rows_matmul_kernel(
         left = K - k * BLOCK
         x = tl.load(a + a_place, mask=row_mask & (offs_k < left)[None, :], other=0)
         y = tl.load(b + b_place, mask=column_mask & (offs_k < left)[:, None], other=0)
-        sums = tl.dot(x, y, acc=sums)
+        sums = tl.dot(x, y, acc=sums, out_dtype=tl.int32)
         a_place += BLOCK
         b_place += BLOCK
     row_scale = tl.load(a_scale + offs_m, mask=offs_m < M, other=0.0)
