@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
 from .engine.plan import CallPlan
 from .engine.records import AttentionRecord, ObservedAttention, Timer
-from .engine.state import RunState
+from .engine.replay import is_launch_bound
+from .engine.state import LayerState, RunState
 from .methods.dense import dense_attention, key_mask
 from .methods.registry import planner
 
@@ -79,23 +80,21 @@ def attend(
     precision: str | None = None
     if not dense:
         precision, dense = _precision(config, state, layer, q.device)
-    kind, plan, outcome = None, None, None
+    kind, plan, outcome, reused = None, None, None, False
     if dense or precision is None:
         density = torch.ones(q.shape[:2])
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
         if residual.is_due(state, layer):
             _keep_residual(q, k, v, out, state, layer, text_mask)
     else:
-        out, plan, outcome = _planned(q, k, v, state, layer, precision, text_mask)
+        out, density, kind, reused, outcome, plan = _planned(q, k, v, state, layer, precision, text_mask)
         out = residual.add(state, layer, out)
-        density, kind = plan.density(), plan.kind
         precision = None if precision == "native" else precision
     if timer is not None:
         timer.stop()
     if state.peers is not None:
         density, kind, outcome = _of_all_heads(density, kind, outcome, state, layer, dense)
     emulated = precision is not None and is_emulated(precision, q.device)
-    reused = plan is not None and plan.reused
     if not (dense or state.told):
         state.told = True
         _tell_of_slow_paths(config.method, q, precision if emulated else None)
@@ -115,7 +114,7 @@ def _keep_residual(
 ) -> None:
     precision, dense = _precision(state.config, state, layer, q.device)
     if not dense:
-        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask)[0])
+        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask).out)
 
 
 def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.device) -> tuple[str, bool]:
@@ -127,34 +126,111 @@ def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.
     return found, found == "native"
 
 
+class Called(NamedTuple):
+    """One call of a method.
+
+    Args:
+        out: [B, H, S, D].
+        density: float32 [B, H], computed share of the map.
+        kind: int8 [B, H], or None for methods without head kinds.
+        reused: whether an earlier call's choice was taken.
+        outcome: what the guard saw, or None where it was off or nothing was quantised.
+        plan: the method's, or None where the call was captured.
+    """
+
+    out: Tensor
+    density: Tensor
+    kind: Tensor | None
+    reused: bool
+    outcome: GuardOutcome | None
+    plan: CallPlan | None
+
+
 def _planned(
     q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, text_mask: Tensor | None
-) -> tuple[Tensor, CallPlan, GuardOutcome | None]:
-    config, layout = state.config, state.layout
+) -> Called:
+    config, layout, settings = state.config, state.layout, state.settings
     if precision != "native":
         target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
     elif target.use_triton(q):
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device, memory.halves)
-    with torch.no_grad():
-        plan = planner(config).plan(q, k, v, state.settings, memory, layout, text_mask)
-    if precision == "native" or not isinstance(config, GuardedConfig) or not config.guard:
-        return plan.execute(q, k, v, precision), plan, None
-
-    def run(failed: Tensor) -> Tensor:
-        return plan.execute(q, k, v, precision, failed)
-
-    with torch.no_grad():
-        probe = state.probe_generator(layer, config.probe_every)
-        out, outcome = guarded(run, plan, q, k, v, tolerance=config.tolerance, probe=probe)
+    quantized = precision != "native" and isinstance(config, GuardedConfig) and config.guard
+    probe = state.probe_generator(layer, config.probe_every) if quantized else None
+    if probe is None and state.observer is None and state.peers is None and is_launch_bound(q, config.cuda_graphs):
+        found = _captured(q, k, v, state, memory, precision, text_mask, quantized)
+    else:
+        found = _run(q, k, v, text_mask, settings, memory, layout, precision, quantized, probe)
     at_least: float | None = getattr(config, "min_cosine", None)
-    if at_least is not None and outcome.cosine is not None:
-        cosine = outcome.cosine
+    if at_least is not None and found.outcome is not None and found.outcome.cosine is not None:
+        cosine = found.outcome.cosine
         if state.peers is not None:  # all take the safer precision, or none
             cosine = -state.peers.largest(-cosine)
         state.note_cosine(layer, cosine, at_least)
-    return out, plan, outcome
+    return found
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_mask: Tensor | None,
+    settings: MethodConfig,
+    memory: LayerState,
+    layout: TokenLayout,
+    precision: str,
+    quantized: bool,
+    probe: torch.Generator | None = None,
+) -> Called:
+    """Plan and execute; `quantized`: whether the guard watches."""
+    with torch.no_grad():
+        plan = planner(settings).plan(q, k, v, settings, memory, layout, text_mask)
+    if not quantized:
+        out, outcome = plan.execute(q, k, v, precision), None
+    else:
+
+        def run(failed: Tensor) -> Tensor:
+            return plan.execute(q, k, v, precision, failed)
+
+        tolerance = getattr(settings, "tolerance", GuardedConfig.tolerance)
+        with torch.no_grad():
+            out, outcome = guarded(run, plan, q, k, v, tolerance=tolerance, probe=probe)
+    return Called(out, plan.density(), plan.kind, plan.reused, outcome, plan)
+
+
+@torch.no_grad()
+def _captured(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: RunState,
+    memory: LayerState,
+    precision: str,
+    text_mask: Tensor | None,
+    quantized: bool,
+) -> Called:
+    """The same through a CUDA graph, where the method says with which settings a call can be captured."""
+    settings, layout = state.settings, state.layout
+    steady = getattr(planner(settings), "steady", None)
+    found = None if steady is None else steady(q, settings, memory, layout)
+    if found is None:
+        return _run(q, k, v, text_mask, settings, memory, layout, precision, quantized)
+    constant = found.config
+    aside = memory.cache.pop(residual.KEY, None)  # the plan does not read it
+
+    def run(q, k, v, text_mask, cache, step) -> tuple[Called, dict[str, Any], dict[str, Any] | None]:
+        scratch = memory.with_contents(dict(cache), None if step is None else dict(step))
+        called = _run(q, k, v, text_mask, constant, scratch, layout, precision, quantized)
+        return called._replace(plan=None), scratch.cache, scratch.step
+
+    key = (constant, layout, precision, quantized, memory.branch, memory.halves, memory.signature)
+    arguments = (q, k, v, text_mask, memory.cache, memory.step)
+    called, cache, step = state.replays.call(key, arguments, run, found.keeps)
+    memory.cache = cache if aside is None else cache | {residual.KEY: aside}
+    if memory.step is not None and step is not None:
+        memory.step.update(step)
+    return called
 
 
 def _of_all_heads(

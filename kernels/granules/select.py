@@ -48,14 +48,14 @@ def select_granules(
         scores: fp32 [B, H, NG, T], not negative, contiguous.
         tokens: int32 [B, C], tokens of each granule, C >= T; text granules follow the video's, of which only the last
             may be partial.
-        budget: granules a row group may list on average, as a share of T, in (0, 1]; or fp32 [H] on the scores' device,
-            whose values are not checked, because that would wait for the device.
+        budget: granules a row group may list on average, as a share of T, in (0, 1]; or on the scores' device fp32 [H],
+            or fp64 [] for all heads, whose values are not checked, because that would wait for the device.
         floor: share of that average that every row group lists whatever the others need, in [0, 1].
         size: keys of a whole granule.
         rows: query rows of a group.
         per_head: one threshold for each head and sample; else one for all heads of a sample.
         most: the largest mean that a tensor of budgets has, known to the host: it sizes the lists. Budgets whose mean is
-            larger are scaled down to it. Not used with a number.
+            larger are scaled down to it; one for all heads must not be larger. Not used with a number.
         others: processes that hold more heads of the same samples and choose together; not with `per_head`.
 
     Returns:
@@ -90,9 +90,10 @@ def _check(scores, tokens, budget, floor, size, rows, most):
     if scores.dtype != torch.float32 or tokens.dtype != torch.int32:
         raise TypeError(f"scores must be fp32 and tokens int32, got {scores.dtype} and {tokens.dtype}: convert them")
     if isinstance(budget, Tensor):
-        if budget.shape != scores.shape[1:2] or budget.dtype != torch.float32 or budget.device != scores.device:
+        wanted = ((), torch.float64) if budget.dim() == 0 else (scores.shape[1:2], torch.float32)
+        if (budget.shape, budget.dtype, budget.device) != (*wanted, scores.device):
             raise ValueError(
-                f"budget must be fp32 [H] = [{scores.shape[1]}] on {scores.device}, got {budget.dtype} "
+                f"budget must be fp32 [H] = [{scores.shape[1]}] or fp64 [] on {scores.device}, got {budget.dtype} "
                 f"{tuple(budget.shape)} on {budget.device}: one share a head, or one number"
             )
     elif not 0 < budget <= 1:
@@ -106,7 +107,7 @@ def _check(scores, tokens, budget, floor, size, rows, most):
 
 
 def _scaled_down(budget: float | Tensor, most: float) -> float | Tensor:
-    if not isinstance(budget, Tensor) or most >= 1:
+    if not isinstance(budget, Tensor) or budget.dim() == 0 or most >= 1:
         return budget
     return (budget.double() * (most / budget.double().mean()).clamp_max(1)).float()
 
@@ -128,6 +129,11 @@ class Limits(NamedTuple):
 def _limits(budget, most, floor, per_head, shape, device, others) -> Limits:
     B, H, NG, T = shape
     thresholds, heads = (H, 1) if per_head else (1, H)
+    if isinstance(budget, Tensor) and budget.dim() == 0:  # one threshold; as a number below, operation by operation
+        least = (floor * budget * T).round().clamp(1, T).to(torch.int32)
+        allowed = (budget * T * NG * heads + 1e-6).floor().to(torch.int32)
+        listed = B * min(NG * H * T, math.ceil(most * T * NG * H) + NG * H)
+        return Limits(allowed[None], least[None], listed)
     if isinstance(budget, Tensor):
         share = budget.double().view(thresholds, heads).mean(1)
         allowed = (share * (T * NG * heads) + 1e-6).floor().to(torch.int32)
@@ -158,9 +164,8 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, others
     scores, tokens = scores.contiguous(), tokens.contiguous()
     limits = _limits(budget, most, floor, per_head, scores.shape, device, others)
     digit, programs = launch or target.launch_row(LAUNCH, device)
-    levels = KEY_BITS // digit
     thresholds, members = (H, NG) if per_head else (1, H * NG)
-    segments = B * thresholds
+    levels, segments = KEY_BITS // digit, B * thresholds
     histograms = torch.zeros(levels, segments, 1 << digit, dtype=torch.int32, device=device)
     row_histograms = torch.empty(B * H * NG, 1 << digit, dtype=torch.int32, device=device)
     # Of each row: its floor, the keys equal to it that are kept and left; beyond the floor, the keys above the last digit's,

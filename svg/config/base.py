@@ -49,6 +49,9 @@ class MethodConfig:
         fused: elementwise work in single kernels, in dense and sparse calls alike: QK-norm with RoPE, in Wan's and
             HunyuanVideo's single-stream blocks gate with residual, norm and modulation, and activations with the
             quantisation for linears in 8 bits. None: on GPUs, and where gradients are off; there the result is exact to rounding.
+        cuda_graphs: capture sparse and quantised attention calls in CUDA graphs and replay them, which spares short calls the
+            time of their launches. Results are the same, bit for bit. None: where dense attention would take less than
+            about 20 ms.
         linears: which linears of the blocks run in 8 bits: "none", "feed_forward", "all" (the video attention's too),
             or those that a file of `svg adapt-linears`, a path that ends in .json, has chosen by their error.
             The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
@@ -87,6 +90,7 @@ class MethodConfig:
     dense_backend: str = setting("auto", flag=str, help=f"Backend of dense attention: {', '.join(DENSE_BACKENDS)}.")
     check_finite: bool = True
     fused: bool | None = None
+    cuda_graphs: bool | None = None
     linears: str = setting(
         "none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}, or a file of svg adapt-linears."
     )
@@ -107,8 +111,9 @@ class MethodConfig:
         for one in fields(self):
             if isinstance(one.default, bool) and not isinstance(getattr(self, one.name), bool):
                 raise TypeError(f"{one.name} must be true or false, got {shown(getattr(self, one.name))}")
-        if self.fused is not None and not isinstance(self.fused, bool):
-            raise TypeError(f"fused must be true, false or null, got {shown(self.fused)}")
+        for name in ("fused", "cuda_graphs"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true, false or null, got {shown(getattr(self, name))}")
 
     @property
     def linears_file(self) -> str | None:

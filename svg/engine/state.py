@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from .deferred import DeferredReads
 from .layout import TokenLayout
 from .peers import Deal, Peers, balanced_deal
 from .records import AttentionRecord, ObservedAttention, Timer
+from .replay import Replays
 
 __all__ = ["LayerState", "RunState", "Timer", "device_name"]
 
@@ -73,6 +74,10 @@ class LayerState:
             self._generators.clear()
             self.signature = signature
 
+    def with_contents(self, cache: dict[str, Any], step: dict[str, Any] | None) -> LayerState:
+        """The same layer and branch with other contents, and with nothing that the host reads or draws."""
+        return replace(self, cache=cache, step=step, reads=DeferredReads(), peers=None, _generators={})
+
     def deal(self, peers: Peers | None) -> None:
         """Take the heads of another deal: centroids and residuals go with their heads, all else is made anew."""
         if peers is not None and self.peers is not None and peers.deal != self.peers.deal:
@@ -121,6 +126,7 @@ class RunState:
         observer: called with an ObservedAttention after every attention call, or None; it outlives runs.
         peers: processes that have other heads of the layer that runs, or None; its deal is `deals[layer]`, once that is known.
         records: one AttentionRecord per attention call of the run.
+        replays: calls that were captured in CUDA graphs.
         safer: how many times a layer took the next safer precision, by layer.
         told: whether a slow path was warned of; it outlives runs.
     """
@@ -135,6 +141,7 @@ class RunState:
         self.name = name
         self.timing = True
         self.observer: Callable[[ObservedAttention], None] | None = None
+        self.replays = Replays()
         self.reset()
 
     def reset(self) -> None:
@@ -194,6 +201,7 @@ class RunState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.replays = Replays()
         self.reset()
 
     def begin_run(self, noise: list[float] | None = None) -> None:
@@ -233,11 +241,12 @@ class RunState:
         self._forward, self._settings = Forward(step, num_steps, branch, layout, halves), None
 
     def end_run(self) -> None:
-        """Say that the run is over.
+        """Say that the run is over: captured calls give their memory back.
 
         Raises:
             FloatingPointError: q, k or v of the last forward held NaN or infinity.
         """
+        self.replays.clear()
         self._sums.read()
 
     def check_tuned(self, heads: int, device: torch.device) -> None:

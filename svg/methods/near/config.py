@@ -14,6 +14,7 @@ QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (16, 32, 64, 128)
 POOLS = (1, 2, 4, 8)
+COARSE = 1.25  # ratio of one coarse budget to the next, beyond the means
 DECAY = 0.12  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
@@ -127,10 +128,31 @@ class NearConfig(GuardedConfig):
             return self
         return _scaled(self, *_shares(dense, num_steps), step - dense)
 
+    def rounded_up(self, layer: int) -> NearConfig:
+        """One layer's settings in one step with a coarser budget: those of other steps and layers are often the same.
+
+        Args:
+            layer: index of the layer, from 0.
+
+        Returns:
+            Settings without budgets of single heads, whose budget is that of the heads' mean or a little more.
+        """
+        return _rounded_up(self, self.head_budgets(layer))
+
     def _exact(self, value: float, factor: float) -> float:
         """A budget whose share beyond the means is multiplied."""
         means = 1 / self.granule
         return value if value >= 1 or value <= means else min(1.0, means + (value - means) * factor)
+
+
+@lru_cache(maxsize=256)
+def _rounded_up(config: NearConfig, own: tuple[float, ...] | None) -> NearConfig:
+    means = 1 / config.granule
+    budget = config.budget
+    if own is not None:  # a head that computes everything lists what the means would have been, too
+        budget = sum(one if one < 1 else 1 + 2 * means for one in own) / len(own) + 1e-3
+    steps = math.ceil(math.log(max(budget - means, 1e-3), COARSE) - 1e-9)
+    return replace(config, budget=min(1.0, means + COARSE**steps), head_budget=None, tuned_for=None, early=0.0)
 
 
 @lru_cache(maxsize=64)

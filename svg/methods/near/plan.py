@@ -28,6 +28,7 @@ from svg.kernels.granules.values import for_both_halves, longest_first
 
 from ...engine.layout import TokenLayout
 from ...engine.peers import Peers, bounds
+from ...engine.replay import Steady
 from ...engine.state import LayerState
 from .. import reuse
 from ..dense import dense_attention, key_mask
@@ -36,6 +37,7 @@ from .config import NearConfig
 from .orders import token_orders
 
 PROBE_ROWS = 64
+SHARE = "share"  # of the granules that this call lists, on the device
 PER_GROUP = ("starts", "whole", "counts", "chosen")  # of a row group, in its lists
 SCORE_BYTES = 2 << 30  # of the heads whose threshold is found together
 
@@ -196,7 +198,7 @@ def plan(
     Raises:
         ValueError: the means and the text alone are above the budget.
     """
-    video = layout.video_slice
+    video, share = layout.video_slice, state.cache.pop(SHARE, None)
     kept, made = reuse.still_good(state, config), None
     stretches = _stretches(q, config, layout, state.peers)
     common = {"size": config.granule, "stretches": stretches, "layout": layout, "text_mask": text_mask}
@@ -215,7 +217,7 @@ def plan(
         found = NearPlan(chosen=Chosen(q_order, k_order, ()), **common)
         gather = config.precision == "native"  # other precisions are gathered where they are quantised
         granules = tuple(found.granules(k, v, heads, gather) for heads in stretches)
-        lists = tuple(_select(found, q, part, config, state, deciding, i) for i, part in enumerate(granules))
+        lists = tuple(_select(found, q, part, config, state, deciding, i, share) for i, part in enumerate(granules))
         if halves:
             lists = tuple(map(for_both_halves, lists))
         found = NearPlan(chosen=Chosen(q_order, k_order, lists), **common)
@@ -225,6 +227,31 @@ def plan(
     if config.share_branches and state.step is not None:
         state.step["near"] = ForBranches(state.branch, _decided_by(state, config), found.chosen)
     return dataclasses.replace(found, made=made)
+
+
+def steady(q: Tensor, config: NearConfig, state: LayerState, layout: TokenLayout) -> Steady | None:
+    """What a captured call needs (see `svg/methods/registry.py`): the budget of the step in a tensor.
+
+    Args:
+        q: float [B, H, S, D].
+        config: the method's settings in this step.
+        state: the layer's state.
+        layout: where video and text are.
+
+    Returns:
+        Settings with a coarser budget, which sizes the lists; None where centroids are drawn first, or drift is measured.
+    """
+    names = ("k_centroids", "q_centroids") if config.query_order == "clusters" else ("k_centroids",)
+    if config.max_drift is not None or any(name not in state.cache for name in names):
+        return None
+    own = config.head_budgets(state.layer)
+    if own is None:
+        share = exact_share(config.budget, config, layout)
+        state.cache[SHARE] = torch.full((), share, dtype=torch.float64, device=q.device)
+    else:
+        share = exact_share(torch.tensor(own), config, layout)
+        state.cache[SHARE] = torch.as_tensor(share, dtype=torch.float32).to(q.device, non_blocking=True)
+    return Steady(config.rounded_up(state.layer))
 
 
 def _of_other_branch(state: LayerState, config: NearConfig, text_mask: Tensor | None) -> Chosen | None:
@@ -237,7 +264,8 @@ def _of_other_branch(state: LayerState, config: NearConfig, text_mask: Tensor | 
 
 
 def _decided_by(state: LayerState, config: NearConfig) -> tuple:
-    return config, state.signature, None if state.peers is None else state.peers.deal
+    # A budget changes with the step, not within one, and captured calls know it roughly.
+    return config.rounded_up(state.layer), state.signature, None if state.peers is None else state.peers.deal
 
 
 def _select(
@@ -248,14 +276,21 @@ def _select(
     state: LayerState,
     deciding: slice,
     stretch: int,
+    share: Tensor | None,
 ) -> GranuleLists:
-    """Lists of a stretch of heads, for the samples that decide."""
+    """Lists of a stretch of heads, for the samples that decide; `share` is as `steady` has left it, or None."""
     heads = found.stretches[stretch]
     order = found.chosen.q_order[deciding, heads]
     granules = granules.of_samples(deciding)
     scores = granule_scores(q[deciding, heads], order, granules, rows=config.rows, pool=config.pool)
     options = {"floor": config.floor, "size": config.granule, "rows": config.rows}
     own = config.head_budgets(state.layer)
+    if share is not None:
+        per_head = share.dim() > 0
+        most = exact_share(config.budget, config, found.layout)
+        if per_head and len(found.stretches) > 1:  # some heads may have a larger mean than all
+            share, most = share[heads], 1.0
+        return select_granules(scores, granules.tokens, budget=share, per_head=per_head, most=most, **options)
     if own is None:
         share = exact_share(config.budget, config, found.layout)
         others = None if state.peers is None else state.peers.part(stretch, len(found.stretches))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan
+from ...engine.replay import Steady
 from ...engine.state import LayerState
 from ..dense import key_mask
 from . import precision as precisions
@@ -51,6 +52,11 @@ class SagePlan:
     def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
         """See `svg.engine.repair.repair`."""
         self.whole.repair(q, k, v, out, failed)
+
+
+def steady(q: Tensor, config: Sage2Config, state: LayerState, layout: TokenLayout) -> Steady:
+    """What a captured call needs (see `svg/methods/registry.py`)."""
+    return Steady(config)
 
 
 def plan(

@@ -23,6 +23,7 @@ from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan
+from ...engine.replay import Steady
 from ...engine.state import LayerState
 from ..text import prompt_first, tile_multiple, visible_keys, with_text
 from ..video_order import video_order
@@ -90,6 +91,12 @@ def plan(
         pv_threshold=limits.pv_threshold if filtered and config.precision != "native" else None,
         one_map_per_head=True,
     )
+
+
+def steady(q: Tensor, config: SpargeConfig, state: LayerState, layout: TokenLayout) -> Steady | None:
+    """What a captured call needs (see `svg/methods/registry.py`); None while thresholds are yet to be read."""
+    known = "simthresh" in state.cache
+    return Steady(config, video_blocks(layout, config.order, q.device)) if known else None
 
 
 class VideoBlocks(NamedTuple):

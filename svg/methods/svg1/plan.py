@@ -25,12 +25,14 @@ from svg.kernels.selection.probe import probe_attention
 
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan, map_shares
+from ...engine.replay import Steady
 from ...engine.state import LayerState
 from ..dense import key_mask
 from ..text import prompt_first, visible_keys
 from .config import SVG1Config
 
 SPATIAL, TEMPORAL = 0, 1
+DRAWN = "rows"  # of this call, in the layer's cache
 Q_BLOCKS = 2  # a block of queries is as long as two of keys: the kernels' tiles are 128 x 64
 
 
@@ -111,7 +113,9 @@ def plan(
         maps = _shared_maps(layout, densities, config.block_size, q.device)
     else:
         maps = _maps_of_all(layout, densities, config.block_size, q.device, text_mask)
-    rows = sample_rows(layout.video_tokens, config.sample_rows, state.generator(q.device))
+    rows = state.cache.pop(DRAWN, None)
+    if rows is None:
+        rows = _draw(q, config, state, layout)
     masks = row_masks(maps, rows, layout, config.block_size)
     visible = key_mask(layout, text_mask)
     group = torch.arange(q.shape[0], device=q.device)[:, None] if text_mask is not None else 0
@@ -134,6 +138,18 @@ def plan(
         share=maps.share,
         kind=kind.to(torch.int8),
     )
+
+
+def steady(q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout) -> Steady | None:
+    """What a captured call needs (see `svg/methods/registry.py`): its sampled rows, drawn before; none with text."""
+    if layout.text_tokens or config.head_density is not None:
+        return None
+    state.cache[DRAWN] = _draw(q, config, state, layout)
+    return Steady(config, _shared_maps(layout, (config.density,), config.block_size, q.device))
+
+
+def _draw(q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout) -> Tensor:
+    return sample_rows(layout.video_tokens, config.sample_rows, state.generator(q.device))
 
 
 def sample_rows(video_tokens: int, count: int, generator: torch.Generator) -> Tensor:

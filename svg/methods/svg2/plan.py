@@ -26,6 +26,7 @@ from svg.kernels.selection.top_p import top_p_block_map
 
 from ...engine.layout import TokenLayout
 from ...engine.plan import Plan
+from ...engine.replay import Steady
 from ...engine.state import LayerState
 from .. import reuse
 from ..text import prompt_first, tile_multiple, visible_keys, with_text
@@ -72,6 +73,12 @@ def plan(
         found = _reused(kept, k, v, config, layout, text_mask)
     reuse.remember(state, config, kept, found, chosen, q[:, :, layout.video_slice], k[:, :, layout.video_slice])
     return found
+
+
+def steady(q: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout) -> Steady | None:
+    """What a captured call needs (see `svg/methods/registry.py`); None where centroids are drawn first, or drift is measured."""
+    clustered = "q_centroids" in state.cache and "k_centroids" in state.cache
+    return Steady(config) if clustered and config.max_drift is None else None
 
 
 class Chosen(NamedTuple):

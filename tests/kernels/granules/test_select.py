@@ -136,6 +136,21 @@ def test_a_bound_on_budgets_of_heads():
         assert len(bounded.entries) < len(free.entries) / 3
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("budget", [0.003, 0.2, 1 / 3, 1.0])
+def test_one_budget_on_the_device_is_the_same_as_a_number(budget, floor):
+    scores, tokens = of("random", 2, 3, 4, 60), tokens_of(2, 60, last=5, text=(16, 2))
+    options = {"floor": floor, "size": SIZE, "rows": 128}
+    number = select_granules(scores, tokens, budget=budget, **options)
+    there = torch.tensor(budget, dtype=torch.float64)
+    for most in (budget, min(1.0, 1.25 * budget)):
+        tensor = select_granules(scores, tokens, budget=there, most=most, **options)
+        for name in ("starts", "whole", "counts", "chosen", "schedule"):
+            assert torch.equal(getattr(number, name), getattr(tensor, name)), name
+        used = (number.starts + number.counts).max()
+        assert used <= len(tensor.entries) and torch.equal(number.entries[:used], tensor.entries[:used])
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_everything_is_listed_with_the_whole_budget(per_head):
     scores, tokens = of("random", 2, 2, 3, 45), tokens_of(2, 45, last=3, text=(16, 5))
@@ -173,6 +188,7 @@ def test_scores_are_compared_by_their_upper_bits():
     [
         ({"budget": 0.0}, ValueError, r"budget must be in \(0, 1\], got 0.0"),
         ({"budget": torch.ones(3)}, ValueError, r"budget must be fp32 \[H\] = \[2\]"),
+        ({"budget": torch.tensor(0.5)}, ValueError, r"or fp64 \[\] on cpu, got torch.float32"),
         ({"floor": 1.5}, ValueError, r"floor must be in \[0, 1\], got 1.5"),
         ({"most": -0.5}, ValueError, r"most must be in \[0, 1\], got -0.5"),
         ({"size": 12}, ValueError, "size must be one of 8, 16, 32, 64, got 12"),
