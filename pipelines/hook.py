@@ -177,7 +177,7 @@ class RunHook(ModelHook):
             layout=layout,
             halves=self.spec.guidance_in_batch and position.guided and len(latents) % 2 == 0,
         )
-        self.linear_guard.begin_forward(position.step, position.branch)
+        self.linear_guard.begin_forward(position.step, position.branch, self.state.in_warm_up)
         self._running = Timer(latents.device)
 
     def _begin_run(self) -> None:

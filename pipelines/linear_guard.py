@@ -39,6 +39,7 @@ class LinearGuard:
         guard, every = (getattr(config, name, getattr(GuardedConfig, name)) for name in ("guard", "probe_every"))
         self.every: int = every if guard and self.linears else 0
         self.tolerance: float = getattr(config, "tolerance", GuardedConfig.tolerance)
+        self.waits = config.linear_warmup
         for linear in self.linears.values() if self.every else ():
             linear.keep_sample()
         self._reads = DeferredReads()
@@ -53,14 +54,17 @@ class LinearGuard:
         for linear in self.linears.values():
             linear.begin_run()
 
-    def begin_forward(self, step: int, branch: str) -> None:
+    def begin_forward(self, step: int, branch: str, warm_up: bool = False) -> None:
         """Act on what the forward before found, and say whether this one probes.
 
         Args:
             step: index of the step, from 0.
             branch: guidance branch; each is probed every `probe_every` steps.
+            warm_up: whether the step is one that the warm-up keeps dense.
         """
-        if not self.every:
+        for linear in self.linears.values() if self.waits else ():
+            linear.wait(warm_up)
+        if not self.every or (self.waits and warm_up):
             return
         self._reads.read()
         last = self._probed.get(branch)
@@ -107,7 +111,9 @@ class LinearGuard:
         guard = {
             "probes": self.probes,
             "largest_error": None if name is None else worst,
-            "own_precision": [name for name, linear in self.linears.items() if linear.own is not None],
+            "own_precision": [
+                name for name, linear in self.linears.items() if linear.own is not None and not linear.waiting
+            ],
         }
         return {
             "linears": len(self.linears),

@@ -101,7 +101,8 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", found.scale.to(device), persistent=False)
         self.register_buffer("sample", None, persistent=False)  # of the 16-bit weight, for the guard
         self.sampled = slice(0, 0)
-        self.own: Tensor | None = None  # the 16-bit weight, where the guard went back to it
+        self.own: Tensor | None = None  # the 16-bit weight, where the guard went back to it, or the warm-up lasts
+        self.waiting = False  # for the end of the warm-up
         self.probe: Callable[[Tensor, Tensor], None] | None = None  # told input and output of this forward
         self._kept = (linear,)  # in a tuple: no submodule, which would be moved to the GPU
         linear.weight.data = linear.weight.data.cpu()
@@ -153,11 +154,22 @@ class QuantizedLinear(nn.Module):
             self.own, self.probe = self.weight.detach().to(self.values.device), None
             self.shared.users -= 1
 
+    def wait(self, warm_up: bool) -> None:
+        """Compute with the 16-bit weight while a warm-up lasts."""
+        if warm_up and self.own is None:
+            self.take_own()
+            self.waiting = True
+        elif not warm_up and self.waiting:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self.own, self.waiting = None, False
+        self.shared.users += 1
+
     def begin_run(self) -> None:
         """Forget what the last run taught: 8 bits again, and in INT8 another first threshold."""
         if self.own is not None:
-            self.own = None
-            self.shared.users += 1
+            self._let_go()
         self.probe = None
         if self.shared.steering is not None:
             self.shared.steering.threshold = None

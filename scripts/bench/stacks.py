@@ -37,6 +37,7 @@ class Stack:
         inputs: (config, grid, most text tokens) -> arguments of its forward, in fp32.
         embed: the module whose output is replaced by hidden states with structure.
         size: what the grid is of, in words.
+        timestep_as_latents: whether its pipeline gives the timestep in the latents' dtype.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Stack:
     inputs: Callable[[Any, tuple[int, int, int], int], dict[str, Any]]
     embed: str
     size: str
+    timestep_as_latents: bool = False
 
     def make(self, device: str, dtype: torch.dtype, heads: int | None = None, dim: int = 128) -> nn.Module:
         """The transformer with random weights of seed 0, at full width or with a few heads."""
@@ -71,7 +73,8 @@ class Stack:
         dim = gcd(width, 64)
         hidden = structured_hidden_states(layout, width // dim, dim, device, dtype)  # [1, V, width]
         transformer.get_submodule(self.embed).register_forward_hook(lambda module, args, out: _in_shape(hidden, out))
-        return {name: _cast(value, dtype) for name, value in given.items()}
+        found = {name: _cast(value, dtype) for name, value in given.items()}
+        return found | ({"timestep": found["timestep"].to(dtype)} if self.timestep_as_latents else {})
 
 
 def forward(transformer: nn.Module, arguments: dict[str, Any], step: int = 0, steps: int = 1) -> Tensor:
@@ -251,6 +254,7 @@ STACKS = {
         inputs=_hunyuan_1_5,
         embed="x_embedder",
         size="HunyuanVideo-1.5, 121 frames of 720p, 500 of 1,985 text tokens seen",
+        timestep_as_latents=True,
     ),
     "cosmos_2_5": Stack(
         kind="CosmosTransformer3DModel",

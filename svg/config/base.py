@@ -58,6 +58,8 @@ class MethodConfig:
         linear_precision: theirs: "fp8" (compute capability 8.9); "int8-rows", rotated, with a third of FP8's error; "int8" in
             blocks of 128 x 128, those of inputs that hold outliers with 16 bits; or "auto": FP8 where
             the GPU has it, and int8-rows where it hasn't.
+        linear_warmup: whether these linears stay in 16 bits in the steps that the warm-up keeps dense, where errors grow longest;
+            their 16-bit weights are on the device beside those in 8 bits until then.
 
     Raises:
         ValueError: a value is outside its range.
@@ -95,6 +97,7 @@ class MethodConfig:
         "none", flag=str, help=f"Linears in 8 bits: {', '.join(LINEARS)}, or a file of svg adapt-linears."
     )
     linear_precision: str = "auto"
+    linear_warmup: bool = True
 
     def __post_init__(self):
         share(self, "warmup_steps")

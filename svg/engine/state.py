@@ -15,6 +15,7 @@ from torch import Tensor
 from svg.kernels.common.sums import sums_of
 
 from ..config import MethodConfig
+from ..config.base import count
 from ..config.tuned import check_tuned
 from .deferred import DeferredReads
 from .layout import TokenLayout
@@ -278,6 +279,11 @@ class RunState:
     def is_warmup(self, layer: int) -> bool:
         """Whether a layer runs dense attention in the current step."""
         return self.scheduled.is_warmup(self.step, self.num_steps, layer, self.num_layers)
+
+    @property
+    def in_warm_up(self) -> bool:
+        """Whether the current step is one that stays dense in all layers."""
+        return self.step < count(self.scheduled.warmup_steps, self.num_steps)
 
     @property
     def scheduled(self) -> MethodConfig:
