@@ -20,7 +20,8 @@ from .branches import branches_of
 from .choose import resolve
 from .fingerprint import check_weights
 from .hook import HOOK_NAME, RunHook
-from .linears import find_linears
+from .linears import find_linears, restore_linears
+from .linears_file import read_linears
 from .processor import check_original, check_parallel, dense_backend
 from .registry import MODELS, find_spec
 from .spec import ModelSpec
@@ -68,10 +69,16 @@ def accelerate(pipe: Pipe, config: MethodConfig | dict | str | None = None) -> P
     hooks = {name: _hook(transformer) for name, transformer in transformers.items()}
     linears = {name: hook and hook.release_linears(transformers[name], config) for name, hook in hooks.items()}
     restore(pipe)
-    for name, transformer in transformers.items():
-        state = RunState(config, len(specs[name].attention_modules(transformer)), name)
-        hook = RunHook(None if pipe is transformer else pipe, transformer, specs[name], state)
-        hook.attach(transformer, linears[name])
+    try:
+        for name, transformer in transformers.items():
+            state = RunState(config, len(specs[name].attention_modules(transformer)), name)
+            hook = RunHook(None if pipe is transformer else pipe, transformer, specs[name], state)
+            hook.attach(transformer, linears.pop(name))
+    except BaseException:  # no memory for linears in 8 bits, or somebody who does not want to wait for them
+        for name, kept in linears.items():
+            restore_linears(transformers[name], kept or ())
+        restore(pipe)
+        raise
     watch(pipe, tuple(transformers))
     _tell(pipe, transformers, config)
     return pipe
@@ -116,8 +123,9 @@ def _check(name: str, transformer: nn.Module, spec: ModelSpec, config: MethodCon
         check_parallel(attn.processor, spec, config)
         dense_backend(attn.processor, config)
         check_original(ours.get(id(attn.processor), attn.processor), spec.replaces)
-    if hook is None or not hook.linears:
-        find_linears(transformer, spec, config.linears, name)
+    if config.linears_file is not None:
+        read_linears(config.linears_file, name, config.linear_precision)
+    find_linears(transformer, spec, config.linears, name)
 
 
 def restore(pipe: Pipe) -> Pipe:
@@ -203,10 +211,10 @@ def at_step(
         step: index of the step, from 0.
         num_steps: steps of the run.
         branch: guidance branch; branches share no state.
-        noise: share of noise in the latents of each of the run's steps, for a warm-up by noise.
+        noise: share of noise in the latents of each of the run's steps, in [0, 1], for a warm-up by noise.
 
     Raises:
-        ValueError: the step is not one of the run's.
+        ValueError: the step is not one of the run's, or noise has not a share for each.
         TypeError: an argument has the wrong type.
 
     Example:
@@ -215,6 +223,7 @@ def at_step(
     """
     transformer = getattr(transformer, "_orig_mod", transformer)
     _check_step(transformer, step, num_steps, branch)
+    _check_noise(noise, num_steps)
     _set_cache_context(transformer, _Told(branch, step_index=step, num_inference_steps=num_steps, noise=noise))
     try:
         yield
@@ -241,6 +250,18 @@ def _check_step(transformer: Any, step: Any, num_steps: Any, branch: Any) -> Non
         raise ValueError(f"step must be in [0, num_steps) = [0, {num_steps}), got {step}")
     if not isinstance(branch, str):
         raise TypeError(f"branch must be text, got {shown(branch)}")
+
+
+def _check_noise(noise: Any, num_steps: int) -> None:
+    if noise is None:
+        return
+    numbers = isinstance(noise, (list, tuple)) and all(
+        isinstance(level, (int, float)) and not isinstance(level, bool) for level in noise
+    )
+    if not numbers:
+        raise TypeError(f"noise must be a list of numbers, one a step, got {shown(noise)}")
+    if len(noise) != num_steps or not all(0 <= level <= 1 for level in noise):
+        raise ValueError(f"noise must be {num_steps} numbers in [0, 1], one a step, got {shown(noise)}")
 
 
 def attached(pipe: Any) -> dict[str, RunHook]:

@@ -17,6 +17,7 @@ from svg.engine.state import RunState, Timer
 from .fused_blocks import FusedForward, fuse, unfuse
 from .linear_guard import LinearGuard
 from .linears import all_quantized, find_linears, quantize_linears, restore_linears
+from .linears_file import read_linears
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -62,16 +63,18 @@ class RunHook(ModelHook):
             transformer: the transformer.
             linears: those that are in 8 bits already, as `release_linears` gave them; None: put the config's there.
         """
+        config = self.state.config
         self.processors = [self.spec.processor(old, self.state, i) for i, old in enumerate(self.originals)]
+        # What may end in an error, or take so long that somebody ends it, comes before anything that must be undone.
+        self.linears = self._quantize(transformer) if linears is None else linears
+        try:
+            self.linear_guard = LinearGuard(transformer, self.linears, config)
+        except BaseException:
+            restore_linears(transformer, self.linears)
+            raise
         for attn, processor, original in zip(self.modules, self.processors, self.originals):
             _copy_choices(original, processor)
             _put(attn, processor)
-        config = self.state.config
-        if linears is None:
-            names = find_linears(transformer, self.spec, config.linears, self.state.name)
-            linears = quantize_linears(transformer, names, config.linear_precision, config.linears)
-        self.linears = linears
-        self.linear_guard = LinearGuard(transformer, self.linears, config)
         if self.state.config.fused is not False:
             self._fused = fuse(transformer.modules(), everywhere=bool(self.state.config.fused))
         self._made_registry = not hasattr(transformer, "_diffusers_hook")
@@ -86,6 +89,13 @@ class RunHook(ModelHook):
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after),
         ]
+
+    def _quantize(self, transformer: nn.Module) -> list[str]:
+        config, precision = self.state.config, self.state.config.linear_precision
+        names = find_linears(transformer, self.spec, config.linears, self.state.name)
+        if config.linears_file is not None and names:
+            precision = read_linears(config.linears_file, self.state.name, precision)[names[0]]
+        return quantize_linears(transformer, names, precision)
 
     def detach(self, transformer: nn.Module) -> None:
         """Undo `attach`: every module that still has our processor gets its own back, nothing else is left.

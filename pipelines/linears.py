@@ -139,9 +139,14 @@ class QuantizedLinear(nn.Module):
         return int8_matmul(self.shared.quantize(x), weight, self.bias).view(*x.shape[:-1], self.out_features)
 
     @property
+    def linear(self) -> nn.Linear:
+        """The linear in whose place this is."""
+        return self._kept[0]
+
+    @property
     def weight(self) -> Tensor:
         """The 16-bit weight, in CPU memory."""
-        return self._kept[0].weight
+        return self.linear.weight
 
     def keep_sample(self) -> None:
         """Keep a few output channels of the 16-bit weight on the device."""
@@ -176,9 +181,8 @@ class QuantizedLinear(nn.Module):
 
     def original(self) -> nn.Linear:
         """The linear in whose place this is, with its weight where the quantised one is."""
-        linear = self._kept[0]
-        linear.weight.data = linear.weight.data.to(self.values.device)
-        return linear
+        self.linear.weight.data = self.weight.data.to(self.values.device)
+        return self.linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves go with the model; casts change bias and kept weight alone."""
@@ -218,7 +222,8 @@ def quantize_weight(weight: Tensor, precision: str) -> QuantizedRows | Quantized
 def find_linears(transformer: nn.Module, spec: ModelSpec, which: str, name: str = "transformer") -> list[str]:
     """Names of the linears that a policy puts in 8 bits.
 
-    Only plain nn.Linear counts: what a user quantised with torchao or bitsandbytes, wrapped, or gave hooks, stays as it is.
+    Only plain nn.Linear counts, and one that is in 8 bits already, by us: what a user quantised with torchao or bitsandbytes,
+    wrapped, or gave hooks, stays as it is.
 
     Args:
         transformer: the transformer.
@@ -238,7 +243,7 @@ def find_linears(transformer: nn.Module, spec: ModelSpec, which: str, name: str 
     if which == "none":
         return []
     if which not in LINEARS:
-        return _listed(read_linears(which, name), find_linears(transformer, spec, "all"), which)
+        return _listed(list(read_linears(which, name)), find_linears(transformer, spec, "all"), which)
     attentions = {id(module) for module in spec.attention_modules(transformer)}
     paths = [name for name, module in transformer.named_modules() if id(module) in attentions]
     blocks = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in _in_order(transformer, spec, paths)}
@@ -292,6 +297,8 @@ def linears_of_block(block: nn.Module, attention: str, which: str) -> Iterator[s
 
 
 def _is_plain(module: nn.Module) -> bool:
+    if type(module) is QuantizedLinear and is_untouched(module):
+        module = module.linear
     if type(module) is not nn.Linear or not is_untouched(module):
         return False
     weight = module.weight
@@ -315,16 +322,13 @@ def takes_rows(*linears: Any) -> bool:
     return all(plain) and all(one.precision == "fp8" and one.own is None and one.probe is None for one in linears)
 
 
-def quantize_linears(
-    transformer: nn.Module, names: Iterable[str], precision: str = "auto", which: str = "all"
-) -> list[str]:
-    """Put linears in 8 bits, one after the other.
+def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: str = "auto") -> list[str]:
+    """Put linears in 8 bits, one after the other: all of them, or after an error none.
 
     Args:
         transformer: the transformer.
         names: of plain linears in it.
         precision: "fp8", "int8-rows", "int8", or "auto": see `best_precision`.
-        which: the policy that chose them.
 
     Returns:
         The names, for `restore_linears`.
@@ -339,8 +343,12 @@ def quantize_linears(
     shared = {}
     for group in groups.values():
         shared |= dict.fromkeys(group, SharedInput(len(group), precision))
-    for name in names:
-        _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), precision, shared.get(name)))
+    try:
+        for name in names:
+            _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), precision, shared.get(name)))
+    except BaseException:
+        restore_linears(transformer, names)
+        raise
     return names
 
 

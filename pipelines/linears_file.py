@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from svg.documents import MEBIBYTE, read_json, shown
@@ -16,23 +16,25 @@ def linears_content(choices: Mapping[str, Mapping[str, Any]], about: Mapping[str
     """What a file holds.
 
     Args:
-        choices: {"precision", "error" of the 8-bit one} by transformer and linear.
+        choices: {"precision", "error" of the 8-bit one, None where it was not measured} by transformer and linear.
         about: what they were measured with; JSON values.
     """
     return {"format": FORMAT, "version": VERSION, "about": dict(about), "transformers": choices}
 
 
-def read_linears(path: str, transformer: str) -> list[str]:
-    """Names of a transformer's linears that a file puts in 8 bits.
+def read_linears(path: str, transformer: str, precision: str = "auto") -> dict[str, str]:
+    """A transformer's linears that a file puts in 8 bits, each with the precision that it was measured in: one for all.
 
     Args:
         path: the file.
         transformer: name of the transformer in its pipeline.
+        precision: what they are to run in; "auto": whatever the file says.
 
     Raises:
-        ValueError: no such file, or not one of linears, or of another version, or without this transformer.
+        ValueError: no such file, or not one of linears, or of another version, without this transformer, or measured in
+            another precision.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"linears must be a file, got {path}, which is not there; make one with `svg adapt-linears`")
     content = read_json(path, 16 * MEBIBYTE)
     found = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
@@ -46,4 +48,11 @@ def read_linears(path: str, transformer: str) -> list[str]:
         ) from error
     if unknown := [one for one in choices.values() if one not in PRECISIONS]:
         raise ValueError(f"{path}: precision must be one of {', '.join(PRECISIONS)}, got {shown(unknown[0])}")
-    return [name for name, precision in choices.items() if precision != "native"]
+    found = {name: one for name, one in choices.items() if one != "native"}
+    if others := sorted(set(found.values()) - {next(iter(found.values()), "") if precision == "auto" else precision}):
+        wanted = "one precision for all linears" if precision == "auto" else f"linear_precision {precision}"
+        raise ValueError(
+            f"{path} must be measured in {wanted}, got {others[0]}: leave linear_precision out, or make the file again with "
+            f"`svg adapt-linears`"
+        )
+    return found

@@ -306,7 +306,8 @@ def _generate() -> Iterator[Case]:
 def _linears_and_gpus() -> Iterator[Case]:
     base = BASES["generate"]
     for value in ("", "x", "ALL", "folder", "pipe", "q.safetensors", "none.json", "list.json", "deep.json", "layers.json",
-                  "linears-other.json", "linears-text.json", "linears-precision.json"):  # fmt: skip
+                  "linears-other.json", "linears-text.json", "linears-precision.json", "linears-mixed.json",
+                  f"{'x' * 300}.json", "a.mp4/x.json", "/dev/null/x.json", ".json"):  # fmt: skip
         for method in ("near", "svg1", "dense"):
             yield Case(
                 "linears", (*base, "--method", method, f"--linears={value}"), ("linears", "precision", "json"), value

@@ -100,6 +100,7 @@ def _broken_files() -> None:
         ("other", {"other": {"x": one}}),
         ("text", "x"),
         ("precision", {"transformer": {"x": {"precision": []}}}),
+        ("mixed", {"transformer": {"x": one, "y": {"precision": "fp8"}}}),
     ):
         content = {"format": "svg-linears", "version": 1, "about": {}, "transformers": linears}
         Path(f"linears-{name}.json").write_text(json.dumps(content))

@@ -195,7 +195,7 @@ def _may_be(default: Any, value: Any, name: str) -> bool:
     if value is None:
         return default is None or name in ("topk",)
     if isinstance(value, bool):
-        return isinstance(default, bool) or name == "smooth_q"
+        return isinstance(default, bool) or name in ("smooth_q", "fused")
     if isinstance(value, str):
         return name in ("thresholds", "layers")
     if isinstance(value, int) and isinstance(default, int) and not isinstance(default, bool):
@@ -275,6 +275,15 @@ def _pipes(pipe: Any) -> Iterator[Call]:
                 partial(_enter, svg.at_step, pipe.transformer, 0, 2, value),
                 ("branch",),
                 f"branch {value!r}"[:60],
+            )
+        for noise in (value, [value], [value, 0.5], [0.5, 0.25, value]):
+            if noise is None:
+                continue
+            yield Call(
+                "at_step",
+                partial(_enter, svg.at_step, pipe.transformer, 0, 2, "cond", noise),
+                ("noise",),
+                f"noise {noise!r}"[:60],
             )
 
 

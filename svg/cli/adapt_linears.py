@@ -36,7 +36,11 @@ def adapt_linears(prompt: str, **options: Any) -> None:
     console = Terminal()
     for name, linears in adapt_linears_job(job, max_error, job.out)["transformers"].items():
         taken = [path for path, choice in linears.items() if choice["precision"] != "native"]
-        worst = max(linears, key=lambda path: linears[path]["error"])
         console.print(f"{name}: {len(taken)} of {len(linears)} linears in 8 bits", highlight=False)
-        console.print(f"  largest error {linears[worst]['error']:.4f}, of {worst}", highlight=False)
+        errors = {path: choice["error"] for path, choice in linears.items() if choice["error"] is not None}
+        if errors:
+            worst = max(errors, key=errors.__getitem__)
+            console.print(f"  largest error {errors[worst]:.4f}, of {worst}", highlight=False)
+        else:
+            console.print("  it ran in none of the steps looked at: take more of them with --steps", highlight=False)
     console.print(f"written to {job.out}", highlight=False)

@@ -102,7 +102,7 @@ def check_budgets(config: MethodConfig, tokens: tuple[int, int, int], steps: int
 
 def _check_files(config: MethodConfig, transformer: str, layers: int, heads: int) -> None:
     if config.linears_file is not None:
-        read_linears(config.linears_file, transformer)
+        read_linears(config.linears_file, transformer, config.linear_precision)
     sparse = [layer for layer in range(layers) if not config.is_warmup(1, 1, layer, layers)]
     if isinstance(config, SpargeConfig) and config.thresholds is not None:
         from ..methods.sparge.thresholds_file import check_thresholds

@@ -28,6 +28,7 @@ from svg.pipelines.linears_file import linears_content
 from svg.pipelines.loading import check_offload, resolve_device
 
 from ..config import DenseConfig
+from ..config.base import LINEAR_PRECISIONS
 from ..generate.job import Job, inputs_of
 from ..generate.preflight import check_job
 
@@ -52,15 +53,18 @@ def adapt_linears(
         on_step: told about every step.
 
     Returns:
-        {"precision": the chosen one or "native", "error": the largest} by transformer and linear.
+        {"precision": the chosen one or "native", "error": the largest} by transformer and linear; "native" and None for
+        those that ran in none of the steps looked at, as all of Wan 2.2's second transformer may.
 
     Raises:
-        ValueError: max_error is not positive and finite.
+        ValueError: max_error is not positive and finite, or precision unknown.
         NotImplementedError: there are no linears to put in 8 bits.
     """
     _check_max_error(max_error)
+    if precision not in LINEAR_PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(LINEAR_PRECISIONS)}, got {precision!r}")
     steps = {(2 * part + 1) * request.steps // (2 * PARTS) for part in range(PARTS)}
-    errors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    errors: dict[str, dict[str, Tensor | None]] = defaultdict(dict)
     handles, chosen = [], {}
     accelerate(pipe, DenseConfig())
     try:
@@ -69,6 +73,7 @@ def adapt_linears(
             transformer = transformers[name]
             chosen[name] = best_precision(transformer) if precision == "auto" else precision
             for path in find_linears(transformer, hook.spec, "all"):
+                errors[name][path] = None
                 probe = _Probe(hook.state, steps, chosen[name], errors[name], path)
                 handles.append(transformer.get_submodule(path).register_forward_hook(probe))
         generate(pipe, request, on_step or (lambda progress: None))
@@ -76,14 +81,15 @@ def adapt_linears(
         for handle in handles:
             handle.remove()
         restore(pipe)
-    found = {name: {path: error.item() for path, error in own.items()} for name, own in errors.items()}
     return {
-        name: {
-            path: {"precision": chosen[name] if error <= max_error else "native", "error": error}
-            for path, error in own.items()
-        }
-        for name, own in found.items()
+        name: {path: _choice(found, chosen[name], max_error) for path, found in own.items()}
+        for name, own in errors.items()
     }
+
+
+def _choice(found: Tensor | None, precision: str, max_error: float) -> dict[str, Any]:
+    error = None if found is None else found.item()
+    return {"precision": "native" if error is None or error > max_error else precision, "error": error}
 
 
 def _check_max_error(max_error: float) -> None:
@@ -94,7 +100,7 @@ def _check_max_error(max_error: float) -> None:
 class _Probe:
     """A forward hook of a linear that keeps the largest error of its 8-bit output, on the device."""
 
-    def __init__(self, state: Any, steps: set[int], precision: str, errors: dict[str, Tensor], path: str):
+    def __init__(self, state: Any, steps: set[int], precision: str, errors: dict[str, Tensor | None], path: str):
         self.state, self.steps, self.precision, self.errors, self.path = state, steps, precision, errors, path
 
     @torch.no_grad()
@@ -112,7 +118,8 @@ class _Probe:
             got = int8_matmul(quantize_blocks(x, first_threshold(x)), quantize_blocks(linear.weight), linear.bias)
         error = (got.float() - exact).norm() / exact.norm().clamp_min(1e-30)
         error = torch.where(error.isfinite(), error, torch.inf)
-        self.errors[self.path] = torch.maximum(self.errors.get(self.path, error), error)
+        before = self.errors[self.path]
+        self.errors[self.path] = error if before is None else torch.maximum(before, error)
 
 
 def adapt_linears_job(job: Job, max_error: float, out: str | Path, **options: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Linears in 8 bits: which ones, that they compute what they say, and that they leave nothing behind."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import svg
 from svg.config import DenseConfig, Sage2Config
 from svg.kernels import fp8_linear_reference, quantize_rows_reference
 from svg.pipelines import linears, loading
+from svg.pipelines.linear_guard import LinearGuard
 from svg.pipelines.linears import QuantizedLinear, find_linears, quantize_linears, restore_linears
+from svg.pipelines.linears_file import linears_content
 from svg.pipelines.registry import find_spec
 
 ATTENTION = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"]
@@ -261,3 +264,70 @@ def test_rotated_int8_errs_less_than_fp8(load, run):
         assert precisions(pipe) == {precision}
         assert torch.equal(run(svg.restore(pipe), steps=2), stock)
     assert 0 < errors["int8-rows"] < 0.5 * errors["fp8"]
+
+
+def linears_file(path, precisions):
+    names = [f"blocks.0.ffn.net.{name}" for name in ("0.proj", "2")]
+    choices = {name: {"precision": one, "error": 0.01} for name, one in zip(names, precisions)}
+    path.write_text(json.dumps(linears_content({"transformer": choices}, {})))
+    return str(path)
+
+
+def test_an_error_leaves_a_pipeline_with_linears_in_8_bits_as_it_was(load, run, tmp_path):
+    pipe = svg.accelerate(load("wan"), DenseConfig(linears="all"))
+    out, there = run(pipe, steps=2), quantized(pipe.transformer)
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text("[]")
+    with pytest.raises(ValueError, match="must say which linears"):
+        svg.accelerate(pipe, DenseConfig(linears=str(wrong)))
+    assert quantized(pipe.transformer) == there and torch.equal(run(pipe, steps=2), out)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "place", "number"),
+    [
+        ("none", "all", (linears, "quantize_rows"), 20),
+        ("all", "feed_forward", (linears, "quantize_rows"), 8),
+        ("none", "all", (LinearGuard, "begin_run"), 2),
+        ("all", "all", (LinearGuard, "begin_run"), 2),  # linears that are kept
+    ],
+)
+def test_whoever_interrupts_the_quantising_has_a_plain_pipeline(load, run, monkeypatch, before, after, place, number):
+    pipe, calls = load("wan_2_2"), []
+    stock, processors = run(pipe, steps=2), dict(pipe.transformer.attn_processors)
+    svg.accelerate(pipe, DenseConfig(linears=before))
+    real = getattr(*place)
+
+    def interrupted(x):
+        calls.append(x)
+        if len(calls) == number:  # in the second transformer
+            raise KeyboardInterrupt
+        return real(x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            svg.accelerate(pipe, DenseConfig(linears=after))
+    assert pipe.transformer.attn_processors == processors and not quantized(pipe.transformer)
+    assert not quantized(pipe.transformer_2) and torch.equal(run(pipe, steps=2), stock)
+    svg.accelerate(pipe, DenseConfig(linears="all"))
+
+
+def test_a_file_is_for_the_precision_that_it_was_measured_in(load, tmp_path):
+    pipe, path = load("wan"), tmp_path / "linears.json"
+    for precision in ("int8", "int8-rows", "fp8"):
+        file = linears_file(path, [precision] * 2)
+        assert precisions(svg.accelerate(pipe, DenseConfig(linears=file))) == {precision}
+    svg.accelerate(pipe, DenseConfig(linears=file, linear_precision="fp8"))
+    with pytest.raises(
+        ValueError, match="must be measured in linear_precision int8, got fp8: leave linear_precision out"
+    ):
+        svg.accelerate(pipe, DenseConfig(linears=file, linear_precision="int8"))
+    with pytest.raises(ValueError, match="must be measured in one precision for all linears"):
+        svg.accelerate(pipe, DenseConfig(linears=linears_file(path, ["fp8", "int8"])))
+    svg.accelerate(pipe, DenseConfig(linears=linears_file(path, ["native", "int8"])))
+    assert quantized(pipe.transformer) == ["blocks.0.ffn.net.2"]
+    svg.accelerate(pipe, DenseConfig(linears=linears_file(path, ["native"] * 2)))
+    assert not quantized(pipe.transformer)
+    with pytest.raises(ValueError, match="linears must be a file, got x"):
+        svg.accelerate(pipe, DenseConfig(linears="x" * 300 + ".json"))

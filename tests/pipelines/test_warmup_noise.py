@@ -142,3 +142,17 @@ def test_noise_that_nobody_tells_is_asked_for(load):
 def test_a_level_outside_its_range_is_refused(level):
     with pytest.raises((ValueError, TypeError), match="warmup_noise must be"):
         SVG1Config(warmup_noise=level)
+
+
+@pytest.mark.parametrize(
+    ("noise", "error"),
+    [
+        (3, TypeError), ("ab", TypeError), (True, TypeError), ({1: 2}, TypeError), (torch.tensor([0.9, 0.2]), TypeError),
+        (["a", "b"], TypeError), ([None, 0.5], TypeError), ([True, 0.5], TypeError), ([], ValueError), ([0.5], ValueError),
+        ([0.5] * 3, ValueError), ([float("nan"), 0.5], ValueError), ([5, 0.1], ValueError), ([0.5, -0.1], ValueError),
+    ],
+)  # fmt: skip
+def test_noise_that_no_run_can_have_is_refused_where_it_is_told(load, noise, error):
+    transformer = svg.accelerate(load("wan").transformer, SVG1Config(warmup_noise=0.5))
+    with pytest.raises(error, match="noise must be .*one a step, got"), svg.at_step(transformer, 0, 2, noise=noise):
+        pass

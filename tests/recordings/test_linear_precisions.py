@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_model import model  # noqa: F401
+from tiny_pipelines import saver
 
 import svg
 from svg.cli import main
@@ -77,3 +78,18 @@ def test_files_of_another_kind_are_named(model, tmp_path):  # noqa: F811
             svg.accelerate(pipe, DenseConfig(linears=str(path)))
     with pytest.raises(ValueError, match="max_error must be > 0 and finite"):
         adapt_linears(pipe, REQUEST, 0.0)
+    with pytest.raises(ValueError, match="precision must be one of auto, fp8, int8-rows, int8, got 'x'"):
+        adapt_linears(pipe, REQUEST, 0.1, precision="x")
+
+
+def test_a_transformer_that_runs_in_no_step_looked_at_stays(tmp_path, capsys):
+    folder, out = saver(tmp_path)("wan_2_2"), tmp_path / "linears.json"
+    words = ["adapt-linears", "a ball", "--model", str(folder), *SIZE[:-1], "1", "--out", str(out), "--device", "cpu"]
+    assert main(words) == 0
+    assert (
+        "transformer_2: 0 of 18 linears in 8 bits\n  it ran in none of the steps looked at" in capsys.readouterr().out
+    )
+    second = json.loads(out.read_text())["transformers"]["transformer_2"]
+    assert len(second) == 18 and all(one == {"precision": "native", "error": None} for one in second.values())
+    pipe = svg.accelerate(load_pipeline(folder, device="cpu"), DenseConfig(linears=str(out)))
+    assert not [one for one in pipe.transformer_2.modules() if isinstance(one, QuantizedLinear)]
