@@ -195,7 +195,7 @@ def _may_be(default: Any, value: Any, name: str) -> bool:
     if value is None:
         return default is None or name in ("topk",)
     if isinstance(value, bool):
-        return isinstance(default, bool) or name in ("smooth_q", "fused")
+        return isinstance(default, bool) or name in ("smooth_q", "fused", "cuda_graphs")
     if isinstance(value, str):
         return name in ("thresholds", "layers")
     if isinstance(value, int) and isinstance(default, int) and not isinstance(default, bool):
