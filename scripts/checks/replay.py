@@ -27,7 +27,7 @@ COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0}
 SVG2 = {"num_q_clusters": 100, "num_k_clusters": 400, "first_iterations": 5}
 METHODS: dict[str, MethodConfig] = {
     "near": NearConfig(**COLD),
-    "near, 8 bits": NearConfig(precision="int8-fp8", **COLD),
+    "near 8 bits": NearConfig(precision="int8-fp8", **COLD),
     "near, branches apart": NearConfig(share_branches=False, query_order="hilbert", granule=32, **COLD),
     "near, kept for 3 calls": NearConfig(refresh=3, share_branches=False, **COLD),
     "near, with residual": NearConfig(residual=1.0, warmup_steps=0.2, warmup_layers=0.0),
@@ -38,7 +38,7 @@ METHODS: dict[str, MethodConfig] = {
     "sparge": SpargeConfig(topk=0.3, precision="int8-fp8", **COLD),
     "sage2": Sage2Config(),
 }
-TIMED = ("near", "near, 8 bits", "svg2", "svg1", "sparge", "sage2")
+TIMED = ("near", "near 8 bits", "svg2", "svg1", "sparge", "sage2")
 SIZES = {
     "9,216 tokens, 6 heads": (TokenLayout(9, 32, 32), 6, 64),
     "32,760 tokens, 12 heads": (TokenLayout(21, 30, 52), 12, 128),
@@ -140,12 +140,15 @@ def timed(config: MethodConfig, size: tuple[TokenLayout, int, int]) -> dict[str,
 
 
 def main() -> None:
-    args, machine = begin(command_line(__doc__))
+    parser = command_line(__doc__)
+    parser.add_argument("--no-checks", action="store_true", help="timings only")
+    parser.add_argument("--methods", default=",".join(TIMED), help="which are timed [default: %(default)s]")
+    args, machine = begin(parser)
     results: dict[str, Any] = {**machine, "checks": [], "milliseconds": {}}
     save = saving(args.out, results)
-    judge_all([check_runs, check_heads], results["checks"], save)
+    judge_all([] if args.no_checks else [check_runs, check_heads], results["checks"], save)
     for size, shape in {} if args.no_timing else SIZES.items():
-        for name in ("dense", *TIMED):
+        for name in ("dense", *args.methods.split(",")):
             config = DenseConfig() if name == "dense" else METHODS[name]
             found = results["milliseconds"][f"{size}, {name}"] = timed(config, shape)
             shown = {kind: {key: round(ms, 3) for key, ms in times.items()} for kind, times in found.items()}

@@ -58,8 +58,8 @@ class MethodConfig:
         linear_precision: theirs: "fp8" (compute capability 8.9); "int8-rows", rotated, with a third of FP8's error; "int8" in
             blocks of 128 x 128, those of inputs that hold outliers with 16 bits; or "auto": what a file
             was measured in, else FP8 where the GPU has it, and int8-rows where it hasn't.
-        linear_warmup: whether these linears stay in 16 bits in the steps that the warm-up keeps dense, where errors grow longest;
-            their 16-bit weights are on the device beside those in 8 bits until then.
+        linear_warmup: whether these linears stay in 16 bits in the steps that a sparse method keeps dense, where errors grow
+            longest; their 16-bit weights are on the device beside those in 8 bits until then.
 
     Raises:
         ValueError: a value is outside its range.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,11 +52,13 @@ class Graph(Protocol):
 class CudaGraph:
     """A CUDA graph of a device whose memory is that of the others: none is replayed before what another left was copied."""
 
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # one each: cuBLAS keeps a workspace for every stream
+
     def __init__(self, device: torch.device, pool: Any):
         self._device, self._pool, self._graph = device, pool, torch.cuda.CUDAGraph()
 
     def record(self, run: Callable[[], Any]) -> Any:
-        here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        here, aside = torch.cuda.current_stream(self._device), self._stream()
         aside.wait_stream(here)
         # Not torch.cuda.graph, which waits for the device, collects garbage and empties the allocator's cache.
         with torch.cuda.stream(aside):
@@ -70,6 +72,11 @@ class CudaGraph:
 
     def replay(self) -> None:
         self._graph.replay()
+
+    def _stream(self) -> torch.cuda.Stream:
+        if self._device not in self._streams:
+            self._streams[self._device] = torch.cuda.Stream(self._device)
+        return self._streams[self._device]
 
 
 class Captured:

@@ -282,8 +282,8 @@ class RunState:
 
     @property
     def in_warm_up(self) -> bool:
-        """Whether the current step is one that stays dense in all layers."""
-        return self.step < count(self.scheduled.warmup_steps, self.num_steps)
+        """Whether the current step is dense in all layers, where later ones are not."""
+        return self.config.method != "dense" and self.step < count(self.scheduled.warmup_steps, self.num_steps)
 
     @property
     def scheduled(self) -> MethodConfig:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import svg
-from svg.config import DenseConfig, Sage2Config
+from svg.config import DenseConfig, Sage2Config, SVG1Config
 from svg.generate.report import _quantized_notes
 from svg.pipelines import linears
 from svg.pipelines.linears import QuantizedLinear
@@ -114,3 +114,31 @@ def test_a_copy_has_a_guard_of_its_own(load, run):
     assert own.own is not None and own is not found(pipe)["blocks.1.attn1.to_k"]
     other.to(torch.float64)
     assert own.own.dtype == torch.float64 and found(pipe)["blocks.1.attn1.to_k"].own.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_linears_wait_for_the_end_of_the_warm_up(load, run, precision):
+    pipe = load("wan")
+    settings = {
+        "linears": "all",
+        "linear_precision": precision,
+        "warmup_steps": 0.5,
+        "warmup_layers": 0.0,
+        "density": 1.0,
+    }
+    seen = []
+    svg.accelerate(pipe, SVG1Config(**settings))
+    name, one = next(iter(found(pipe).items()))
+    one.register_forward_hook(lambda module, args, out: seen.append((module.own is not None, args[0], out)))
+    first = run(pipe, steps=4)
+    assert [own for own, _, _ in seen] == [True] * 4 + [False] * 4  # two branches a step
+    _, x, out = seen[0]
+    assert torch.equal(out, torch.nn.functional.linear(x, one.weight, one.bias))
+    report = guard_of(pipe)["guard"]
+    assert report["own_precision"] == [] and report["probes"] == 2 * len(found(pipe))  # in step 2
+    assert torch.equal(first, run(pipe, steps=4)) and [own for own, _, _ in seen[8:]] == [True] * 4 + [False] * 4
+    users = {one.shared.users for one in found(pipe).values()}
+    svg.accelerate(pipe, SVG1Config(**settings, linear_warmup=False))
+    del seen[:]
+    assert not torch.equal(first, run(pipe, steps=4)) and not any(own for own, _, _ in seen)
+    assert {one.shared.users for one in found(pipe).values()} == users

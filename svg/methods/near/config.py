@@ -14,7 +14,7 @@ QUERY_ORDERS = ("clusters", "hilbert")
 GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (16, 32, 64, 128)
 POOLS = (1, 2, 4, 8)
-COARSE = 1.25  # ratio of one coarse budget to the next, beyond the means
+COARSE = 2.0  # ratio of one coarse budget to the next, beyond the means
 DECAY = 0.12  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
