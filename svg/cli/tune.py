@@ -56,6 +56,7 @@ _HELD_OUT = (
 @click.option("--tune-steps", type=Numbers(int), help="Steps to measure, from 0 [default: three of the sparse ones].")
 @click.option("--probe", type=click.Choice(("heads", "layers", "none")), default="layers", show_default=True,
               help="Whose effect on the prediction to measure: a forward each, for every measured step and branch.")  # fmt: skip
+@click.option("--keep-warmup", is_flag=True, help="Keep the dense steps as they are, instead of trying fewer.")
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
 def tune(**options: Any) -> int:
@@ -138,4 +139,5 @@ def _plan(options: dict[str, Any]) -> Any:
         probe=options["probe"],
         rounds=options["rounds"],
         control=not options["no_control"],
+        keep_warmup=options["keep_warmup"],
     )

@@ -175,7 +175,10 @@ def fit_cost(rows: list[dict[str, Any]], dense_seconds: list[float], on_gpu: boo
     if not on_gpu:
         return by_density, ["cost is density: on a CPU sparse attention has no speed to measure"]
     x = [np.mean([sum(row["density"][level]) for row in rows]) for level in range(len(rows[0]["density"]))]
-    y = [np.median([row["seconds"][level] for row in rows]) for level in range(len(x))]
+    # Guidance branches may differ, where the second takes what the first one planned: a run pays for both.
+    branches = {row["branch"] for row in rows}
+    by_branch = [[row["seconds"] for row in rows if row["branch"] == branch] for branch in sorted(branches)]
+    y = np.mean([np.median(seconds, 0) for seconds in by_branch], 0)
     slope, start = np.polyfit(x, y, 1)
     if slope <= 0:
         return by_density, ["cost is density: the time of a call did not grow with it, so it is too short to fit"]

@@ -15,7 +15,7 @@ from ..config import DenseConfig, MethodConfig
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState, device_name
 from ..recordings.record import RecordedCall
-from .curves import measure_call
+from .curves import Handed, bare, measure_call
 
 PROBES = ("heads", "layers", "none")
 
@@ -94,14 +94,15 @@ class _Observer:
         rows: list[dict[str, Any]],
     ):
         self._state, self._config, self._levels = state, config, levels
-        self._steps, self._rows = set(steps), rows
+        self._steps, self._rows, self._handed = set(steps), rows, Handed()
 
     def __call__(self, seen: ObservedAttention) -> None:
         state = self._state
         if state.step not in self._steps or is_fixed(self._config, seen.layer, state.num_layers):
             return
         call = RecordedCall.of(state, seen.layer)
-        self._rows.append(measure_call(call, seen.q, seen.k, seen.v, seen.text_mask, self._config, self._levels))
+        tensors = (seen.q, seen.k, seen.v, seen.text_mask)
+        self._rows.append(measure_call(call, *tensors, self._config, self._levels, self._handed))
 
 
 class _Probe:
@@ -115,9 +116,7 @@ class _Probe:
         self, state: RunState, config: MethodConfig, steps: list[int], probe: str, effects: list[dict[str, Any]]
     ):
         self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
-        self._config = dataclasses.replace(
-            config, warmup_steps=0.0, warmup_noise=None, few_steps_noise=None, warmup_layers=0.0, tuned_for=None
-        )
+        self._config = bare(config)
         self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

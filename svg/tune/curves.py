@@ -18,6 +18,19 @@ from ..recordings.record import RecordedCall
 from ..recordings.sweep import dense_rows
 
 BUSY_CYCLES = 8_000_000  # about 4 ms: more than the host takes to queue a call
+MEASURED = 2  # how: what a journal has of another number is measured again
+HANDED_BYTES = 4 << 30  # of what a step's first branch hands on, all layers and levels together
+# Settings of a whole run, of which one call knows nothing, and what they are in it.
+_OF_A_RUN = {
+    "warmup_steps": 0.0,
+    "warmup_noise": None,
+    "few_steps_noise": None,
+    "warmup_layers": 0.0,
+    "early": 0.0,
+    "residual": 0.0,
+    "max_drift": None,
+    "tuned_for": None,
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +53,44 @@ class Curves:
         return len(self.error)  # layers
 
 
+class Handed:
+    """What guidance branches of a step leave to each other, for every layer and level, within `HANDED_BYTES`.
+
+    Where it would take more, the layers that come last measure each branch by itself: too pessimistic, not wrong.
+    """
+
+    def __init__(self) -> None:
+        self._at: tuple | None = None
+        self._left: dict[tuple, dict[str, Any]] = {}
+        self._bytes = 0
+
+    def begin(self, step: int, transformer: str) -> None:
+        """Another step or transformer forgets what was handed on."""
+        if self._at != (step, transformer):
+            self._at, self._left, self._bytes = (step, transformer), {}, 0
+
+    def give(self, layer: int, level: float, step: dict[str, Any]) -> None:
+        """Put into `LayerState.step` what an earlier branch has left."""
+        step.clear()
+        step.update(self._left.get((layer, level), {}))
+
+    def take(self, layer: int, level: float, step: dict[str, Any]) -> None:
+        """Keep what a branch leaves."""
+        size = 0 if (layer, level) in self._left else _bytes_of(step)
+        if self._bytes + size <= HANDED_BYTES:
+            self._bytes += size
+            self._left[layer, level] = dict(step)
+
+
 def measure_call(
-    call: RecordedCall, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, config: MethodConfig, levels: tuple
+    call: RecordedCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_mask: Tensor | None,
+    config: MethodConfig,
+    levels: tuple,
+    handed: Handed | None = None,
 ) -> dict[str, Any]:
     """Measure one call at every level but the last.
 
@@ -53,6 +102,7 @@ def measure_call(
         text_mask: bool [B, text_tokens], or None.
         config: the method's settings; its warm-up and per-head budgets play no part.
         levels: values of the method's budget, the last one 1.
+        handed: what branches of a step leave to each other; None: every call is measured by itself.
 
     Returns:
         step, layer, branch, transformer; density and error [n - 1][H] as in Curves; seconds [n - 1] of the call, where
@@ -60,7 +110,7 @@ def measure_call(
     """
     exact, _ = dense_rows(q, k, v, key_mask(call.layout, text_mask))
     scale = exact.square().sum()
-    state = RunState(_bare(config), call.num_layers, call.transformer)
+    state = RunState(bare(config), call.num_layers, call.transformer)
     state.begin_forward(call.step, call.num_steps, call.branch, call.layout)
     q_in, k_in, v_in = (x.transpose(1, 2) for x in (q, k, v))
     attend(q_in, k_in, v_in, state, call.layer, text_mask)  # also compiles
@@ -72,14 +122,19 @@ def measure_call(
         out = attend(q_in, k_in, v_in, state, call.layer, text_mask)
         return out.transpose(1, 2), state.records[-1].seconds or 0.0
 
+    handed = Handed() if handed is None else handed
+    handed.begin(call.step, call.transformer)
     memory = state.layer(call.layer)
+    assert memory.step is not None, "a run that has just begun does not know that it has one branch"
     start = {name: value for name, value in memory.cache.items() if name != "kept"}  # a map is of one level
     refresh = getattr(config, "refresh", 1)
     rows: dict[str, list] = {"density": [], "error": [], "seconds": []}
     for level in levels[:-1]:
         state.config = dataclasses.replace(state.config, **{str(config.budget_field): level})
         memory.cache = dict(start)
+        handed.give(call.layer, level, memory.step)
         out, seconds = timed()
+        handed.take(call.layer, level, memory.step)
         rows["density"].append(state.records[-1].density.double().mean(0).tolist())
         rows["error"].append(((out.float() - exact).square().sum((0, 2, 3)) / scale).tolist())
         if refresh > 1:  # the calls that follow plan nothing
@@ -111,9 +166,20 @@ def curves_of(rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers:
     return Curves(tuple(levels), error, density, measured)
 
 
-def _bare(config: MethodConfig) -> MethodConfig:
-    """The settings alone: no warm-up, no per-head budgets, no place they are bound to."""
-    settings = {"warmup_steps": 0.0, "warmup_layers": 0.0, "tuned_for": None, config.head_field: None}
-    if getattr(config, "max_drift", None) is not None:  # one call knows no drift
-        settings["max_drift"] = None
-    return dataclasses.replace(config, **settings)
+def bare(config: MethodConfig) -> MethodConfig:
+    """The settings of one call: no warm-up, no share of a run's budget, no per-head budgets, no place they are bound to.
+
+    Args:
+        config: the method's settings.
+    """
+    settings = {name: value for name, value in _OF_A_RUN.items() if hasattr(config, name)}
+    return dataclasses.replace(config, **{**settings, str(config.head_field): None})
+
+
+def _bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if dataclasses.is_dataclass(value) or isinstance(value, dict):
+        return sum(map(_bytes_of, (value if isinstance(value, dict) else vars(value)).values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, (list, tuple)) else 0

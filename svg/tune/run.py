@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,24 +15,22 @@ from svg.eval.files import to_json, write_json
 from svg.eval.page import build_page
 from svg.pipelines.fingerprint import fingerprint
 
-from ..config import MethodConfig
 from ..environment import versions
 from ..generate.job import Job
 from ..sweep.journal import Journal
 from ..sweep.run import Display, now
-from .allocate import Problem, fit_cost, uniform_cost, uniform_value, weights_of, within
+from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
-from .curves import curves_of
+from .curves import MEASURED, curves_of
 from .levels import levels_for
+from .lines import Line, Steps, dense_steps, dense_steps_to_try, tuned_line, uniform_line
 from .preset import write_preset
-from .search import Search, Target
+from .reach import Reach, Trial, cost_at
+from .search import Target
 from .video_trials import KeptPool, Stage
 
 VERSION = 1
 PRESET = "tuned.yaml"
-_VERIFICATIONS = 3
-_CORRECTIONS = 3  # settings tried in a search after the first
-_CLOSE = 3  # times the slack of the search: how far beyond the target a verified result is good enough
 
 
 class TuneDisplay(Display, Protocol):
@@ -55,8 +52,9 @@ class Plan:
         target: what to reach.
         steps: indices of the steps that are measured; None: three of the sparse ones.
         probe: "heads", "layers" or "none", see `svg.tune.calibrate`.
-        rounds: settings of each family that are tried on videos in one search.
+        rounds: settings of each family, and number of dense steps, that are tried on videos in one search.
         control: whether held-out videos get a control.
+        keep_warmup: whether the config's dense steps stay as they are; else fewer are tried with per-head budgets.
 
     Raises:
         ValueError: prompts missing or in both sets, a step out of range, or nothing that could be sparse.
@@ -71,6 +69,7 @@ class Plan:
     probe: str
     rounds: int
     control: bool
+    keep_warmup: bool = False
 
     def __post_init__(self):
         config, total = self.job.config, self.job.request.steps
@@ -149,6 +148,7 @@ class Tuner:
             ValueError, OSError: bad input, a video that cannot be generated, or a folder that cannot be written to.
             JournalError: the folder is in use, or of another version.
         """
+        plan = self._plan
         try:
             found = self._calibrations()
             try:
@@ -158,10 +158,12 @@ class Tuner:
                 raise ValueError(
                     f"{place} must hold what svg tune measured, got {error!r}: remove it to measure again"
                 ) from error
-            tuned, uniform = self._families(problem)
-            start = uniform_cost(problem, getattr(self._config, str(self._config.budget_field)))
-            best = {family.name: self._verified(family, start) for family in (tuned, uniform)}
-            equal = self._at_equal_cost(uniform, best["tuned"])
+            tuned, uniform = self._lines(problem)
+            own = Steps(plan.job.request.steps, uniform.dense_steps)
+            start = own.whole(uniform_cost(problem, getattr(self._config, str(self._config.budget_field))))
+            reach = Reach(plan.target, plan.rounds, self._searched, self._verified, self._cost, self._display.stage)
+            best = {name: reach.best(lines, start) for name, lines in (("tuned", tuned), ("uniform", [uniform]))}
+            equal = self._at_equal_cost(uniform, best["tuned"][0])
         finally:
             if self._pool is not None:
                 self._pool.end()
@@ -180,7 +182,7 @@ class Tuner:
             options = {"levels": self._levels, "steps": plan.measured_steps, "probe": plan.probe}
             cells = [cell for cell in self._search.dense if cell.generation["seed"] == plan.seeds[0]]
             for number, cell in enumerate(cells, 1):
-                name = _digest({**options, "cell": cell.id, "method": self._config.to_dict()})
+                name = _digest({**options, "cell": cell.id, "method": self._config.to_dict(), "measured": MEASURED})
                 if name not in records:
                     self._display.stage(f"measuring heads on prompt {number} of {len(cells)}")
                     record = to_json(self._worker().calibrate(cell, self._config, **options))
@@ -198,52 +200,31 @@ class Tuner:
         free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
         return Problem(curves, weights_of(curves, effects, self._config.probed_level), cost, free)
 
-    def _families(self, problem: Problem) -> tuple[_Family, _Family]:
-        """Per-head budgets and one budget for all, both by what they cost as a share of dense attention."""
-        config = self._config
+    def _lines(self, problem: Problem) -> tuple[list[Line], Line]:
+        """Per-head budgets after every number of dense steps that is tried, and one budget for all heads."""
+        config, total = self._config, self._plan.job.request.steps
+        dense = dense_steps_to_try(config, total, self._plan.keep_warmup)
+        tuned = [tuned_line(problem, config, Steps(total, number)) for number in dense]
+        return tuned, uniform_line(problem, config, Steps(total, dense[0]))
 
-        def tuned(cost: float) -> MethodConfig:
-            return dataclasses.replace(config, **{str(config.head_field): within(problem, cost).table()})
+    def _searched(self, line: Line, spent: float) -> Trial:
+        return self._try(self._search, line, spent)
 
-        def uniform(cost: float) -> MethodConfig:
-            return dataclasses.replace(config, **{str(config.budget_field): round(uniform_value(problem, cost), 4)})
+    def _verified(self, line: Line, spent: float) -> Trial:
+        return self._try(self._verify, line, spent)
 
-        # Where planning is dear, all heads at the lowest level may cost more than dense attention.
-        ends = (uniform_cost(problem, self._levels[0]), uniform_cost(problem, 1.0))
-        return _Family("tuned", tuned, (within(problem, 0.0).cost, 1.0)), _Family("uniform", uniform, ends)
-
-    def _verified(self, family: _Family, start: float) -> dict[str, Any]:
-        """The best setting of a family that reaches the target on held-out videos; "met" tells whether one does."""
-        target, plan = self._plan.target, self._plan
-        aim, best, tried = target, None, {}
-        search = Search(lambda spent: self._try(self._search, family, spent)["value"], *family.bounds)
-        for attempt in range(_VERIFICATIONS):
-            self._display.stage(f"searching {family.name} budgets for {_words(aim)}")
-            spent = search.find(aim, start, plan.rounds if attempt == 0 else _CORRECTIONS)
-            if spent is None or spent in tried:
-                break
-            self._display.stage(f"verifying {family.name} {spent:.4g} on {len(plan.held_out)} held-out prompts")
-            tried[spent] = self._try(self._verify, family, spent)
-            margin = target.margin(tried[spent]["value"])
-            if margin >= 0 and (best is None or (spent < best) == target.rises):
-                best = spent
-            if 0 <= margin <= _CLOSE * target.slack:
-                break
-            # What these videos lack is asked of the others on top, and what they have too much is taken off.
-            aim = target.moved(search.known[spent] + target.value - tried[spent]["value"] + target.sign * target.slack)
-        shown = best if best is not None else next(reversed(tried), None)
-        return {**tried.get(shown, {"family": family.name}), "met": best is not None}
-
-    def _try(self, stage: Stage, family: _Family, spent: float) -> dict[str, Any]:
+    def _try(self, stage: Stage, line: Line, spent: float) -> Trial:
         """One setting on a stage's videos: what it reaches and costs."""
-        config = family.config(spent)
-        budget = f"{config.budget_field}={getattr(config, str(config.budget_field)):g}"
-        label = f"{config.method} " + (f"tuned {spent:.4f}" if config.head_budgets(0) else f"uniform {budget}")
+        config = line.config(spent)
+        label = f"{config.method} uniform {config.budget_field}={getattr(config, str(config.budget_field)):g}"
+        if line.family == "tuned":
+            label = f"{config.method} tuned {spent:.4f}, {dense_steps(line.dense_steps)}"
         cells, dense = stage.try_out(config, label)
         trial = {
-            "family": family.name,
+            "family": line.family,
             "label": label,
             "videos": "held-out" if stage is self._verify else "search",
+            "dense_steps": line.dense_steps,
             "spent": spent,
             "value": self._plan.target.of(cells, dense, self._on_gpu),
             "density": _mean([cell["density"]["all_calls"] for cell in cells]),
@@ -256,27 +237,39 @@ class Tuner:
         self._trials.append({key: value for key, value in trial.items() if key != "config"})
         return trial
 
-    def _at_equal_cost(self, uniform: _Family, tuned: dict[str, Any]) -> dict[str, Any] | None:
-        """One value for all heads that costs what the tuned budgets cost, on the same videos."""
+    def _at_equal_cost(self, uniform: Line, tuned: Trial) -> Trial | None:
+        """One value for all heads that costs what the tuned budgets cost, on the same videos; None where none does."""
         if "spent" not in tuned:
+            return None
+        if tuned["spent"] < uniform.bounds[0]:
+            self._notes.append(
+                f"one budget for all heads after {dense_steps(uniform.dense_steps)} costs more than the tuned ones at any level"
+            )
             return None
         self._display.stage("trying one budget for all heads at equal cost")
         wanted = tuned["spent"]
         for _ in range(2):
-            there = self._try(self._verify, uniform, wanted)
+            there = self._verified(uniform, wanted)
             ratio = self._cost(tuned) / self._cost(there)
             if abs(ratio - 1) < 0.02:
                 break
-            wanted = min(wanted * ratio, uniform.bounds[1])  # curves are of other videos, and of dense ones
+            wanted = min(
+                max(wanted * ratio, uniform.bounds[0]), uniform.bounds[1]
+            )  # curves are of other videos, and of dense ones
         return there
 
     def _cost(self, trial: dict[str, Any]) -> float:
         return trial["attention_seconds"] if self._on_gpu else trial["density"]
 
     def _result(
-        self, found: list[dict[str, Any]], problem: Problem, best: dict[str, Any], equal: dict[str, Any] | None
+        self,
+        found: list[dict[str, Any]],
+        problem: Problem,
+        best: dict[str, tuple[Trial, list[Trial]]],
+        equal: Trial | None,
     ) -> dict[str, Any]:
-        tuned, uniform = best["tuned"], best["uniform"]
+        tuned, uniform = (best[name][0] for name in ("tuned", "uniform"))
+        at_target = self._at_target({name: trials for name, (_, trials) in best.items()}, equal)
         winner = self._winner(tuned, uniform)
         tokens, device = tuple(found[0]["tokens"]), found[0]["device"]
         preset = None
@@ -299,6 +292,7 @@ class Tuner:
             "device": device,
             "prompts": {"search": self._plan.prompts, "held-out": self._plan.held_out},
             "measured_steps": self._plan.measured_steps,
+            "steps": self._plan.job.request.steps,
             "cost": dataclasses.asdict(problem.cost),
             "levels": curves.levels,
             "density": curves.density.tolist(),
@@ -308,11 +302,30 @@ class Tuner:
             "uniform": uniform,
             "uniform_at_equal_cost": equal,
             "saved": 1 - self._cost(tuned) / self._cost(uniform) if tuned["met"] and uniform["met"] else None,
+            "cost_at_target": at_target,
+            "saved_at_equal_quality": None
+            if None in at_target.values()
+            else 1 - at_target["tuned"] / at_target["uniform"],
             "winner": winner and winner["family"],
             "preset": preset and preset.name,
             "trials": self._trials,
             "notes": self._notes,
         }
+
+    def _at_target(self, trials: dict[str, list[Trial]], equal: Trial | None) -> dict[str, float | None]:
+        """What each family costs exactly at the target, on the held-out videos; None where that is not between trials."""
+        if not self._plan.target.rises:
+            return {"tuned": None, "uniform": None}
+        trials = {**trials, "uniform": [*trials["uniform"], *filter(None, [equal])]}
+        costs = {
+            name: cost_at(self._plan.target, [(one["value"], self._cost(one)) for one in tried])
+            for name, tried in trials.items()
+        }
+        for name in [name for name, cost in costs.items() if cost is None]:
+            self._notes.append(
+                f"no saving at equal quality: the target is not between two held-out trials of {name} budgets"
+            )
+        return costs
 
     def _winner(self, tuned: dict[str, Any], uniform: dict[str, Any]) -> dict[str, Any] | None:
         met = [one for one in (tuned, uniform) if one["met"]]
@@ -330,9 +343,11 @@ class Tuner:
         return best
 
     def _source(self, winner: dict[str, Any]) -> str:
+        steps, total = dense_steps(winner["dense_steps"]), self._plan.job.request.steps
         return (
             f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on {len(self._plan.held_out)} "
-            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets. {self._command}"
+            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets after {steps} of {total}. "
+            f"{self._command}"
         )
 
     def _stage(self, out: Path, prompts: list[str], control: bool) -> Stage:
@@ -344,21 +359,6 @@ class Tuner:
         if self._pool is None:
             self._pool = KeptPool(self._device)
         return self._pool
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Settings along one line, from little to all.
-
-    Args:
-        name: "tuned" or "uniform".
-        config: predicted cost, as a share of dense attention in the sparse steps -> config.
-        bounds: least and largest cost.
-    """
-
-    name: str
-    config: Callable[[float], MethodConfig]
-    bounds: tuple[float, float]
 
 
 def _words(target: Target) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 _CAP = 100.0  # dB: what "identical" counts as among PSNRs
@@ -68,10 +68,11 @@ class Target:
             raise ValueError(f"--max-lpips needs LPIPS: {cell['quality']['lpips']['note']}")
         return cell["quality"]["lpips"]["mean"]
 
-    def moved(self, value: float) -> Target:
-        """The same target at another number, kept where a target may be."""
-        least = 1.001 if self.kind == "target_speedup" else self.value / 10
-        return replace(self, value=max(value, least))
+    def scale(self, value: float) -> float:
+        """A number on the scale on which costs are interpolated, dB or the logarithm of LPIPS; infinite where identical."""
+        if self.kind == "max_lpips":
+            return math.log(value) if value > 0 else -math.inf
+        return value if value < _CAP else math.inf
 
     def margin(self, value: float) -> float:
         """How far a number is beyond the target; negative where it misses it."""
@@ -80,64 +81,124 @@ class Target:
 
 @dataclass
 class Search:
-    """Bisection that also interpolates; it keeps what it learnt for another target.
+    """Bisection that also interpolates, over the logarithm of what may be saved; it keeps what it learnt.
 
     Args:
         measure: spending -> value, slow; near enough monotone.
         low, high: bounds of the spending.
+        floor: what is spent in any case, below `low`.
+        slope: by how much margins grow from one spending to e times as much, as others tell; None: not known.
         known: what was measured, spending -> value.
     """
 
     measure: Callable[[float], float]
     low: float
     high: float
+    floor: float = 0.0
+    slope: float | None = None
     known: dict[float, float] = field(default_factory=dict)
 
-    def find(self, target: Target, start: float, rounds: int) -> float | None:
+    def find(
+        self, target: Target, start: float, rounds: int, close: float = 1.0, last_chance: bool = True
+    ) -> float | None:
         """The least spending found that reaches a target (the most, where spending leads away from it).
 
         Args:
             target: what to reach.
             start: the first guess.
             rounds: measurements at most, beyond what is known.
+            close: how many times the target's slack beyond it is good enough.
+            last_chance: whether a last measurement that nothing reached the target before is at the bound.
 
         Returns:
             A spending that was measured and reaches the target, or None.
         """
         for left in reversed(range(rounds)):
             # A miss by a hair in the last but one leads to the bound: rather a little too far.
-            guess = self._next(target, start, target.slack * (2 if left == 1 else 0.5))
+            guess = self._next(target, start, target.slack * (2 if left == 1 else close / 2), close)
             if guess is None:
                 break
-            if left == 0 and not self._met(target):
-                guess = self.high if target.rises else self.low  # the last chance
-            if guess not in self.known:
-                self.known[guess] = self.measure(guess)
+            if left == 0 and last_chance and not self._met(target):
+                guess = self.high if target.rises else self.low
+            self.look(guess)
+        return self.best(target)
+
+    def best(self, target: Target) -> float | None:
+        """The least spending that is known to reach a target (the most, where spending leads away from it), or None."""
         met = self._met(target)
         return (min(met) if target.rises else max(met)) if met else None
+
+    def look(self, spent: float) -> float:
+        """What a spending reaches, measured where it is not known."""
+        if spent not in self.known:
+            self.known[spent] = self.measure(spent)
+        return self.known[spent]
+
+    def first(self, start: float) -> float:
+        """A guess, within the bounds."""
+        return min(max(start, self.low), self.high)
+
+    def growth(self, target: Target) -> float | None:
+        """What `slope` is, between the two neighbours that are nearest to the target."""
+        points = self._points(target)
+        rising = [(a, b) for a, b in zip(points, points[1:]) if b[1] > a[1]]
+        if not rising:
+            return self.slope
+        a, b = min(rising, key=lambda pair: abs(pair[0][1]) + abs(pair[1][1]))
+        return (b[1] - a[1]) / (b[0] - a[0])
+
+    def other_side(self, target: Target) -> float | None:
+        """Where to measure so that the target lies between two measurements.
+
+        Args:
+            target: what lies between.
+
+        Returns:
+            A spending, or None where there are two already, or nothing is left on that side.
+        """
+        points, (low, high) = self._points(target), sorted(self._place(target, end) for end in (self.low, self.high))
+        met = next((point for point in points if point[1] >= 0), None)
+        if not points or (met is not None and any(margin < 0 for _, margin in points)):
+            return None
+        if met is None:
+            guess = _beyond(points, high, target.slack, self.growth(target))
+        else:
+            guess = _before(met, low, high, -2 * target.slack, self.growth(target))
+        return self._unknown(target, guess)
 
     def _met(self, target: Target) -> list[float]:
         return [spent for spent, value in self.known.items() if target.margin(value) >= 0]
 
-    def _next(self, target: Target, start: float, height: float) -> float | None:
+    def _points(self, target: Target) -> list[tuple[float, float]]:
+        """What is known, along the way on which margins grow: place, margin."""
+        return sorted((self._place(target, spent), target.margin(value)) for spent, value in self.known.items())
+
+    def _next(self, target: Target, start: float, height: float, close: float) -> float | None:
         """Where to measure next to be `height` beyond the target, or None where nothing is left to gain."""
-        way = 1 if target.rises else -1  # along which margins grow
-        points = sorted((way * spent, target.margin(value)) for spent, value in self.known.items())
-        low, high = sorted((way * self.low, way * self.high))
+        points, (low, high) = self._points(target), sorted(self._place(target, end) for end in (self.low, self.high))
         if not points:
-            return min(max(start, self.low), self.high)
-        if any(0 <= margin <= target.slack for _, margin in points):
+            return self.first(start)
+        if any(0 <= margin <= close * target.slack for _, margin in points):
             return None
         met = next((point for point in points if point[1] >= 0), None)
         missed = [point for point in points if point[1] < 0 and (met is None or point[0] < met[0])]
         if met is None:
-            guess = _beyond(missed, high, height)
+            guess = _beyond(missed, high, height, self.slope)
         elif not missed:
-            guess = low if met[0] - low < 0.05 * (high - low) else low + 0.4 * (met[0] - low)
+            guess = _before(met, low, high, height, self.slope)
         else:
-            guess = _crossing(missed[-1], met, target.slack / 2, 0.1, 0.9)
-        guess = round(way * guess, 4)
-        return None if guess in self.known else guess
+            guess = _crossing(missed[-1], met, target.slack * close / 2, 0.2, 0.8)
+        return self._unknown(target, guess)
+
+    def _place(self, target: Target, spent: float) -> float:
+        """Where a spending is along the way on which margins grow."""
+        return math.log(spent - self.floor) * (1 if target.rises else -1)
+
+    def _unknown(self, target: Target, place: float) -> float | None:
+        """The spending at a place, or None where it is measured."""
+        spent = self.floor + math.exp(place if target.rises else -place)
+        spent = min(max(round(spent, 4), self.low), self.high)
+        return None if spent in self.known else spent
 
 
 def _crossing(a: tuple[float, float], b: tuple[float, float], height: float, least: float, most: float) -> float:
@@ -146,10 +207,21 @@ def _crossing(a: tuple[float, float], b: tuple[float, float], height: float, lea
     return a[0] + min(max(share, least), most) * (b[0] - a[0])
 
 
-def _beyond(missed: list[tuple[float, float]], high: float, height: float) -> float:
+def _beyond(missed: list[tuple[float, float]], high: float, height: float, slope: float | None) -> float:
     """A point between the last one and the bound: on the line through the last two if it rises, at most half-way."""
-    last, room = missed[-1], high - missed[-1][0]
+    last, room, least = missed[-1], high - missed[-1][0], 0.1
     if len(missed) > 1 and missed[-2][1] < last[1]:
         there = _crossing(missed[-2], last, height, 0.0, float("inf"))
-        return min(max(there, last[0] + 0.1 * room), last[0] + 0.5 * room)
-    return last[0] + 0.5 * room
+    elif slope is not None:
+        there, least = last[0] + (height - last[1]) / slope, 0.01
+    else:
+        return last[0] + 0.5 * room
+    return min(max(there, last[0] + least * room), last[0] + 0.5 * room)
+
+
+def _before(met: tuple[float, float], low: float, high: float, height: float, slope: float | None) -> float:
+    """A point between the lower bound and one that reaches the target: by the slope, where that is known."""
+    room = met[0] - low
+    if room < 0.05 * (high - low):
+        return low
+    return low + 0.4 * room if slope is None else max(met[0] - (met[1] - height) / slope, low + 0.1 * room)

@@ -111,12 +111,11 @@ def test_never_worse_than_one_budget_for_all():
             assert within(given, cost).error <= error + 1e-12
 
 
-def rows(plan, per_density, noise=0.0):
-    rng = np.random.default_rng(0)
-    for _ in range(4):
+def rows(plan, per_density, branch="cond", calls=4):
+    for _ in range(calls):
         density = [[share, share + 0.1] for share in (0.1, 0.3, 0.6)]
-        seconds = [plan + per_density * sum(row) + noise * rng.random() for row in density]
-        yield {"density": density, "error": [[0, 0]] * 3, "seconds": seconds}
+        seconds = [plan + per_density * sum(row) for row in density]
+        yield {"density": density, "error": [[0, 0]] * 3, "seconds": seconds, "branch": branch}
 
 
 def test_cost_from_times():
@@ -128,6 +127,13 @@ def test_cost_from_times():
     assert cost == Cost(0.0, 1.0, 2.0, "density") and "too short to fit" in notes[0]
     cost, notes = fit_cost(list(rows(0.002, 0.01)), [0.03], on_gpu=False)
     assert cost.unit == "density" and "on a CPU" in notes[0]
+
+
+def test_a_plan_that_branches_share_is_paid_once():
+    """As often as it is: not by how many calls of either branch were measured."""
+    measured = [*rows(0.002, 0.01), *rows(0.0, 0.01, "uncond", calls=7)]
+    cost, _ = fit_cost(measured, [0.03], on_gpu=True)
+    assert (cost.plan, cost.per_density) == pytest.approx((0.001, 0.01))
 
 
 def test_weights_are_effect_for_each_unit_of_error():

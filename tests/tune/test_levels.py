@@ -16,8 +16,11 @@ def job(model, config, height, width, frames):  # noqa: F811
 
 
 def test_levels_that_a_video_is_too_short_for_are_left_out(model):  # noqa: F811
-    assert levels_for(job(model, NearConfig(), 96, 112, 13)) == NearConfig.levels[1:]
-    assert levels_for(job(model, NearConfig(early=0.0), 64, 64, 9)) == NearConfig.levels
+    assert levels_for(job(model, NearConfig(), 96, 112, 13)) == NearConfig.levels[4:]
+    assert levels_for(job(model, NearConfig(early=0.0), 64, 64, 9)) == NearConfig.levels[1:]
+    # Means of larger granules cost less, so that lower levels are there.
+    assert levels_for(job(model, NearConfig(early=0.0, granule=32), 128, 128, 17)) == NearConfig.levels
+    assert NearConfig.probed_level in NearConfig.levels
     assert levels_for(job(model, SVG1Config(), 32, 48, 9)) == SVG1Config.levels
 
 

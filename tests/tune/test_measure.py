@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from svg.attend import attend
-from svg.config import SVG1Config, SVG2Config
+from svg.config import NearConfig, SVG1Config, SVG2Config
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
 from svg.methods.dense import dense_attention, key_mask
 from svg.pipelines import GenerationRequest, accelerate, generate, load_pipeline, restore
 from svg.recordings.record import RecordedCall
+from svg.tune import curves
 from svg.tune.allocate import Cost, Problem, uniform_cost, within
 from svg.tune.calibrate import calibrate
-from svg.tune.curves import curves_of, measure_call
+from svg.tune.curves import Handed, curves_of, measure_call
 
 LAYOUT = TokenLayout(4, 6, 8)
 SVG1 = SVG1Config(block_size=4, sample_rows=192)  # every row: kinds are the same in every call
@@ -63,6 +64,50 @@ def test_a_call_against_its_definition(config):
         assert row["density"][index] == pytest.approx(state.records[-1].density.mean(0).tolist())
     assert np.diff(np.array(row["density"]), axis=0).min() >= 0 and len(row["seconds"]) == len(LEVELS) - 1
     assert np.array(row["error"])[-1].sum() < np.array(row["error"])[0].sum()
+
+
+NEAR = NearConfig(granule=8, rows=16, cluster_tokens=16, query_cluster_tokens=32, early=0.6, first_iterations=3)
+NEAR_LEVELS = (0.3, 0.5, 1.0)
+
+
+def branches(handed):
+    """The rows of two guidance branches of a step, whose queries and keys differ."""
+    return [
+        measure_call(dataclasses.replace(call(0), branch=branch), *heads(seed), None, NEAR, NEAR_LEVELS, handed)
+        for seed, branch in enumerate(("cond", "uncond"))
+    ]
+
+
+def test_branches_share_what_they_share_in_a_run():
+    rows = branches(Handed())
+    for index, level in enumerate(NEAR_LEVELS[:-1]):
+        own = dataclasses.replace(NEAR, warmup_steps=0.0, warmup_layers=0.0, early=0.0)
+        state = RunState(own, 3)
+        for step in (1, 2):  # the second one begins from clusters, as measured
+            for seed, row in enumerate(rows):
+                state.config = dataclasses.replace(own, budget=level)
+                state.begin_forward(step, 4, row["branch"], LAYOUT)
+                q, k, v = heads(seed)
+                out = attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0).transpose(1, 2)
+                exact = dense_attention(q, k, v)
+                if step == 2:
+                    lost = (out - exact).square().sum((0, 2, 3)) / exact.square().sum()
+                    assert row["error"][index] == pytest.approx(lost.tolist(), rel=0.02)
+                    assert row["density"][index] == pytest.approx(state.records[-1].density.mean(0).tolist())
+    assert rows[0]["density"] == rows[1]["density"]
+    alone = branches(None)
+    assert alone[0]["error"] == rows[0]["error"] and np.sum(alone[1]["error"]) < np.sum(rows[1]["error"])
+
+
+def test_what_branches_hand_on_is_bounded(monkeypatch):
+    monkeypatch.setattr(curves, "HANDED_BYTES", 0)
+    assert [row["error"] for row in branches(Handed())] == [row["error"] for row in branches(None)]
+
+
+def test_a_level_is_of_the_whole_run():
+    """`early` gives a step more or less of it, and what a whole run computes is the level."""
+    row = measure_call(call(0), *heads(0), None, NEAR, NEAR_LEVELS)
+    assert np.mean(row["density"], 1) == pytest.approx(NEAR_LEVELS[:-1], abs=0.03)
 
 
 def losses(config, layers):

@@ -62,7 +62,7 @@ class NearConfig(GuardedConfig):
     method: ClassVar[str] = "near"
     budget_field: ClassVar[str | None] = "budget"
     head_field: ClassVar[str | None] = "head_budget"
-    levels: ClassVar[tuple[float, ...]] = (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+    levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
     probed_level: ClassVar[float] = 0.3
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
@@ -112,6 +112,12 @@ class NearConfig(GuardedConfig):
     def for_branches_apart(self) -> NearConfig:
         """These settings where each guidance branch runs in a process of its own, and chooses for itself."""
         return replace(self, share_branches=False)
+
+    def for_warm_up(self) -> NearConfig:
+        table = self.head_budget
+        if table is not None:  # whether a layer is sparse decides what is compiled, budgets do not
+            table = ((1.0 if all(min(row) == 1 for row in table) else 0.5,),)
+        return replace(self, budget=1.0, early=0.0, warmup_steps=0.0, head_budget=table)
 
     def at_step(self, step: int, num_steps: int) -> NearConfig:
         """The settings with the budgets of one step: more at first, where errors grow longest.

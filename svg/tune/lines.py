@@ -1,0 +1,97 @@
+"""Lines of settings from little to all: one budget for all heads, or each head its own, at a number of dense steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import MethodConfig
+from ..config.base import count
+from .allocate import Problem, uniform_cost, uniform_value, within
+
+
+@dataclass(frozen=True)
+class Line:
+    """Settings along one line, by what a whole run costs as a share of dense attention in all its steps.
+
+    Args:
+        family: "tuned" or "uniform".
+        dense_steps: of a run, its first ones.
+        config: cost of a run -> settings.
+        bounds: least and largest cost of a run.
+        floor: the part of it that dense steps cost.
+    """
+
+    family: str
+    dense_steps: int
+    config: Callable[[float], MethodConfig]
+    bounds: tuple[float, float]
+    floor: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run, of which the first ones are dense.
+
+    Args:
+        total: all of them.
+        dense: those that are dense, fewer than all.
+    """
+
+    total: int
+    dense: int
+
+    def whole(self, share: float) -> float:
+        """What a run costs whose sparse steps cost a share of dense ones."""
+        return (self.dense + (self.total - self.dense) * share) / self.total
+
+    def share(self, whole: float) -> float:
+        """What sparse steps cost in a run that costs so much."""
+        return (whole * self.total - self.dense) / (self.total - self.dense)
+
+
+def dense_steps_to_try(config: MethodConfig, total: int, keep: bool) -> list[int]:
+    """Numbers of dense steps, the most first: the config's own, half of it, one, none.
+
+    Args:
+        config: settings of the method, whose warm-up is by steps.
+        total: steps of a run.
+        keep: whether the config's own is the only one.
+    """
+    own = count(config.warmup_steps, total)
+    return [own] if keep else sorted({own, own // 2, min(own, 1), 0}, reverse=True)
+
+
+def tuned_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
+    """Per-head budgets after a number of dense steps.
+
+    Args:
+        problem: curves, weights and costs.
+        config: the settings that stay.
+        steps: of a run.
+    """
+    if steps.dense != count(config.warmup_steps, steps.total):
+        config = dataclasses.replace(config, warmup_steps=steps.dense / steps.total)
+
+    def at(cost: float) -> MethodConfig:
+        return dataclasses.replace(config, **{str(config.head_field): within(problem, steps.share(cost)).table()})
+
+    return Line("tuned", steps.dense, at, (steps.whole(within(problem, 0.0).cost), 1.0), steps.whole(0.0))
+
+
+def uniform_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
+    """One budget for all heads, with the config's own dense steps, as it is without a tuning; arguments as of `tuned_line`."""
+
+    def at(cost: float) -> MethodConfig:
+        value = round(uniform_value(problem, steps.share(cost)), 4)
+        return dataclasses.replace(config, **{str(config.budget_field): value})
+
+    # Where planning is dear, all heads at the lowest level may cost more than dense attention.
+    low, high = (steps.whole(uniform_cost(problem, value)) for value in (problem.curves.levels[0], 1.0))
+    return Line("uniform", steps.dense, at, (low, high), steps.whole(0.0))
+
+
+def dense_steps(number: int) -> str:
+    """Such as "2 dense steps"."""
+    return f"{number} dense step{'' if number == 1 else 's'}"
