@@ -61,8 +61,8 @@ def load_tune(tune, folder):
         folder: where it lies.
 
     Returns:
-        dict: title (of the page), target, unit, saved, winner, preset, trials, rows (of the result's table),
-        budgets and curves of the heads.
+        dict: title (of the page), target, unit, steps, saved, saved_at_equal_quality, winner, preset, trials, rows (of
+        the result's table), budgets and curves of the heads.
 
     Raises:
         ValueError: another format version.
@@ -81,6 +81,8 @@ def load_tune(tune, folder):
     return {
         "title": f"Tuning of {tune['model']['name']}",
         **{key: tune[key] for key in ("state", "target", "saved", "winner", "preset", "levels", "density")},
+        # Files of earlier versions have neither.
+        **{key: tune.get(key) for key in ("steps", "saved_at_equal_quality")},
         "unit": tune["cost"]["unit"],
         "budget": field.removeprefix("head_"),
         "prompts": {key: len(value) for key, value in tune["prompts"].items()},
@@ -116,7 +118,7 @@ def _trial(trial):
         "psnr",
         "lpips",
     )
-    return {**{key: trial[key] for key in keys}, "met": trial.get("met")}
+    return {**{key: trial[key] for key in keys}, "met": trial.get("met"), "dense_steps": trial.get("dense_steps")}
 
 
 def _method(label, rows):

@@ -19,15 +19,22 @@ function tuneSection() {
 
 function verdict(tune) {
   const unit = tune.unit === "seconds" ? "attention time" : "density";
+  const text = (share) => `${Math.abs(100 * share).toFixed(1)} % ${share >= 0 ? "less" : "more"} ${unit}`;
+  const exact = tune.saved_at_equal_quality;
+  if (exact !== null) {
+    const tried = tune.saved === null ? "" : ` The settings of the table, which both reach it: ${text(tune.saved)}.`;
+    const between = " than one budget for all heads exactly at the target, between videos on either side of it.";
+    return el("p", { class: "verdict" }, el("b", {}, text(exact)), `${between}${tried}`);
+  }
   if (tune.saved === null)
     return el("p", { class: "verdict" }, "Not both kinds of budgets reached the target, so there is no saving to name.");
-  const share = `${Math.abs(100 * tune.saved).toFixed(1)} % ${tune.saved >= 0 ? "less" : "more"} ${unit}`;
-  return el("p", { class: "verdict" }, el("b", {}, share), " than one budget for all heads, both at the target.");
+  return el("p", { class: "verdict" }, el("b", {}, text(tune.saved)), " than one budget for all heads, both at the target.");
 }
 
-function trialTable({ rows }) {
-  const shown = rows.some((row) => row.lpips !== null) ? ["lpips"] : [];
-  const columns = ["Budgets", "Setting", "Target", "Density", "Attention", "PSNR", ...shown.map(() => "LPIPS")];
+function trialTable({ rows, steps }) {
+  const lpips = rows.some((row) => row.lpips !== null) ? ["LPIPS"] : [];
+  const dense = rows.some((row) => row.dense_steps !== null) ? ["Dense steps"] : [];
+  const columns = ["Budgets", "Setting", "Target", ...dense, "Density", "Attention", "PSNR", ...lpips];
   const body = rows.map((row) =>
     el(
       "tr",
@@ -35,10 +42,11 @@ function trialTable({ rows }) {
       el("th", { scope: "row", class: "text" }, row.name),
       el("td", { class: "text" }, row.label),
       el("td", {}, row.met === null ? "" : row.met ? "reached" : "missed"),
+      dense.map(() => el("td", {}, row.dense_steps === null ? "" : `${row.dense_steps} of ${steps}`)),
       el("td", {}, format(row.density, 3)),
       el("td", {}, seconds(row.attention_seconds)),
       el("td", {}, metricText("psnr", row.psnr)),
-      shown.map(() => el("td", {}, format(row.lpips, 4))),
+      lpips.map(() => el("td", {}, format(row.lpips, 4))),
     ),
   );
   const heads = columns.map((name, index) => el("th", { scope: "col", class: index < 2 ? "head text" : "head" }, name));

@@ -44,7 +44,7 @@ class ConsoleDisplay:
 def print_tuning(console: Console, result: dict[str, Any], out: str) -> None:
     """Print what was reached on held-out videos and at which cost, and where the preset is."""
     table = Table(title=f"{len(result['prompts']['held-out'])} held-out prompts", title_justify="left")
-    for heading in ("", "target", "density", "attention, s", "PSNR, dB", "LPIPS"):
+    for heading in ("", "target", "dense steps", "density", "attention, s", "PSNR, dB", "LPIPS"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {
         "per-head budgets": result["tuned"],
@@ -56,13 +56,17 @@ def print_tuning(console: Console, result: dict[str, Any], out: str) -> None:
             continue
         met = {True: "reached", False: "missed"}.get(trial.get("met"), "")
         digits = (("density", 3), ("attention_seconds", 3), ("psnr", 2), ("lpips", 4))
-        table.add_row(f"{name} ({trial['label']})", met, *(number(trial[key], n) for key, n in digits))
+        dense = f"{trial['dense_steps']} of {result['steps']}"
+        table.add_row(f"{name} ({trial['label']})", met, dense, *(number(trial[key], n) for key, n in digits))
     console.print(table)
-    if result["saved"] is not None:
-        unit = "attention time" if result["cost"]["unit"] == "seconds" else "density"
-        console.print(
-            f"per-head budgets need {100 * result['saved']:.1f} % less {unit} for the target", highlight=False
-        )
+    unit = "attention time" if result["cost"]["unit"] == "seconds" else "density"
+    for saved, where in (
+        ("saved", "as tried, both at the target"),
+        ("saved_at_equal_quality", "exactly at the target"),
+    ):
+        if result[saved] is not None:
+            share = f"{100 * abs(result[saved]):.1f} % {'less' if result[saved] >= 0 else 'more'}"
+            console.print(f"per-head budgets need {share} {unit} than one for all, {where}", highlight=False)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     files = ", ".join(filter(None, (result["preset"], "report.html", "tune.json", "search/report.html")))

@@ -53,13 +53,50 @@ def test_results(undisturbed):
     assert found["cost"]["unit"] == "density" and found["device"] == "cpu" and found["tokens"] == [3, 2, 3]
     saved = 1 - found["tuned"]["density"] / found["uniform"]["density"]
     assert found["saved"] == pytest.approx(saved)
-    equal = found["uniform_at_equal_cost"]
-    assert equal["videos"] == "held-out" and equal["density"] == pytest.approx(found["tuned"]["density"], abs=0.08)
     prompts = {cell["generation"]["prompt"] for cell in json.loads(Path(out, "sweep.json").read_text())["cells"]}
     assert prompts == {"a blue box moves up"}
     prompts = {cell["generation"]["prompt"] for cell in json.loads(Path(out, "search/sweep.json").read_text())["cells"]}
     assert prompts == {"a red ball moves right"}
     assert Path(out, "report.html").is_file() and Path(out, "search/report.html").is_file()
+
+
+def test_dense_steps_belong_to_the_search(undisturbed):
+    """Of three steps one is dense without a tuning; the trials say which numbers were tried, the preset which was best."""
+    out, _ = undisturbed
+    found = summary(out)
+    assert {t["dense_steps"] for t in found["trials"] if t["family"] == "uniform"} == {1} and found["steps"] == 3
+    assert {t["dense_steps"] for t in found["trials"] if t["family"] == "tuned"} == {1, 0}
+    dense = found["tuned"]["dense_steps"]
+    assert found["winner"] == "tuned" and f"budgets after {dense} dense step" in load_preset(out / "tuned.yaml").source
+    config = load_preset(out / "tuned.yaml").config("svg2")
+    assert [config.is_warmup(step, 3, 2, 3) for step in range(3)] == [step < dense for step in range(3)]
+    for trial in found["trials"]:  # what is predicted counts dense steps, as what is measured does
+        assert trial["spent"] == pytest.approx(trial["density"], abs=0.05)
+
+
+def test_saved_at_equal_quality(undisturbed):
+    found = summary(undisturbed[0])
+    for family in ("tuned", "uniform"):
+        trials = [t for t in found["trials"] if (t["family"], t["videos"]) == (family, "held-out")]
+        below = max((t for t in trials if t["value"] < 40), key=lambda t: t["value"])
+        above = min((t for t in trials if t["value"] >= 40), key=lambda t: t["value"])
+        share = (40 - below["value"]) / (above["value"] - below["value"])
+        exact = below["density"] + share * (above["density"] - below["density"])
+        assert found["cost_at_target"][family] == pytest.approx(exact)
+    assert found["saved_at_equal_quality"] == pytest.approx(
+        1 - found["cost_at_target"]["tuned"] / found["cost_at_target"]["uniform"]
+    )
+
+
+def test_dense_steps_as_they_are(arguments, here, capsys):
+    short = ["--keep-warmup", "--probe", "none", "--no-control", "--rounds", "2"]
+    assert main(["tune", "--min-psnr", "40", *arguments, *short, "--out", "out"]) == 0
+    found = summary("out")
+    assert {trial["dense_steps"] for trial in found["trials"]} == {1}
+    assert found["tuned"]["config"]["warmup_steps"] == 0.2  # not a third, though it would be as many
+    equal = found["uniform_at_equal_cost"]
+    assert equal["videos"] == "held-out" and equal["density"] == pytest.approx(found["tuned"]["density"], abs=0.08)
+    assert "1 of 3" in capsys.readouterr().out
 
 
 def test_preset_is_bound(undisturbed, here, model, capsys):

@@ -35,6 +35,7 @@ def test_tuning_as_data(tuned):
     assert data["title"] == "Tuning of tiny-wan <b>" and data["kind"] == "sweep" and data["recorded"] is None
     tune = data["tune"]
     assert [row["density"] for row in tune["rows"]] == [0.4, 0.5, 0.4] and tune["budget"] == "top_p"
+    assert [row["dense_steps"] for row in tune["rows"]] == [1, 4, 4] and tune["saved_at_equal_quality"] == 0.25
     assert tune["loss"][1][0] == pytest.approx([0.3, 0.03, 0.0])
     methods = {cell["label"]: cell["method"] for cell in data["cells"]}
     assert methods["svg2 top_p=0.9"] == "svg2 tuned" and methods["svg2 top_p=0.7"] == "svg2"
@@ -65,6 +66,18 @@ def test_other_versions_are_refused(tuned, recorded, name):
         build_page(tuned)
 
 
+def test_tuning_of_an_earlier_version(tuned):
+    """It says nothing of dense steps, nor of costs exactly at the target."""
+    content = tune_json()
+    for trial in (content, content["tuned"], content["uniform"], content["uniform_at_equal_cost"], *content["trials"]):
+        for name in ("steps", "dense_steps", "cost_at_target", "saved_at_equal_quality"):
+            trial.pop(name, None)
+    write_json(tuned / "tune.json", content)
+    tune = load_page_data(tuned)["tune"]
+    assert tune["steps"] is None and tune["saved_at_equal_quality"] is None
+    assert [row["dense_steps"] for row in tune["rows"]] == [None] * 3
+
+
 @pytest.mark.parametrize("width", [1440, 390])
 def test_tuning_is_shown(browser, tuned, width):
     browser.open(build_page(tuned), width=width)
@@ -73,9 +86,11 @@ def test_tuning_is_shown(browser, tuned, width):
     assert browser.evaluate("document.querySelector('.kicker').textContent") == "svg tune"
     assert browser.evaluate("document.querySelector('section').id") == "tune"
     text = browser.evaluate("document.querySelector('#tune').textContent")
-    assert "20.0 % less density" in text and "2 prompts that were not used" in text
+    assert "25.0 % less density than one budget for all heads exactly at the target" in text
+    assert "both reach it: 20.0 % less density" in text and "2 prompts that were not used" in text
     rows = "[...document.querySelectorAll('#tune tbody tr')].map((row) => row.cells[2].textContent)"
     assert browser.evaluate(rows) == ["reached", "reached", ""]
+    assert browser.evaluate(rows.replace("cells[2]", "cells[3]")) == ["1 of 16", "4 of 16", "4 of 16"]
     browser.evaluate("document.querySelector('#heatmap-budgets .maps').focus()")
     browser.press("ArrowDown")
     readout = "document.querySelector('#heatmap-budgets output').textContent"
