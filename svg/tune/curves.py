@@ -29,6 +29,7 @@ _OF_A_RUN = {
     "early": 0.0,
     "residual": 0.0,
     "max_drift": None,
+    "cuda_graphs": False,
     "tuned_for": None,
 }
 
