@@ -276,9 +276,12 @@ def attached(pipe: Any) -> dict[str, RunHook]:
     Raises:
         ValueError: the pipeline isn't accelerated.
     """
-    hooks = {name: _hook(transformer) for name, transformer in transformers_of(pipe).items()}
-    if None in hooks.values():
-        raise ValueError("pipe must be accelerated, got a plain one; call svg.accelerate(pipe, config) first")
+    hooks: dict[str, RunHook] = {}
+    for name, transformer in transformers_of(pipe).items():
+        hook = _hook(transformer)
+        if hook is None:
+            raise ValueError("pipe must be accelerated, got a plain one; call svg.accelerate(pipe, config) first")
+        hooks[name] = hook
     return hooks
 
 
@@ -287,7 +290,7 @@ def is_accelerated(pipe: Any) -> bool:
     return all(_hook(transformer) is not None for transformer in transformers_of(pipe).values())
 
 
-def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+def transformers_of(pipe: Any) -> dict[str, Any]:
     """The transformers of a pipeline, without torch.compile's wrapper.
 
     Args:

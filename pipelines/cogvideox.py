@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import FusedCogVideoXAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from svg.engine.state import RunState
 
 from .layouts import frames_first, patches
+from .modules import Attention
 from .processor import (
     VideoAttnProcessor,
     apply_rope,
@@ -33,7 +34,7 @@ class CogVideoXSparseAttnProcessor(VideoAttnProcessor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -62,7 +63,7 @@ def _rotate_video(x: Tensor, rotary: tuple[Tensor, Tensor], text: int) -> Tensor
     return torch.cat([x[:, :text], apply_rope(x[:, text:], cos, sin)], dim=1)
 
 
-def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
+def _attention_modules(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.transformer_blocks]
 
 

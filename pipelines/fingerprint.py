@@ -81,7 +81,8 @@ def _sha256(path: str, *state: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """Files below a folder, by links too, none twice on its way down and no hidden ones."""
-    found, pending = [], [(folder, (os.path.realpath(folder),))]
+    found: list[Path] = []
+    pending: list[tuple[Path, tuple[str, ...]]] = [(folder, (os.path.realpath(folder),))]
     while pending:
         place, above = pending.pop()
         for path in place.iterdir():

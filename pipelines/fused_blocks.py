@@ -8,6 +8,7 @@ attention profit alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU, GELU, SwiGLU
@@ -52,7 +53,9 @@ def _residual_norm(x: Tensor, update: Tensor, gate: Tensor, norm: nn.Module) -> 
         x = gate_residual(x, update, gate)
         return x, x if isinstance(norm, nn.Identity) else norm(x.float()).type_as(x)
     weight, bias = (one.expand(x.shape[0], 1, -1) for one in (norm.weight, norm.bias))
-    return residual_modulate(x, update, gate, weight, bias, norm.eps, affine=True)
+    x, normed = residual_modulate(x, update, gate, weight, bias, norm.eps, affine=True)
+    assert isinstance(normed, Tensor)  # not quantised without fp8
+    return x, normed
 
 
 def hunyuan_video_single_block(
@@ -79,6 +82,7 @@ def hunyuan_video_single_block(
     if direct:
         attended = self.attn.processor.single_stream(self.attn, normed, text, attention_mask, image_rotary_emb)
     else:
+        assert isinstance(normed, Tensor)  # not quantised without fp8
         attended = self.attn(
             hidden_states=normed[:, :video],
             encoder_hidden_states=normed[:, video:],
@@ -111,7 +115,7 @@ def feed_forward(self, hidden_states: Tensor | QuantizedRows, *args, **kwargs) -
     return self.net[2](activate(self.net[0].proj(hidden_states), kind, fp8=True))
 
 
-def _activation(ffn: nn.Module) -> str | None:
+def _activation(ffn: Any) -> str | None:
     """Which of `activate`'s kinds a feed-forward has between its two linears, or None: another one, or somebody listens."""
     net = ffn.net
     quiet = len(net) == 3 and not (ffn.training and net[1].p) and all(is_untouched(module) for module in net)
@@ -122,7 +126,7 @@ def _activation(ffn: nn.Module) -> str | None:
     return {GEGLU: "geglu", SwiGLU: "swiglu"}.get(type(net[0]))
 
 
-def _takes_rows(ffn: nn.Module) -> bool:
+def _takes_rows(ffn: Any) -> bool:
     """Whether a feed-forward can be given quantised rows."""
     fused = isinstance(vars(ffn).get("forward"), FusedForward) and not (ffn._forward_hooks or ffn._forward_pre_hooks)
     return fused and _activation(ffn) is not None and takes_rows(ffn.net[0].proj, ffn.net[2])
@@ -195,7 +199,7 @@ def fuse(modules: Iterable[nn.Module], everywhere: bool = True) -> list[FusedFor
     return made
 
 
-def _gains(block: nn.Module) -> bool:
+def _gains(block: Any) -> bool:
     kind = type(block)
     if kind.__name__ not in FORWARDS or not kind.__module__.startswith("diffusers."):
         return False

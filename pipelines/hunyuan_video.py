@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from svg.kernels import QuantizedRows
 
 from .layouts import channels_first, patches
+from .modules import Attention
 from .parallel import JOINT_PLAN
 from .processor import VideoAttnProcessor, apply_rope, both_streams, norm_and_rotate, project_qkv, register_skip
 from .spec import LAST, ModelSpec
@@ -18,7 +21,7 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -42,7 +45,7 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
 
     def single_stream(
         self,
-        attn: nn.Module,
+        attn: Attention,
         both: Tensor | QuantizedRows,
         text: int,
         attention_mask: Tensor | None,
@@ -54,7 +57,7 @@ class HunyuanVideoSparseAttnProcessor(VideoAttnProcessor):
         return self.joint(q, k, v, self.mask_of_text(attention_mask, video), text)
 
     def _qkv(
-        self, attn: nn.Module, x: Tensor | QuantizedRows, rotary: tuple[Tensor, Tensor] | None, video: int
+        self, attn: Attention, x: Tensor | QuantizedRows, rotary: tuple[Tensor, Tensor] | None, video: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, normalised and, the first `video` tokens, rotated: three [B, S, H, D]."""
         q, k, v = project_qkv(attn, x, fused=False)
@@ -94,13 +97,13 @@ def _normalize(x: Tensor, norm: nn.Module | None) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def _text_qkv(attn: nn.Module, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _text_qkv(attn: Attention, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # [B, text, H, D]
     return _normalize(q, attn.norm_added_q), _normalize(k, attn.norm_added_k), v
 
 
-def attention_modules(transformer: nn.Module) -> list[nn.Module]:
+def attention_modules(transformer: Any) -> list[Attention]:
     """Dual-stream blocks, then single-stream blocks."""
     return [block.attn for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
 

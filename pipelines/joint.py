@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from . import cogvideox
 from .hunyuan_video import HunyuanVideoSparseAttnProcessor, attention_modules
 from .layouts import channels_first, frames_first
+from .modules import Attention
 from .processor import apply_rope
 from .spec import FIRST, LAST, ModelSpec
 from .stock import StockAttnProcessor
@@ -36,11 +39,11 @@ class MotifVideoSparseAttnProcessor(StockAttnProcessor):
         return None if attn_mask is None else attn_mask[:, 0, 0, self.state.layout.video_tokens :]
 
 
-def _dual_blocks(transformer: nn.Module) -> list[nn.Module]:
+def _dual_blocks(transformer: Any) -> list[Attention]:
     return [block.attn for block in transformer.transformer_blocks]
 
 
-def _first_attention(transformer: nn.Module) -> list[nn.Module]:
+def _first_attention(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.transformer_blocks]
 
 

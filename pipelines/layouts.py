@@ -18,7 +18,8 @@ def patches(config: Any) -> tuple[int, int, int]:
 
 def grid(shape: tuple[int, ...], patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """Tokens along (time, height, width) of latents of that many frames, rows and columns."""
-    return tuple(size // step for size, step in zip(shape, patch, strict=True))
+    frames, rows, columns = (size // step for size, step in zip(shape, patch, strict=True))
+    return frames, rows, columns
 
 
 def channels_first(text: str = "none") -> Callable[[Any, Mapping[str, Any]], TokenLayout]:

@@ -79,6 +79,7 @@ class LinearGuard:
         x, out = x.flatten(0, -2), out.flatten(0, -2)
         if not len(x):
             return
+        assert linear.sample is not None  # kept by each linear that is probed
         apart = max(1, len(x) // ROWS)
         rows = slice(step % apart, None, apart)
         exact = (x[rows][:ROWS].to(linear.sample.dtype) @ linear.sample.t()).float()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svg.config.base import LINEARS
+from svg.engine.compiler import not_compiled
 from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
 from svg.kernels.common import target
 from svg.kernels.linears import (
@@ -59,9 +60,11 @@ class SharedInput:
         """The quantised rows, or blocks, of x: those made for the linear before, if that was given the same tensor."""
         if self.users == 1 or torch.compiler.is_compiling():  # which finds equal operations by itself
             return self._quantize(x)
-        if self._source is None or self._source() is not x:
-            self._found, self._source, self._taken = self._quantize(x), weakref.ref(x, self._forget), 0
-        found, self._taken = self._found, self._taken + 1
+        found = self._found
+        if found is None or self._source is None or self._source() is not x:
+            found = self._quantize(x)
+            self._found, self._source, self._taken = found, weakref.ref(x, self._forget), 0
+        self._taken += 1
         if self._taken == self.users:
             self._forget()
         return found
@@ -88,6 +91,10 @@ class QuantizedLinear(nn.Module):
         precision: "fp8", "int8-rows" (rotated) or "int8" (blocks).
         shared: what quantises its input, where others take the same.
     """
+
+    values: Tensor
+    scale: Tensor
+    sample: Tensor | None
 
     def __init__(self, linear: nn.Linear, precision: str = "fp8", shared: SharedInput | None = None):
         super().__init__()
@@ -120,23 +127,31 @@ class QuantizedLinear(nn.Module):
             )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        out = self._int8(x) if self.precision == "int8" else self._rows(self.shared.quantize(x))
+        out = self._int8(x) if self.precision == "int8" else self._quantized(x)
         if self.probe is not None:
             self._probe(x, out)
         return out
 
-    @torch.compiler.disable  # what it finds is queued on the host
+    @not_compiled  # what it finds is queued on the host
     def _probe(self, x: Tensor, out: Tensor) -> None:
+        assert self.probe is not None
         self.probe(x, out)
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        rows = self.shared.quantize(x)
+        assert isinstance(rows, QuantizedRows)
+        return self._rows(rows)
 
     def _rows(self, x: QuantizedRows) -> Tensor:
         product = fp8_linear if self.precision == "fp8" else int8_rows_matmul
         return product(x, QuantizedRows(self.values, self.scale, x.dtype), self.bias)
 
-    @torch.compiler.disable  # the threshold moves with every call
+    @not_compiled  # the threshold moves with every call
     def _int8(self, x: Tensor) -> Tensor:
+        blocks = self.shared.quantize(x)
+        assert isinstance(blocks, QuantizedBlocks)
         weight = QuantizedBlocks(self.values, self.scale, None, None, None, x.dtype)
-        return int8_matmul(self.shared.quantize(x), weight, self.bias).view(*x.shape[:-1], self.out_features)
+        return int8_matmul(blocks, weight, self.bias).view(*x.shape[:-1], self.out_features)
 
     @property
     def linear(self) -> nn.Linear:
@@ -189,8 +204,9 @@ class QuantizedLinear(nn.Module):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            if tensor is not None and self._buffers[name].dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(self._buffers[name].device)
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
         kept = self.weight
         kept.data = kept.data.to(fn(kept.data.new_empty(0)).dtype)
         if self.own is not None:
@@ -259,6 +275,13 @@ def find_linears(transformer: nn.Module, spec: ModelSpec, which: str, name: str 
             f"blocks (quantised, wrapped, or offloaded one by one ones are left alone)"
         )
     return found
+
+
+def plain_linear(transformer: nn.Module, name: str) -> nn.Linear:
+    """The linear of a name that `find_linears` gave."""
+    linear = transformer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def _listed(wanted: list[str], known: list[str], path: str) -> list[str]:
@@ -345,7 +368,7 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: st
         shared |= dict.fromkeys(group, SharedInput(len(group), precision))
     try:
         for name in names:
-            _put(transformer, name, QuantizedLinear(transformer.get_submodule(name), precision, shared.get(name)))
+            _put(transformer, name, QuantizedLinear(plain_linear(transformer, name), precision, shared.get(name)))
     except BaseException:
         restore_linears(transformer, names)
         raise

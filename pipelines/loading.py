@@ -16,7 +16,7 @@ from .model_files import check_configs, locate_model, read_index
 from .registry import PIPELINES
 from .request import check_flow_shift
 
-_DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
+_DTYPES: dict[str, torch.dtype] = dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32)))
 
 
 def load_pipeline(
@@ -53,9 +53,9 @@ def load_pipeline(
     Raises:
         ValueError: an argument breaks its rule, or the model is not a supported pipeline; or as `accelerate`.
     """
-    device = resolve_device(device)
-    dtype = _resolve_dtype(dtype, device)
-    check_offload(offload, device)
+    target = resolve_device(device)
+    weights_dtype = _resolve_dtype(dtype, target)
+    check_offload(offload, target)
     check_flow_shift(flow_shift)
     if not isinstance(vae_tiling, bool):
         raise TypeError(f"vae_tiling must be true or false, got {shown(vae_tiling)}")
@@ -70,14 +70,14 @@ def load_pipeline(
     name = read_index(source, revision)["_class_name"]
     if isinstance(source, Path):
         check_configs(source)
-    pipe = _from_pretrained(source, name, dtype, revision=revision, variant=variant)
+    pipe = _from_pretrained(source, name, weights_dtype, revision=revision, variant=variant)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if vae_tiling:
         pipe.vae.enable_tiling()
     if config is not None and config.linears != "none" and offload in ("none", "model"):
         accelerate(pipe, config)
-    return place(pipe, device, offload)
+    return place(pipe, target, offload)
 
 
 def resolve_device(device: str) -> torch.device:

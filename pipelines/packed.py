@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from torch import Tensor
 
 from svg.engine.layout import TokenLayout
 
 from .hunyuan_video import HunyuanVideoSparseAttnProcessor, attention_modules
 from .layouts import channels_first
+from .modules import Attention
 from .spec import PACKED, ModelSpec
 from .stock import StockAttnProcessor
 
@@ -53,10 +54,11 @@ class _Remembered:
 
     def __call__(self, config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
         positions = inputs["position_ids"]
-        if self._tensor is None or self._tensor() is not positions:
-            self._layout = _minimax_layout(positions, inputs["audio_indices"])
+        layout = self._layout
+        if layout is None or self._tensor() is not positions:
+            layout = self._layout = _minimax_layout(positions, inputs["audio_indices"])
             self._tensor = weakref.ref(positions)
-        return self._layout
+        return layout
 
     def __reduce__(self):
         return _Remembered, ()
@@ -86,18 +88,19 @@ def _cosmos3_layout(config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
             f"a Cosmos 3 sequence must hold one video and no sound or actions, got {len(shapes)} vision items; run it "
             f"without svg"
         )
-    return TokenLayout(*shapes[0], inputs["und_len"], "first")
+    frames, height, width = shapes[0]
+    return TokenLayout(frames, height, width, inputs["und_len"], "first")
 
 
-def _minimax_modules(transformer: nn.Module) -> list[nn.Module]:
+def _minimax_modules(transformer: Any) -> list[Attention]:
     return [block.attn for block in transformer.transformer_blocks]
 
 
-def _cosmos3_modules(transformer: nn.Module) -> list[nn.Module]:
+def _cosmos3_modules(transformer: Any) -> list[Attention]:
     return [layer.self_attn for layer in transformer.layers]
 
 
-def _helios_modules(transformer: nn.Module) -> list[nn.Module]:
+def _helios_modules(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.blocks]
 
 

@@ -129,6 +129,7 @@ def _exchange(parts: list[Tensor], shapes: list[tuple[int, ...]], dim: int, grou
         room.view(part.shape).copy_(part)
     received = sent.new_empty(sum(sizes))
     work = dist.all_to_all_single(received, sent, sizes, lengths, group=group, async_op=True)
+    assert work is not None  # this process is one of the group's
     whole = list(shapes[0])
     whole[dim] = sum(shape[dim] for shape in shapes)
 
@@ -180,7 +181,7 @@ def context_parallel_plan(transformer: nn.Module) -> dict[str, Any]:
     """
     from .registry import find_spec
 
-    plan = find_spec(transformer).cp_plan or getattr(transformer, "_cp_plan", None)
+    plan: Any = find_spec(transformer).cp_plan or getattr(transformer, "_cp_plan", None)
     plan = plan(transformer) if callable(plan) else plan
     if plan is None:
         raise NotImplementedError(

@@ -40,7 +40,12 @@ def _backend(name: str) -> Callable[[Any], Callable[[], None]]:
         transformers = list(transformers_of(pipe).values())
         for transformer in transformers:
             transformer.set_attention_backend(name)
-        return lambda: [transformer.reset_attention_backend() for transformer in transformers] and None
+
+        def undo() -> None:
+            for transformer in transformers:
+                transformer.reset_attention_backend()
+
+        return undo
 
     return begin
 

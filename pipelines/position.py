@@ -7,8 +7,10 @@ import weakref
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from diffusers.hooks.hooks import CacheContext
+from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel
+from diffusers.models._modeling_parallel import ContextParallelConfig
 from torch import Tensor, nn
 
 from svg.engine.records import AttentionRecord
@@ -37,7 +37,7 @@ def join(device: str) -> torch.device:
     return here
 
 
-def split_sequence(transformer: nn.Module) -> nn.Module:
+def split_sequence(transformer: Any) -> Any:
     """Split a transformer's sequence over all processes, through Diffusers' hooks; uneven numbers are fine.
 
     Args:
@@ -97,6 +97,6 @@ def _a_cpu_counts_as_one() -> Iterator[None]:
 
 
 def _gather_unequal(tensor: Tensor, dim: int, group: Any) -> Tensor:
-    parts = [None] * dist.get_world_size(group)
+    parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, tensor, group=group)
     return torch.cat(parts, dim)

@@ -99,18 +99,23 @@ def summary(pipe: Any) -> RunSummary:
     parts = [part for part in found["transformers"].values() if part["calls"]["total"]]
     seconds = sum(part["transformer_seconds"] for part in parts)
     attention, as_dense, speedup = _attention(parts)
+    density = _weighted(parts, "all_calls", "total")
+    assert density is not None  # some call was recorded
+    whole = None
+    if attention is not None and as_dense is not None and seconds:
+        whole = (seconds - attention + as_dense) / seconds
     guards = [part["quantised"]["guard"] for part in parts if part["quantised"] and part["quantised"]["guard"]]
     watched = sum(guard["head_calls"] for guard in guards)
     linears = [part["linears"]["guard"] for part in parts if part["linears"] and part["linears"]["guard"]]
     return RunSummary(
         method=found["config"]["method"],
-        density=_weighted(parts, "all_calls", "total"),
+        density=density,
         sparse_density=_weighted(parts, "sparse_calls", "sparse"),
         steps=sum(part["steps"]["total"] for part in parts),
         dense_steps=sum(part["steps"]["dense"] for part in parts),
         attention_share=attention / seconds if attention is not None and seconds else None,
         attention_speedup=speedup,
-        speedup=(seconds - attention + as_dense) / seconds if as_dense is not None and seconds else None,
+        speedup=whole,
         recomputed=sum(guard["recomputed"] for guard in guards) / watched if watched else None,
         linears_back=sum(len(guard["own_precision"]) for guard in linears) if linears else None,
         peak_memory=_peak_memory(hooks),

@@ -6,32 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models._modeling_parallel import ContextParallelInput
-from torch import nn
 
 from svg.engine.layout import TokenLayout
 
 from .layouts import channels_first, channels_last, frames_first, grid
+from .modules import Attention
 from .spec import ModelSpec
 from .wan import WAN_PROCESSORS, WanSparseAttnProcessor
 
 
-def _of_blocks(transformer: nn.Module) -> list[nn.Module]:
+def _of_blocks(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.blocks]
 
 
-def _of_transformer_blocks(transformer: nn.Module) -> list[nn.Module]:
+def _of_transformer_blocks(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.transformer_blocks]
 
 
-def _of_both_stacks(transformer: nn.Module) -> list[nn.Module]:
+def _of_both_stacks(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in (*transformer.blocks, *transformer.vace_blocks)]
 
 
-def _of_visual_blocks(transformer: nn.Module) -> list[nn.Module]:
+def _of_visual_blocks(transformer: Any) -> list[Attention]:
     return [block.self_attention for block in transformer.visual_transformer_blocks]
 
 
-def _of_video_decoders(transformer: nn.Module) -> list[nn.Module]:
+def _of_video_decoders(transformer: Any) -> list[Attention]:
     return [block.video_dec_block.self_attention for block in transformer.visual_transformer_blocks]
 
 
@@ -45,18 +45,18 @@ class _PackedLatents:
         self.position = position
 
     def __call__(self, config: Any, inputs: Mapping[str, Any]) -> TokenLayout:
-        sizes = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
-        if None in sizes:
+        names = ("num_frames", "height", "width")
+        if any(inputs.get(name) is None for name in names):
             raise ValueError(
                 "num_frames, height and width must be given to the transformer's forward, got none: a packed sequence does "
                 "not tell its grid"
             )
-        sizes = grid(sizes, (config.patch_size_t, config.patch_size, config.patch_size))
+        sizes = grid(tuple(inputs[name] for name in names), (config.patch_size_t, config.patch_size, config.patch_size))
         rest = inputs["hidden_states"].shape[1] - sizes[0] * sizes[1] * sizes[2]
         return TokenLayout(*sizes, *((rest, self.position) if rest else (0, "none")))
 
 
-def _ltx2_plan(transformer: nn.Module) -> dict[str, Any]:
+def _ltx2_plan(transformer: Any) -> dict[str, Any]:
     """Diffusers' plan, which leaves the angles of audio-to-video attention whole, and expects one kind of angles."""
     dims, split = (4, 2) if transformer.config.rope_type == "split" else (3, 1)
     angles = ContextParallelInput(split_dim=split, expected_dims=dims, split_output=True)

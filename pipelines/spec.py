@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from svg.documents import shown
 from svg.engine.layout import TokenLayout
 from svg.engine.state import RunState
@@ -50,7 +48,7 @@ class ModelSpec:
     """
 
     transformer: str
-    attention_modules: Callable[[nn.Module], list[nn.Module]]
+    attention_modules: Callable[[Any], list[Any]]
     layout: Callable[[Any, Mapping[str, Any]], TokenLayout]
     arguments: tuple[str, ...] = ("hidden_states", "timestep", "encoder_hidden_states")
     latents: str = "hidden_states"
@@ -62,7 +60,7 @@ class ModelSpec:
     fp32_components: tuple[str, ...] = ()
     parallel: bool = False
     guidance_in_batch: bool = False
-    cp_plan: Mapping[str, Any] | Callable[[nn.Module], Mapping[str, Any]] | None = None
+    cp_plan: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None
     kind: str = SELF
     others: tuple[str, ...] = ()
     hub: tuple[str, ...] = ()

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from svg.config import DenseConfig
+from svg.engine.compiler import not_compiled
 from svg.engine.state import RunState
 from svg.functional._arguments import check_choice
 from svg.functional.training import PRODUCTS, training_attention
 from svg.kernels.linears import Steering, int8_linear
 
-from .linears import find_linears
+from .linears import find_linears, plain_linear
 from .processor import VideoAttnProcessor, check_backend, refuse_parallel
 from .registry import find_spec
 
@@ -56,13 +57,13 @@ def int8_training(transformer: nn.Module, gradients: str = "int8", linears: str 
         if isinstance(processor, VideoAttnProcessor):
             raise ValueError("transformer must not be accelerated while it is trained: call svg.restore(pipe) first")
     state = RunState(DenseConfig(linears=linears), len(modules))
-    chosen = [transformer.get_submodule(name) for name in find_linears(transformer, spec, linears)]
+    chosen = [plain_linear(transformer, name) for name in find_linears(transformer, spec, linears)]
     try:
         for linear in chosen:
-            linear.forward = Int8Forward(linear)
+            vars(linear)["forward"] = Int8Forward(linear)
         for layer, attn in enumerate(modules):
             processor = spec.processor(attn.processor, state, layer)
-            processor.attend = partial(_attend, gradients)
+            vars(processor)["attend"] = partial(_attend, gradients)
             attn.processor = processor
         yield transformer
     finally:
@@ -83,12 +84,12 @@ class Int8Forward:
         self.linear = linear
         self.steering = Steering()
 
-    @torch.compiler.disable  # the threshold moves with every step
+    @not_compiled  # the threshold moves with every step
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias, device = self.linear.weight, self.linear.bias, x.device.type
         if torch.is_autocast_enabled(device):  # as PyTorch's linear does
             dtype = torch.get_autocast_dtype(device)
-            x, weight, bias = (None if one is None else one.to(dtype) for one in (x, weight, bias))
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         return int8_linear(x, weight, bias, self.steering)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from .layouts import channels_first, patches
+from .modules import Attention
 from .processor import VideoAttnProcessor, apply_rope, norm_and_rotate, project_qkv, refuse_mask, register_skip
 from .spec import ModelSpec
 
@@ -16,7 +19,7 @@ class WanSparseAttnProcessor(VideoAttnProcessor):
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -39,7 +42,7 @@ class WanSparseAttnProcessor(VideoAttnProcessor):
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _attention_modules(transformer: nn.Module) -> list[nn.Module]:
+def _attention_modules(transformer: Any) -> list[Attention]:
     return [block.attn1 for block in transformer.blocks]
 
 

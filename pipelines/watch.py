@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from .hook import HOOK_NAME
@@ -18,7 +18,7 @@ class WatchedProgress:
         names: its components that are accelerated.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, names: tuple[str, ...]):
+    def __init__(self, pipe: Any, names: tuple[str, ...]):
         self.pipe = pipe
         self.names = names
 
@@ -35,7 +35,7 @@ class WatchedProgress:
 def watch(pipe: Any, names: tuple[str, ...]) -> None:
     """Begin to look after the transformers of a pipeline."""
     if isinstance(pipe, DiffusionPipeline):
-        pipe.progress_bar = WatchedProgress(pipe, names)
+        vars(pipe)["progress_bar"] = WatchedProgress(pipe, names)
 
 
 def unwatch(pipe: Any) -> None:
