@@ -61,7 +61,7 @@ class LaunchTable(dict):
 
     def row(self, device: torch.device, *key):
         """The row of a device: its architecture's, and of it the one for a key, where there are keys."""
-        found: Any = target.launch_row(self, device)
+        found = target.launch_row(self, device)
         return found[_joined(key)] if key else found
 
     def status(self, arch: int, *key) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 from collections.abc import Mapping
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ def use_triton(x: torch.Tensor) -> bool:
     return True
 
 
-def launch_row(table: Mapping[int, object], device: torch.device):
+def launch_row(table: Mapping[int, Any], device: torch.device) -> Any:
     """The row of a launch table for a device: its own architecture's, else the newest one below it.
 
     sm86 shares sm89's shared-memory limit, not sm80's, so it takes sm89's row.

@@ -33,7 +33,8 @@ class Inputs:
 
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as views [B, H, S, D]."""
-        return tuple(x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
+        return q, k, v
 
 
 @cache
@@ -163,9 +164,8 @@ def synthetic(
     for x in (q, k):
         x[video] += weight[:, None] * meaning + (2 - weight)[:, None] * position
     v[video] += meaning
-    return Inputs(
-        *(x.to(dtype)[None] for x in (q, k, v)), layout, f"synthetic: {objects} moving objects, position waves, noise"
-    )
+    q, k, v = (x.to(dtype)[None] for x in (q, k, v))
+    return Inputs(q, k, v, layout, f"synthetic: {objects} moving objects, position waves, noise")
 
 
 def _places(layout: TokenLayout, device: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,7 @@ def hunyuan_layer(layout: TokenLayout, device: str, dtype: torch.dtype, heads: i
     return block, block.attn, lambda: block(video, text, embedding, None, rotary), shape
 
 
-def _random(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+def _random(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         return build().to(dtype).eval().requires_grad_(False)

@@ -61,7 +61,9 @@ def bench_near(bench, inputs: Inputs, svg2: SVG2Config) -> None:
 
 def _settings(**options) -> NearConfig:
     """The preset's settings, sparse in every step and layer."""
-    return dataclasses.replace(load_preset(PRESET).config("near"), budget=DENSITY, **ALWAYS, **options)
+    config = load_preset(PRESET).config("near")
+    assert isinstance(config, NearConfig)
+    return dataclasses.replace(config, budget=DENSITY, **ALWAYS, **options)
 
 
 def _call(config: MethodConfig, inputs: Inputs) -> tuple[Tensor, float, Callable[[], Tensor]]:

@@ -141,7 +141,14 @@ def bench_sparse(bench, plan: Plan, q: Tensor, k: Tensor, v: Tensor, density: fl
 
 
 def _sweep_sparse(
-    bench, plan: Plan, qkv: tuple, precision: str, key: str, flops: float, shape: str, about: dict
+    bench,
+    plan: Plan,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    precision: str,
+    key: str,
+    flops: float,
+    shape: str,
+    about: dict,
 ) -> None:
     table = target.launch_row(sparse_module.LAUNCH, qkv[0].device)
     if precision == "int8-fp8" and target.launch_row(sparse_module.LAUNCH, qkv[0].device)[True, 128].specialised:
@@ -167,4 +174,5 @@ def inputs(S: int, heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) ->
     """
     means = (0, 4, 2)
     made = (torch.randn(1, S, heads, dim, device=DEVICE) + mean * torch.randn(dim, device=DEVICE) for mean in means)
-    return tuple(x.to(dtype).transpose(1, 2) for x in made)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in made)
+    return q, k, v

@@ -18,7 +18,7 @@ from torch import Tensor
 from svg.kernels import block_sparse_attention, gather_tokens, kmeans, scatter_tokens, sort_labels
 
 from ..attend import attend
-from ..config import SELECTIONS, MethodConfig, SVG1Config, SVG2Config
+from ..config import SELECTIONS, MethodConfig, SpargeConfig, SVG1Config, SVG2Config
 from ..engine.layout import TokenLayout
 from ..engine.plan import Plan
 from ..engine.state import LayerState, RunState
@@ -173,7 +173,7 @@ def _attention(bench: Bench, layout: TokenLayout, heads: int, densities: tuple[f
         got = plan.density().mean().item()
         # Tiles are what ships for speed; the paper's clusters stand beside them.
         prefix = f"block_sparse/bf16/S{S}/density{density:.2f}" + ("/clusters" if selection == "clusters" else "")
-        sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
+        sorted_k, sorted_v = _sorted(plan, k, v)
 
         def sparse(plan=plan, k=sorted_k, v=sorted_v):
             return _block_sparse(plan, q, k, v)
@@ -232,10 +232,19 @@ def forced(density: float, selection: str = "tiles", **settings) -> SVG2Config:
 
 
 def _block_sparse(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return block_sparse_attention(
+    out = block_sparse_attention(
         q, k, v, plan.block_map, plan.q_sizes, plan.k_sizes,
         map_index=plan.map_index, q_permutation=plan.q_permutation,
     )  # fmt: skip
+    assert isinstance(out, Tensor)  # alone, without return_lse
+    return out
+
+
+def _sorted(plan: Plan, *several: Tensor) -> list[Tensor]:
+    """Keys, or values, in a plan's order."""
+    permutation = plan.k_permutation
+    assert permutation is not None  # what SVG2 plans has one
+    return [gather_tokens(x, permutation) for x in several]
 
 
 def recall(plan: Plan, q: Tensor, k: Tensor, rows: int = 64) -> float:
@@ -325,14 +334,14 @@ def bench_svg2(bench: Bench) -> None:
         config, memory = forced(0.25, selection), LayerState(0, "cond", 0)
         ms, density = _whole_call(bench, config, inputs)
         plan = svg2.plan(q, k, v, config, memory, inputs.layout)
-        sorted_k, sorted_v = (gather_tokens(x, plan.k_permutation) for x in (k, v))
+        sorted_k, sorted_v = _sorted(plan, k, v)
         centroids = dict(memory.cache)
         parts = {
             "attention": lambda: _block_sparse(plan, q, sorted_k, sorted_v),
             "plan": lambda: svg2.plan(q, k, v, config, memory, inputs.layout),
             "kmeans_q": lambda: kmeans(q, centroids["q_centroids"], 2),
             "kmeans_k": lambda: kmeans(k, centroids["k_centroids"], 2),
-            "gather_kv": lambda: [gather_tokens(x, plan.k_permutation) for x in (k, v)],
+            "gather_kv": lambda: _sorted(plan, k, v),
         }
         times = {name: median_ms(part) for name, part in parts.items()}
         prefix = _call_key(config, S)
@@ -343,9 +352,9 @@ def bench_svg2(bench: Bench) -> None:
 
 
 def _call_key(config: MethodConfig, tokens: int) -> str:
-    if config.method == "sparge":
+    if isinstance(config, SpargeConfig):
         return sparge.call_key(config, tokens)
-    precision = "bf16" if config.precision == "native" else config.precision.replace("-", "_")
+    precision = config.to_dict()["precision"].replace("native", "bf16").replace("-", "_")
     clusters = "/clusters" if getattr(config, "selection", "") == "clusters" else ""
     return f"{config.method}/{precision}/S{tokens}/density0.25{clusters}"
 

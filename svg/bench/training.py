@@ -140,4 +140,4 @@ def inputs(
         dtype: of all.
     """
     q, k, v, grad = (torch.randn(1, S, heads, dim, device=DEVICE, dtype=dtype).transpose(1, 2) for _ in range(4))
-    return tuple(x.requires_grad_() for x in (q, k, v)), grad
+    return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), grad
