@@ -255,7 +255,9 @@ def _own_progress(pipe: Any, on_step: Callable | None) -> Iterator[None]:
 
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(
+            device
+        ).synchronize()  # the whole device must not be waited for while a thread captures
 
 
 def _config(pipe: Any) -> Any:

@@ -111,6 +111,7 @@ class RunHook(ModelHook):
         kept = getattr(transformer, "original_attn_processors", None)
         if isinstance(kept, dict):
             transformer.original_attn_processors = {name: ours.get(id(found), found) for name, found in kept.items()}
+        self.state.replays.clear()  # those of a run that was interrupted
         unfuse(self._fused)
         restore_linears(transformer, self.linears)
         for handle in self._handles:

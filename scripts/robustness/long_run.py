@@ -1,7 +1,7 @@
 """Hundreds of generations in one process, with changing sizes, methods and pipelines: nothing may grow, nothing may change.
 
     python scripts/robustness/long_run.py --runs 300 [--out long.json]
-    python scripts/robustness/long_run.py --runs 108 --device cuda --seconds 240 --out long.json
+    python scripts/robustness/long_run.py --runs 116 --device cuda --seconds 240 --out long.json
 
 With tiny random pipelines. What the process and the GPU hold is compared between the end of the first round of all
 combinations and that of the last; every combination's result must always be bit-equal to its first. Then two pipelines run in
@@ -62,6 +62,8 @@ SETTINGS = {
     "near with a residual": {"method": "near", "warmup_steps": 0.5, "residual": 0.5},
     "near after much noise": {"method": "near", "few_steps_noise": 0.9},
     "near, linears in 8 bits": {"method": "near", "linears": "all", "fused": True},
+    "near, linears in 8 bits after the warm-up": {"method": "near", "warmup_steps": 0.5, "linears": "feed_forward"},
+    "near, not captured": {"method": "near", "cuda_graphs": False},
     "near, rows in INT8": {"method": "near", "linears": "all", "linear_precision": "int8-rows"},
     "dense, blocks in INT8": {"method": "dense", "linears": "feed_forward", "linear_precision": "int8"},
     "dense, not fused": {"method": "dense", "fused": False},

@@ -8,6 +8,7 @@ of q, k, v and the output once more, so long calls, which are not bound by launc
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,6 +24,7 @@ CALLS = 256  # whose number is kept
 LAUNCH_BOUND = 1.5e13  # operations of dense attention, about 20 ms on an H100, up to which calls are captured
 
 _log = logging.getLogger("svg")
+_CAPTURING = threading.Lock()  # while a thread captures, the allocator must not be emptied in any other
 
 
 class Steady(NamedTuple):
@@ -61,7 +63,7 @@ class CudaGraph:
         here, aside = torch.cuda.current_stream(self._device), self._stream()
         aside.wait_stream(here)
         # Not torch.cuda.graph, which waits for the device, collects garbage and empties the allocator's cache.
-        with torch.cuda.stream(aside):
+        with _CAPTURING, torch.cuda.stream(aside):
             self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 found = run()
@@ -113,11 +115,15 @@ class Replays:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all, and give the memory back."""
+        """Forget all, and give the memory back: what a graph's pool held is of no use to anything else before that."""
+        captured = bool(getattr(self, "_pools", None))
         self._captured: dict[Hashable, Captured | None] = {}
         self._calls: Counter[Hashable] = Counter()
         self._buffers: dict[Hashable, Tensor] = {}
         self._pools: dict[torch.device, Any] = {}
+        if captured:
+            with _CAPTURING:
+                torch.cuda.empty_cache()
 
     def call(self, key: Hashable, arguments: tuple, run: Callable[..., Any], keeps: Any = None) -> Any:
         """What `run(*arguments)` returns: run the first time, captured the second, replayed from then on.

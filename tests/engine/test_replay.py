@@ -1,17 +1,22 @@
 """Captured calls, with a stand-in for CUDA's graphs that does its work again on the tensors that it was recorded with."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
+from tiny_pipelines import BUILDERS
 
+import svg
 import svg.attend
 from svg.attend import attend
 from svg.config import NearConfig, Sage2Config, SpargeConfig, SVG1Config, SVG2Config
+from svg.engine import replay
 from svg.engine.layout import TokenLayout
 from svg.engine.replay import GRAPHS, Replays, is_launch_bound
 from svg.engine.state import RunState
 from svg.engine.tree import take_apart
+from svg.pipelines.attach import attached
 
 LAYOUT = TokenLayout(4, 6, 10)
 COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0}
@@ -141,3 +146,33 @@ def test_nothing_is_captured_on_a_cpu_or_where_it_is_switched_off():
 def test_the_switch_is_checked(wrong):
     with pytest.raises(TypeError, match="cuda_graphs must be true, false or null"):
         NearConfig(cuda_graphs=wrong)
+
+
+def test_memory_of_captured_calls_is_given_back_when_no_thread_captures(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(replay._CAPTURING.locked()))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(replay, "CudaGraph", lambda device, pool: Again())
+    replays = Replays()
+    replays.call("k", (torch.ones(2),), lambda x: x + 1)
+    replays.clear()
+    assert not emptied  # nothing was captured
+    for _ in range(3):
+        replays.call("k", (torch.ones(2),), lambda x: x + 1)
+    with replay._CAPTURING:
+        waiting = threading.Thread(target=replays.clear)
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive() and not emptied
+    waiting.join()
+    assert emptied == [True] and not replays._captured and not replays._buffers
+
+
+def test_taking_a_pipeline_back_after_an_interrupted_run_clears_its_calls():
+    pipe = BUILDERS["wan"]()
+    pipe.set_progress_bar_config(disable=True)
+    svg.accelerate(pipe, NearConfig(budget=0.9, **COLD))
+    replays = attached(pipe)["transformer"].state.replays
+    replays.call("k", (torch.ones(2),), lambda x: x + 1)
+    svg.restore(pipe)
+    assert not replays._calls
