@@ -144,7 +144,7 @@ def _repeats(given: str, line: str) -> bool:
     pieces = {given, os.path.normpath(given), repr(given)[1:-1], given[:60], *re.split(r"[,\s=]+", given)} - {"", "."}
     with contextlib.suppress(ValueError, OverflowError):
         pieces |= {str(float(given)), str(json.loads(given))}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         pieces.add(str(json.loads(given)))
     spelt = {"null": "None", "true": "True", "false": "False", "NaN": "nan"}
     return any(piece in line for piece in pieces) or spelt.get(given, given) in line
@@ -154,6 +154,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write every case here, as JSON")
     parser.add_argument("--only", default="", help="families that begin with this")
+    parser.add_argument("--after", type=int, default=0, help="leave out so many cases, which ran before")
     parser.add_argument("--sample", type=int, help="so many cases, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -170,7 +171,7 @@ def main() -> int:
         place = Path(os.path.realpath(folder))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             build(place)
-        chosen = [case for case in cases() if case.family.startswith(options.only)]
+        chosen = [case for case in cases() if case.family.startswith(options.only)][options.after :]
         if options.sample is not None:
             chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
         for case in chosen:

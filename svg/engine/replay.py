@@ -24,7 +24,8 @@ CALLS = 256  # whose number is kept
 LAUNCH_BOUND = 1.5e13  # operations of dense attention, about 20 ms on an H100, up to which calls are captured
 
 _log = logging.getLogger("svg")
-_CAPTURING = threading.Lock()  # while a thread captures, the allocator must not be emptied in any other
+# While a thread captures, no other may use its stream or empty the allocator.
+_CAPTURING = threading.Lock()
 
 
 class Steady(NamedTuple):
@@ -54,16 +55,22 @@ class Graph(Protocol):
 class CudaGraph:
     """A CUDA graph of a device whose memory is that of the others: none is replayed before what another left was copied."""
 
-    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}  # one each: cuBLAS keeps a workspace for every stream
+    _streams: ClassVar[
+        dict[torch.device, torch.cuda.Stream]
+    ] = {}  # one each: cuBLAS keeps a workspace for every stream
 
     def __init__(self, device: torch.device, pool: Any):
         self._device, self._pool, self._graph = device, pool, torch.cuda.CUDAGraph()
 
     def record(self, run: Callable[[], Any]) -> Any:
+        with _CAPTURING:
+            return self._record(run)
+
+    def _record(self, run: Callable[[], Any]) -> Any:
         here, aside = torch.cuda.current_stream(self._device), self._stream()
         aside.wait_stream(here)
         # Not torch.cuda.graph, which waits for the device, collects garbage and empties the allocator's cache.
-        with _CAPTURING, torch.cuda.stream(aside):
+        with torch.cuda.stream(aside):
             self._graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
                 found = run()

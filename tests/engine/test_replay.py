@@ -176,3 +176,23 @@ def test_taking_a_pipeline_back_after_an_interrupted_run_clears_its_calls():
     replays.call("k", (torch.ones(2),), lambda x: x + 1)
     svg.restore(pipe)
     assert not replays._calls
+
+
+def test_two_threads_never_capture_at_once(monkeypatch):
+    inside, most = [], []
+
+    def recorded(self, run):
+        inside.append(run)
+        most.append(len(inside))
+        threading.Event().wait(0.02)
+        inside.remove(run)
+
+    monkeypatch.setattr(replay.CudaGraph, "_record", recorded)
+    monkeypatch.setattr(replay.torch.cuda, "CUDAGraph", lambda: None)
+    graphs = [replay.CudaGraph(torch.device("cuda:0"), None) for _ in range(4)]
+    threads = [threading.Thread(target=graph.record, args=(lambda n=n: n,)) for n, graph in enumerate(graphs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
