@@ -217,7 +217,7 @@ def _captured(
     if found is None:
         return _run(q, k, v, text_mask, settings, memory, layout, precision, quantized)
     constant = found.config
-    aside = memory.cache.pop(residual.KEY, None)  # the plan does not read it
+    aside = residual.set_aside(memory.cache)
 
     def run(q, k, v, text_mask, cache, step) -> tuple[Called, dict[str, Any], dict[str, Any] | None]:
         scratch = memory.with_contents(dict(cache), None if step is None else dict(step))
@@ -227,7 +227,7 @@ def _captured(
     key = (constant, layout, precision, quantized, memory.branch, memory.halves, memory.signature)
     arguments = (q, k, v, text_mask, memory.cache, memory.step)
     called, cache, step = state.replays.call(key, arguments, run, found.keeps)
-    memory.cache = cache if aside is None else cache | {residual.KEY: aside}
+    memory.cache = cache | aside
     if memory.step is not None and step is not None:
         memory.step.update(step)
     return called

@@ -1,5 +1,6 @@
 """Linear layers in 8 bits: FP8 rows, rotated INT8 rows and INT8 blocks, their quantisation, and the products."""
 
+from .add_rows import add_rows, add_rows_reference
 from .blocks import QuantizedBlocks, quantize_blocks, quantize_blocks_reference
 from .int8_linear import Steering, int8_linear
 from .int8_matmul import int8_matmul, int8_matmul_reference
@@ -16,6 +17,8 @@ __all__ = [
     "QuantizedBlocks",
     "QuantizedRows",
     "Steering",
+    "add_rows",
+    "add_rows_reference",
     "fp8_linear",
     "fp8_linear_reference",
     "int8_linear",

@@ -8,7 +8,7 @@ import torch
 from svg.attend import attend
 from svg.config import NearConfig
 from svg.engine.layout import TokenLayout
-from svg.engine.residual import DECAY, KEY
+from svg.engine.residual import DECAY, KEY, SCALE, add, keep
 from svg.engine.state import RunState
 
 LAYOUT = TokenLayout(4, 6, 8, 11, "last")
@@ -84,6 +84,22 @@ def test_gradients_flow_through_a_dense_step_on_a_cpu():
     q, k, v = (x.requires_grad_() for x in inputs())
     attend(q, k, v, state, 0).sum().backward()
     assert q.grad.any() and not state.layer(0).cache.get(KEY, torch.zeros(1)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("dtype", "held", "step"), [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.uint8, 2.0**-4)]
+)
+def test_in_16_bits_it_is_kept_in_8(dtype, held, step):
+    state = RunState(NearConfig(warmup_steps=DENSE / STEPS, residual=1.0), 1)
+    state.begin_forward(DENSE - 1, STEPS, "cond", LAYOUT)
+    dense, sparse = torch.randn(2, 1, 3, LAYOUT.total_tokens, 32).to(dtype)
+    keep(state, 0, dense, sparse)
+    cache = state.layer(0).cache
+    assert cache[KEY].dtype == held and (SCALE in cache) == (held == torch.uint8)
+    state.begin_forward(DENSE, STEPS, "cond", LAYOUT)
+    lost = (dense - sparse).float()
+    found = add(state, 0, torch.zeros_like(sparse)).float() / math.exp(-1 / (DECAY * STEPS))
+    assert ((found - lost).abs() <= (step + 2.0**-8) * lost.abs() + 2.0**-8).all()
 
 
 def test_two_runs_are_bit_equal():

@@ -3,7 +3,7 @@
 import torch
 
 from svg.kernels import activate, gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
-from svg.kernels.linears import int8_matmul, int8_rows_matmul, quantize_blocks, quantize_int8_rows
+from svg.kernels.linears import add_rows, int8_matmul, int8_rows_matmul, quantize_blocks, quantize_int8_rows
 
 
 def linears(fp8):
@@ -28,6 +28,7 @@ def elementwise(fp8):
     up, other = torch.zeros(1, 64, 12288).bfloat16(), x[..., :3072]
     activate(up, "gelu_tanh", before=other)
     if fp8:  # Wan 14B's widths, and those of HunyuanVideo's single-stream blocks
+        add_rows(torch.zeros(1, 64, 2, 128).bfloat16().transpose(1, 2), quantize_rows(torch.zeros(1, 2, 64, 128)), 0.5)
         quantize_rows(x)
         quantize_rows(up.expand(1, 64, 12288).reshape(1, 32, 24576))
         modulate(x, row, row, 1e-6, fp8=True)
