@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from svg.kernels.common import target
+from svg.kernels.common.sums import sums_of
 
 from .config import GuardedConfig, MethodConfig
 from .engine import residual
@@ -19,7 +20,7 @@ from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
 from .engine.plan import CallPlan
 from .engine.records import AttentionRecord, ObservedAttention, Timer
-from .engine.replay import is_launch_bound
+from .engine.replay import Steady, is_launch_bound
 from .engine.state import LayerState, RunState
 from .methods.dense import dense_attention, key_mask
 from .methods.registry import planner
@@ -71,8 +72,6 @@ def attend(
         raise ValueError(f"layer must be in [0, {state.num_layers}), got {layer}")
     _check(q, k, v, layout, text_mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
-    if config.check_finite:
-        state.watch(layer, q, k, v)
     if not state.records:
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
@@ -82,12 +81,15 @@ def attend(
         precision, dense = _precision(config, state, layer, q.device)
     kind, plan, outcome, reused = None, None, None, False
     if dense or precision is None:
+        if config.check_finite:
+            state.watch(layer, sums_of(q, k, v))
         density = torch.ones(q.shape[:2])
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
         if residual.is_due(state, layer):
             _keep_residual(q, k, v, out, state, layer, text_mask)
     else:
-        out, density, kind, reused, outcome, plan = _planned(q, k, v, state, layer, precision, text_mask)
+        called = _planned(q, k, v, state, layer, precision, text_mask, config.check_finite)
+        out, density, kind, reused, outcome, plan = called[:6]
         out = residual.add(state, layer, out)
         precision = None if precision == "native" else precision
     if timer is not None:
@@ -114,7 +116,7 @@ def _keep_residual(
 ) -> None:
     precision, dense = _precision(state.config, state, layer, q.device)
     if not dense:
-        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask).out)
+        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask, watch=False).out)
 
 
 def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.device) -> tuple[str, bool]:
@@ -136,6 +138,7 @@ class Called(NamedTuple):
         reused: whether an earlier call's choice was taken.
         outcome: what the guard saw, or None where it was off or nothing was quantised.
         plan: the method's, or None where the call was captured.
+        sums: of q, k and v, where a captured call has taken them.
     """
 
     out: Tensor
@@ -144,10 +147,18 @@ class Called(NamedTuple):
     reused: bool
     outcome: GuardOutcome | None
     plan: CallPlan | None
+    sums: Tensor | None = None
 
 
 def _planned(
-    q: Tensor, k: Tensor, v: Tensor, state: RunState, layer: int, precision: str, text_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: RunState,
+    layer: int,
+    precision: str,
+    text_mask: Tensor | None,
+    watch: bool,
 ) -> Called:
     config, layout, settings = state.config, state.layout, state.settings
     if precision != "native":
@@ -158,9 +169,17 @@ def _planned(
     memory.match(q.shape, layout, q.device, memory.halves)
     quantized = precision != "native" and isinstance(config, GuardedConfig) and config.guard
     probe = state.probe_generator(layer, config.probe_every) if quantized else None
+    steady = None
     if probe is None and state.observer is None and state.peers is None and is_launch_bound(q, config.cuda_graphs):
-        found = _captured(q, k, v, state, memory, precision, text_mask, quantized)
+        find = getattr(planner(settings), "steady", None)
+        steady = None if find is None else find(q, settings, memory, layout, text_mask)
+    if steady is not None:
+        found = _captured(q, k, v, state, memory, precision, text_mask, quantized, watch, steady)
+        if found.sums is not None:
+            state.watch(layer, found.sums)
     else:
+        if watch:
+            state.watch(layer, sums_of(q, k, v))
         found = _run(q, k, v, text_mask, settings, memory, layout, precision, quantized, probe)
     at_least: float | None = getattr(config, "min_cosine", None)
     if at_least is not None and found.outcome is not None and found.outcome.cosine is not None:
@@ -209,24 +228,22 @@ def _captured(
     precision: str,
     text_mask: Tensor | None,
     quantized: bool,
+    watch: bool,
+    steady: Steady,
 ) -> Called:
-    """The same through a CUDA graph, where the method says with which settings a call can be captured."""
-    settings, layout = state.settings, state.layout
-    steady = getattr(planner(settings), "steady", None)
-    found = None if steady is None else steady(q, settings, memory, layout)
-    if found is None:
-        return _run(q, k, v, text_mask, settings, memory, layout, precision, quantized)
-    constant = found.config
+    """The same through a CUDA graph, with the settings that serve other layers and steps too."""
+    layout, constant = state.layout, steady.config
     aside = residual.set_aside(memory.cache)
 
     def run(q, k, v, text_mask, cache, step) -> tuple[Called, dict[str, Any], dict[str, Any] | None]:
         scratch = memory.with_contents(dict(cache), None if step is None else dict(step))
         called = _run(q, k, v, text_mask, constant, scratch, layout, precision, quantized)
-        return called._replace(plan=None), scratch.cache, scratch.step
+        sums = sums_of(q, k, v) if watch else None
+        return called._replace(plan=None, sums=sums), scratch.cache, scratch.step
 
-    key = (constant, layout, precision, quantized, memory.branch, memory.halves, memory.signature)
+    key = (constant, layout, precision, quantized, watch, memory.branch, memory.halves, memory.signature)
     arguments = (q, k, v, text_mask, memory.cache, memory.step)
-    called, cache, step = state.replays.call(key, arguments, run, found.keeps)
+    called, cache, step = state.replays.call(key, arguments, run, steady.keeps)
     memory.cache = cache | aside
     if memory.step is not None and step is not None:
         memory.step.update(step)

@@ -10,6 +10,9 @@ from .rows import QuantizedRows, check_product
 
 # On Hopper FP8 products are summed with 14 bits between two additions in fp32: each 128 products, or never.
 FAST_SUMS = True
+FEW_ROWS = (
+    256  # below which sums stay in fp32: they cost nothing, and cuBLAS has no fast product of 9 rows of 15,360 numbers
+)
 
 
 def fp8_linear(
@@ -21,7 +24,7 @@ def fp8_linear(
         x: rows of activations [..., K].
         weight: rows of a weight [N, K]; on a GPU K and N are multiples of 16.
         bias: [N], or None.
-        fast: leave sums to the tensor cores, which on Hopper keep 14 bits, not to fp32.
+        fast: leave sums of 256 rows and more to the tensor cores, which on Hopper keep 14 bits, not to fp32.
 
     Returns:
         [..., N] of the dtype that x's rows had before; on a GPU it has been bf16.
@@ -42,7 +45,8 @@ def fp8_linear(
         return x.scale.new_zeros((*x.shape[:-1], N), dtype=x.dtype)
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]  # it has no public name
         x.values.view(-1, K), weight.values.t(), x.scale.view(-1, 1), weight.scale.view(1, N),
-        bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16, use_fast_accum=fast,
+        bias=None if bias is None else bias.to(torch.bfloat16), out_dtype=torch.bfloat16,
+        use_fast_accum=fast and x.scale.numel() >= FEW_ROWS,
     )  # fmt: skip
     return out.view(*x.shape[:-1], N).to(x.dtype)
 

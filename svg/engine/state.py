@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from svg.kernels.common.sums import sums_of
-
 from ..config import MethodConfig
 from ..config.base import count
 from ..config.tuned import check_tuned
@@ -303,18 +301,18 @@ class RunState:
         """Private generator of a layer and the current branch; its draws never touch the global one."""
         return self.layer(layer).generator(device)
 
-    def watch(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def watch(self, layer: int, sums: Tensor) -> None:
         """Note whether a call's inputs are finite: on a CPU at once, elsewhere read after the forward.
 
         Args:
             layer: index of the layer.
-            q, k, v: float, any shape.
+            sums: fp32 [3], of all numbers in q, k and v.
 
         Raises:
             FloatingPointError: on a CPU, one of them holds NaN or infinity.
         """
-        self._sums.add(sums_of(q, k, v), partial(self._refuse_not_finite, layer))
-        if q.device.type == "cpu":
+        self._sums.add(sums, partial(self._refuse_not_finite, layer))
+        if sums.device.type == "cpu":
             self._sums.read()
 
     def probe_generator(self, layer: int, every: int) -> torch.Generator | None:

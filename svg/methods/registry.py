@@ -6,10 +6,11 @@
                                                             None, which tokens are the prompt's
     precision_of(config, state, layer, device) -> str       optional, else the setting `precision`; "native": dense attention runs
 
-    steady(q, config, state, layout) -> Steady or None      optional: with what this call can be captured in a CUDA graph that
-                                                            serves other layers and steps too, once what only the host can
-                                                            do (draws, numbers that change with the step) is in the state's
-                                                            cache; None: it runs as it is
+    steady(q, config, state, layout, text_mask) -> Steady or None
+                                                            optional: with what this call can be captured in a CUDA graph
+                                                            that serves other layers and steps too, once what only the host
+                                                            can do (draws, numbers that change with the step) is in the
+                                                            state's cache; None: it runs as it is
 
 To add a method, make its folder and name its settings here.
 """

@@ -94,8 +94,34 @@ def test_a_run_of_captured_calls_is_the_same_bit_for_bit(config, monkeypatch):
 def test_layers_and_steps_share_captured_calls(monkeypatch):
     monkeypatch.setattr(svg.attend, "is_launch_bound", lambda q, wanted: True)
     Again.made = 0
-    video(dataclasses.replace(CONFIGS[0], early=0.5), steps=12, layers=4)
+    # Lists of branches that choose apart: the reference's are as long as they have to be, so that calls that take them differ.
+    video(dataclasses.replace(CONFIGS[0], early=0.5, share_branches=False), steps=12, layers=4)
     assert Again.made <= 8  # of 4 x 12 x 2 calls with budgets of 12 steps: coarse budgets, one graph a branch
+
+
+def test_a_branch_that_takes_the_other_ones_choice_is_captured_too(monkeypatch):
+    monkeypatch.setattr(svg.attend, "is_launch_bound", lambda q, wanted: True)
+    _, state = video(CONFIGS[0], steps=3)
+    assert "k_centroids" not in state._layers[0, "uncond"].cache
+    assert {
+        branch for (constants, _, _) in state.replays._calls for branch in constants if branch in ("cond", "uncond")
+    } == {
+        "cond",
+        "uncond",
+    }
+
+
+def test_sums_are_watched_in_captured_calls(monkeypatch):
+    monkeypatch.setattr(svg.attend, "is_launch_bound", lambda q, wanted: True)
+    state = RunState(CONFIGS[-2], 1)
+    state.replays = Replays(lambda device: Again())
+    q = torch.randn(1, LAYOUT.total_tokens, 2, 32)
+    for step in range(3):
+        state.begin_forward(step, 5, "cond", LAYOUT)
+        attend(q, q, q, state, 0)
+    state.begin_forward(3, 5, "cond", LAYOUT)
+    with pytest.raises(FloatingPointError, match="v must be finite"):
+        attend(q, q, q * torch.inf, state, 0)
 
 
 def test_results_are_never_overwritten():

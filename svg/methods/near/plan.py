@@ -229,7 +229,9 @@ def plan(
     return dataclasses.replace(found, made=made)
 
 
-def steady(q: Tensor, config: NearConfig, state: LayerState, layout: TokenLayout) -> Steady | None:
+def steady(
+    q: Tensor, config: NearConfig, state: LayerState, layout: TokenLayout, text_mask: Tensor | None
+) -> Steady | None:
     """What a captured call needs (see `svg/methods/registry.py`): the budget of the step in a tensor.
 
     Args:
@@ -237,10 +239,13 @@ def steady(q: Tensor, config: NearConfig, state: LayerState, layout: TokenLayout
         config: the method's settings in this step.
         state: the layer's state.
         layout: where video and text are.
+        text_mask: bool [B, text_tokens], or None.
 
     Returns:
         Settings with a coarser budget, which sizes the lists; None where centroids are drawn first, or drift is measured.
     """
+    if _of_other_branch(state, config, text_mask) is not None:
+        return Steady(config.rounded_up(state.layer))
     names = ("k_centroids", "q_centroids") if config.query_order == "clusters" else ("k_centroids",)
     if config.max_drift is not None or any(name not in state.cache for name in names):
         return None

@@ -54,7 +54,7 @@ class SagePlan:
         self.whole.repair(q, k, v, out, failed)
 
 
-def steady(q: Tensor, config: Sage2Config, state: LayerState, layout: TokenLayout) -> Steady:
+def steady(q: Tensor, config: Sage2Config, state: LayerState, layout: TokenLayout, text_mask: Tensor | None) -> Steady:
     """What a captured call needs (see `svg/methods/registry.py`)."""
     return Steady(config)
 

@@ -93,7 +93,9 @@ def plan(
     )
 
 
-def steady(q: Tensor, config: SpargeConfig, state: LayerState, layout: TokenLayout) -> Steady | None:
+def steady(
+    q: Tensor, config: SpargeConfig, state: LayerState, layout: TokenLayout, text_mask: Tensor | None
+) -> Steady | None:
     """What a captured call needs (see `svg/methods/registry.py`); None while thresholds are yet to be read."""
     known = "simthresh" in state.cache
     return Steady(config, video_blocks(layout, config.order, q.device)) if known else None

@@ -113,9 +113,10 @@ def plan(
         maps = _shared_maps(layout, densities, config.block_size, q.device)
     else:
         maps = _maps_of_all(layout, densities, config.block_size, q.device, text_mask)
-    rows = state.cache.pop(DRAWN, None)
-    if rows is None:
-        rows = _draw(q, config, state, layout)
+    drawn = state.cache.pop(DRAWN, None)
+    if drawn is None:
+        drawn = _draw(q, config, state, layout)
+    rows = rows_at(layout.video_tokens, drawn)
     masks = row_masks(maps, rows, layout, config.block_size)
     visible = key_mask(layout, text_mask)
     group = torch.arange(q.shape[0], device=q.device)[:, None] if text_mask is not None else 0
@@ -140,16 +141,19 @@ def plan(
     )
 
 
-def steady(q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout) -> Steady | None:
-    """What a captured call needs (see `svg/methods/registry.py`): its sampled rows, drawn before; none with text."""
+def steady(
+    q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout, text_mask: Tensor | None
+) -> Steady | None:
+    """What a captured call needs (see `svg/methods/registry.py`): numbers for its sampled rows, drawn before; none with text."""
     if layout.text_tokens or config.head_density is not None:
         return None
-    state.cache[DRAWN] = _draw(q, config, state, layout)
-    return Steady(config, _shared_maps(layout, (config.density,), config.block_size, q.device))
+    drawn = state.cache[DRAWN] = _draw(q, config, state, layout)
+    cached = _shared_maps(layout, (config.density,), config.block_size, q.device)
+    return Steady(config, (cached, _stretches(layout.video_tokens, len(drawn), q.device)))
 
 
 def _draw(q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout) -> Tensor:
-    return sample_rows(layout.video_tokens, config.sample_rows, state.generator(q.device))
+    return _drawn(min(config.sample_rows, layout.video_tokens), state.generator(q.device))
 
 
 def sample_rows(video_tokens: int, count: int, generator: torch.Generator) -> Tensor:
@@ -163,9 +167,17 @@ def sample_rows(video_tokens: int, count: int, generator: torch.Generator) -> Te
     Returns:
         int64 [min(count, V)], ascending, in [0, V).
     """
-    starts, lengths = _stretches(video_tokens, min(count, video_tokens), generator.device)
-    draw = torch.rand(len(starts), generator=generator, device=generator.device, dtype=torch.float64)
-    return starts + (draw * lengths).long()
+    return rows_at(video_tokens, _drawn(min(count, video_tokens), generator))
+
+
+def _drawn(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
+
+
+def rows_at(video_tokens: int, drawn: Tensor) -> Tensor:
+    """The rows of `sample_rows` for numbers in [0, 1), one for each stretch, fp64 [t]."""
+    starts, lengths = _stretches(video_tokens, len(drawn), drawn.device)
+    return starts + (drawn * lengths).long()
 
 
 @lru_cache(maxsize=4)

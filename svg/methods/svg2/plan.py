@@ -75,7 +75,9 @@ def plan(
     return found
 
 
-def steady(q: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout) -> Steady | None:
+def steady(
+    q: Tensor, config: SVG2Config, state: LayerState, layout: TokenLayout, text_mask: Tensor | None
+) -> Steady | None:
     """What a captured call needs (see `svg/methods/registry.py`); None where centroids are drawn first, or drift is measured."""
     clustered = "q_centroids" in state.cache and "k_centroids" in state.cache
     return Steady(config) if clustered and config.max_drift is None else None
