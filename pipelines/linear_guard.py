@@ -62,8 +62,14 @@ class LinearGuard:
             branch: guidance branch; each is probed every `probe_every` steps.
             warm_up: whether the step is one that the warm-up keeps dense.
         """
-        for linear in self.linears.values() if self.waits else ():
-            linear.wait(warm_up)
+        try:
+            for linear in self.linears.values() if self.waits else ():
+                linear.wait(warm_up)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                "linear_warmup must be false where the GPU cannot hold the linears' 16-bit weights beside those in 8 bits, "
+                f"as the dense steps need them: set it, or warmup_steps to 0 ({error})"
+            ) from error
         if not self.every or (self.waits and warm_up):
             return
         self._reads.read()

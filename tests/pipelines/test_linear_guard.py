@@ -142,3 +142,15 @@ def test_linears_wait_for_the_end_of_the_warm_up(load, run, precision):
     del seen[:]
     assert not torch.equal(first, run(pipe, steps=4)) and not any(own for own, _, _ in seen)
     assert {one.shared.users for one in found(pipe).values()} == users
+
+
+def test_too_little_memory_for_the_warm_up_is_said(load, run, monkeypatch):
+    pipe = load("wan")
+    svg.accelerate(pipe, SVG1Config(linears="all", density=1.0))
+
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(QuantizedLinear, "take_own", full)
+    with pytest.raises(torch.OutOfMemoryError, match="linear_warmup must be false where the GPU cannot hold"):
+        run(pipe, steps=2)
