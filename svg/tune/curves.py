@@ -131,7 +131,9 @@ def measure_call(
     refresh = getattr(config, "refresh", 1)
     rows: dict[str, list] = {"density": [], "error": [], "seconds": []}
     for level in levels[:-1]:
-        state.config = dataclasses.replace(state.config, **{str(config.budget_field): level})
+        # As budgets of heads, which may be spent otherwise than one that all heads share.
+        table = ((level,) * q.shape[1],) * call.num_layers
+        state.config = dataclasses.replace(state.config, **{str(config.head_field): table})
         memory.cache = dict(start)
         handed.give(call.layer, level, memory.step)
         out, seconds = timed()

@@ -85,7 +85,7 @@ def test_branches_share_what_they_share_in_a_run():
         state = RunState(own, 3)
         for step in (1, 2):  # the second one begins from clusters, as measured
             for seed, row in enumerate(rows):
-                state.config = dataclasses.replace(own, budget=level)
+                state.config = dataclasses.replace(own, head_budget=[[level] * 4] * 3)
                 state.begin_forward(step, 4, row["branch"], LAYOUT)
                 q, k, v = heads(seed)
                 out = attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0).transpose(1, 2)
@@ -108,6 +108,17 @@ def test_a_level_is_of_the_whole_run():
     """`early` gives a step more or less of it, and what a whole run computes is the level."""
     row = measure_call(call(0), *heads(0), None, NEAR, NEAR_LEVELS)
     assert np.mean(row["density"], 1) == pytest.approx(NEAR_LEVELS[:-1], abs=0.03)
+
+
+def test_heads_are_measured_with_budgets_of_their_own():
+    """One budget for all is spent where a layer's error is largest: a head that is measured so would not get as much."""
+    q, k, v = heads(0)
+    row = measure_call(call(0), q, k, v, None, NEAR, NEAR_LEVELS)
+    assert np.ptp(row["density"], axis=1).max() < 0.02
+    state = RunState(dataclasses.replace(NEAR, warmup_steps=0.0, warmup_layers=0.0, budget=0.5), 3)
+    state.begin_forward(1, 4, "cond", LAYOUT)
+    attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0)
+    assert np.ptp(state.records[-1].density.numpy()) > 0.05
 
 
 def losses(config, layers):
