@@ -114,22 +114,21 @@ class Reach:
             if self._target.margin(search.look(search.first(start))) < -self._target.slack:
                 return _Found(line, search)
             left -= 1
-        spent = search.find(self._target, start, left, close=_NEAR, last_chance=before is None)
-        if spent is None:
-            return _Found(line, search)
-        return _Found(line, search, spent, self._merit(search, spent, trials))
+        spent = search.find(self._target, start, left, close=_NEAR, last_chance=not self._target.rises)
+        if not self._target.rises:  # what takes as long as it may: the better video is better
+            return _Found(line, search, spent, -math.inf if spent is None else trials[spent]["psnr"])
+        return _Found(line, search, search.estimate(self._target, _NEAR), -self._cost_of(search, trials))
 
-    def _merit(self, search: Search, spent: float, trials: dict[float, Trial]) -> float:
-        """How good a line is, the more the better: by its cost exactly at the target, or by its PSNR at a speed-up."""
-        if not self._target.rises:
-            return trials[spent]["psnr"]
+    def _cost_of(self, search: Search, trials: dict[float, Trial]) -> float:
+        """What a line costs exactly at the target: between its trials, or on the slope through the nearest one."""
+        spent = search.nearest(self._target)
         cost = self._cost(trials[spent])
         exact = cost_at(self._target, [(one["value"], self._cost(one)) for one in trials.values()])
         growth = search.growth(self._target)
         if exact is None and growth is not None:
             saved = 1 - math.exp(-self._target.margin(search.known[spent]) / growth)
             exact = cost * (1 - saved * (1 - search.floor / spent))
-        return -(cost if exact is None else exact)
+        return cost if exact is None else exact
 
 
 def cost_at(target: Target, points: Sequence[tuple[float, float]]) -> float | None:

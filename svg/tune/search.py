@@ -128,6 +128,23 @@ class Search:
         met = self._met(target)
         return (min(met) if target.rises else max(met)) if met else None
 
+    def estimate(self, target: Target, close: float = 1.0) -> float:
+        """Where the target is likely reached, by half of what is good enough beyond it: a spending that need not be measured.
+
+        Args:
+            target: what to reach.
+            close: how many times the target's slack beyond it is good enough.
+        """
+        best = self.best(target)
+        if best is not None and target.margin(self.known[best]) <= close * target.slack:
+            return best
+        guess = self._next(target, self.low, target.slack * close / 2, close, inside=0.0)
+        return self.nearest(target) if guess is None else guess
+
+    def nearest(self, target: Target) -> float:
+        """The known spending whose result is nearest to the target."""
+        return min(self.known, key=lambda spent: abs(target.margin(self.known[spent])))
+
     def look(self, spent: float) -> float:
         """What a spending reaches, measured where it is not known."""
         if spent not in self.known:
@@ -173,8 +190,11 @@ class Search:
         """What is known, along the way on which margins grow: place, margin."""
         return sorted((self._place(target, spent), target.margin(value)) for spent, value in self.known.items())
 
-    def _next(self, target: Target, start: float, height: float, close: float) -> float | None:
-        """Where to measure next to be `height` beyond the target, or None where nothing is left to gain."""
+    def _next(self, target: Target, start: float, height: float, close: float, inside: float = 0.2) -> float | None:
+        """Where to measure next to be `height` beyond the target, or None where nothing is left to gain.
+
+        Between two measurements it is at least a share `inside` of their distance away from either, lest it creep.
+        """
         points, (low, high) = self._points(target), sorted(self._place(target, end) for end in (self.low, self.high))
         if not points:
             return self.first(start)
@@ -187,7 +207,7 @@ class Search:
         elif not missed:
             guess = _before(met, low, high, height, self.slope)
         else:
-            guess = _crossing(missed[-1], met, target.slack * close / 2, 0.2, 0.8)
+            guess = _crossing(missed[-1], met, target.slack * close / 2, inside, 1 - inside)
         return self._unknown(target, guess)
 
     def _place(self, target: Target, spent: float) -> float:

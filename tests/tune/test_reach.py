@@ -120,7 +120,10 @@ def test_a_target_that_the_lowest_level_reaches():
 
 
 def test_a_target_out_of_reach():
-    found, tried = Model({1: -80.0}).best(rounds=3)
+    model = Model({1: -80.0})
+    found, tried = model.best(rounds=3)
+    assert not found["met"] and found["value"] < 40 and len(model.searched) == 3 and len(tried) == 4
+    found, tried = model.best(Target("target_speedup", 20.0))
     assert found == {"family": "tuned", "met": False} and tried == []
 
 
