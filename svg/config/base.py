@@ -73,7 +73,7 @@ class MethodConfig:
     )
     # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
     # A method that has both can be tuned: at which levels of the budget heads are measured, ascending, the last one 1
-    # (all of the map), and at which of them single heads are tried, far enough from dense to be seen above rounding.
+    # (all of the map), and from which of them on single heads are tried, far enough from dense to be seen above rounding.
     budget_field: ClassVar[str | None] = None
     head_field: ClassVar[str | None] = None
     levels: ClassVar[tuple[float, ...]] = ()

@@ -15,7 +15,7 @@ from ..config import DenseConfig, MethodConfig
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState, device_name
 from ..recordings.record import RecordedCall
-from .curves import Handed, bare, measure_call
+from .curves import Handed, bare, measure_call, probed_level
 
 PROBES = ("heads", "layers", "none")
 
@@ -62,7 +62,7 @@ def calibrate(
             state = states[name]
             state.observer = _Observer(state, config, levels, steps, rows)
             if probe != "none":
-                effect = _Probe(state, config, steps, probe, effects)
+                effect = _Probe(state, config, levels, steps, probe, effects)
                 handles.append(transformer.register_forward_hook(effect, with_kwargs=True))
         generate(pipe, request, on_step)
         state = next(state for state in states.values() if state.records)
@@ -113,10 +113,16 @@ class _Probe:
     """
 
     def __init__(
-        self, state: RunState, config: MethodConfig, steps: list[int], probe: str, effects: list[dict[str, Any]]
+        self,
+        state: RunState,
+        config: MethodConfig,
+        levels: tuple[float, ...],
+        steps: list[int],
+        probe: str,
+        effects: list[dict[str, Any]],
     ):
         self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
-        self._config = bare(config)
+        self._config, self._level = bare(config), probed_level(config, levels)
         self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -150,7 +156,7 @@ class _Probe:
     def _alone(self, layer: int, heads: list[int]) -> MethodConfig:
         table = [[1.0] * self._state.records[-1].density.shape[1] for _ in self._fixed]
         for head in heads:
-            table[layer][head] = self._config.probed_level
+            table[layer][head] = self._level
         return dataclasses.replace(self._config, **{str(self._config.head_field): table})
 
 

@@ -177,6 +177,16 @@ def curves_of(rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers:
     return Curves(tuple(levels), error, density, measured)
 
 
+def probed_level(config: MethodConfig, levels: tuple[float, ...]) -> float:
+    """The level at which single layers and heads are tried: the method's own, or the next one that the video's size allows.
+
+    Args:
+        config: the method's settings.
+        levels: those that are measured, the last one 1.
+    """
+    return next(level for level in levels if level >= config.probed_level)
+
+
 def bare(config: MethodConfig) -> MethodConfig:
     """The settings of one call: no warm-up, no share of a run's budget, no per-head budgets, no place they are bound to.
 

@@ -21,7 +21,7 @@ def levels_for(job: Job) -> tuple[float, ...]:
         The method's levels without those that are too low for so short a video, the last one 1.
 
     Raises:
-        ValueError: warm-up keeps every layer dense, or single heads cannot be tried at this size.
+        ValueError: warm-up keeps every layer dense, or no level fits the size.
     """
     rules, config = read_rules(locate_model(job.model), job.revision), job.config
     layers = rules.layers()
@@ -39,11 +39,14 @@ def levels_for(job: Job) -> tuple[float, ...]:
             return False
         return True
 
+    levels = tuple(level for level in config.levels if fits(level))
+    if len(levels) > 1:
+        return levels
     try:
-        check(config.probed_level)
+        check(config.levels[-2])
     except ValueError as error:
         size = f"{job.request.num_frames} x {job.request.height} x {job.request.width}"
         raise ValueError(
             f"frames, height and width must give {config.method} more to tune, got {size}: {error}"
         ) from error
-    return tuple(level for level in config.levels if fits(level))
+    return levels

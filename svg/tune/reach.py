@@ -68,7 +68,7 @@ class Reach:
         tried: dict[float, Trial] = {}
 
         def measure(spent: float) -> float:
-            self._tell(f"verifying {_named(found.line)} at cost {spent:.4g} on held-out prompts")
+            self._tell(f"verifying {_named(found.line)}, cost {spent:.4g}")
             tried[spent] = self._verified(found.line, spent)
             return tried[spent]["value"]
 

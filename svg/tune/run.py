@@ -21,7 +21,7 @@ from ..sweep.journal import Journal
 from ..sweep.run import Display, now
 from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
-from .curves import MEASURED, curves_of
+from .curves import MEASURED, curves_of, probed_level
 from .levels import levels_for
 from .lines import Line, Steps, dense_steps, dense_steps_to_try, tuned_line, uniform_line
 from .preset import write_preset
@@ -198,7 +198,7 @@ class Tuner:
         cost, notes = fit_cost(rows, dense, self._on_gpu)
         self._notes += notes
         free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
-        return Problem(curves, weights_of(curves, effects, self._config.probed_level), cost, free)
+        return Problem(curves, weights_of(curves, effects, probed_level(self._config, self._levels)), cost, free)
 
     def _lines(self, problem: Problem) -> tuple[list[Line], Line]:
         """Per-head budgets after every number of dense steps that is tried, and one budget for all heads."""
