@@ -64,7 +64,7 @@ class NearConfig(GuardedConfig):
     budget_field: ClassVar[str | None] = "budget"
     head_field: ClassVar[str | None] = "head_budget"
     levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
-    probed_level: ClassVar[float] = 0.1  # about what long videos end with, and far from rounding
+    probed_level: ClassVar[float] = 0.1  # near what long videos end with
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
     early: float = 0.5
