@@ -177,4 +177,6 @@ def _pack(table, frame):
     values = (
         value for step in frame["steps"] for layer in frame["layers"] for value in rows.get((step, layer)) or missing
     )
-    return base64.b64encode(bytes(_MISSING if value is None else round(value * 254) for value in values)).decode()
+    # A head of near that lists all there is computes the means besides: more than 1, and shown as 1.
+    packed = (_MISSING if value is None else round(min(value, 1) * 254) for value in values)
+    return base64.b64encode(bytes(packed)).decode()

@@ -83,6 +83,17 @@ def test_maps_survive_packing(run_folder):
     assert np.allclose(kinds[1:] / 254, part["head_kinds_map"]["values"], atol=0.5 / 254 + 1e-9)
 
 
+def test_more_than_all_is_shown_as_all(run_folder, tmp_path):
+    """A head of near that lists every granule computes the means besides."""
+
+    def more(report):
+        report["runs"]["accelerated"]["transformers"]["transformer"]["density"]["map"]["values"][2][1][0] = 1.0625
+
+    (shown,) = load_page_data(copy(run_folder, tmp_path / "run", more))["cells"][1]["maps"]
+    density = np.frombuffer(base64.b64decode(shown["density"]), np.uint8).reshape(4, 3, 2)
+    assert density[2, 1, 0] == 254
+
+
 def test_layer_without_a_call(run_folder, tmp_path):
     def drop(report):
         report["runs"]["accelerated"]["transformers"]["transformer"]["density"]["map"]["values"][2][1] = None
