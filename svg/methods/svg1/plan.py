@@ -148,8 +148,9 @@ def steady(
     if layout.text_tokens or config.head_density is not None:
         return None
     drawn = state.cache[DRAWN] = _draw(q, config, state, layout)
-    cached = _shared_maps(layout, (config.density,), config.block_size, q.device)
-    return Steady(config, (cached, _stretches(layout.video_tokens, len(drawn), q.device)))
+    maps = _shared_maps(layout, (config.density,), config.block_size, q.device)
+    grid = band_grid(_video(layout), config.block_size, q.device)
+    return Steady(config, (maps, grid, _stretches(layout.video_tokens, len(drawn), q.device)))
 
 
 def _draw(q: Tensor, config: SVG1Config, state: LayerState, layout: TokenLayout) -> Tensor:
