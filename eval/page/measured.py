@@ -68,12 +68,12 @@ def load_tune(tune, folder):
         ValueError: another format version.
     """
     _check(tune, "tune.json", "svg-tune")
+    config, field = (tune["tuned"].get("config") or {}), _head_field(tune["method"])
     names = {
-        "tuned": "Budgets per layer and head",
+        "tuned": "Budgets per layer and head" if config.get(field) else "One budget and fewer dense steps",
         "uniform": "One budget for all, at the target",
         "uniform_at_equal_cost": "One budget for all, at equal cost",
     }
-    config, field = (tune["tuned"].get("config") or {}), _head_field(tune["method"])
     weighted = [
         [[e * w for e in head] for head, w in zip(heads, weights)]
         for heads, weights in zip(tune["error"], tune["weight"])

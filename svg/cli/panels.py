@@ -29,7 +29,17 @@ OPTIONS = {
         *("--prompt", "--prompts", "--held-out", "--negative-prompt", "--image", "--last-image", "--height"),
         *("--width", "--frames", "--steps", "--guidance", "--true-cfg", "--flow-shift", "--fps", "--seed", "--seeds"),
     ),
-    "Search": ("--rounds", "--tune-steps", "--probe", "--l1", "--l2", "--blocks", "--rows", "--min-cosine"),
+    "Search": (
+        "--keep-warmup",
+        "--rounds",
+        "--tune-steps",
+        "--probe",
+        "--l1",
+        "--l2",
+        "--blocks",
+        "--rows",
+        "--min-cosine",
+    ),
     "Recording": ("--record-steps", "--record-layers", "--record-branches", "--recorded"),
     "Machine": (
         "--device",

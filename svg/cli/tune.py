@@ -56,6 +56,8 @@ _HELD_OUT = (
 @click.option("--tune-steps", type=Numbers(int), help="Steps to measure, from 0 [default: three of the sparse ones].")
 @click.option("--probe", type=click.Choice(("heads", "layers", "none")), default="layers", show_default=True,
               help="Whose effect on the prediction to measure: a forward each, for every measured step and branch.")  # fmt: skip
+@click.option("--budgets", type=click.Choice(("heads", "one")), default="heads", show_default=True,
+              help="A budget for every layer and head, or one for all, of which only the dense steps are tuned.")  # fmt: skip
 @click.option("--keep-warmup", is_flag=True, help="Keep the dense steps as they are, instead of trying fewer.")
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
@@ -139,5 +141,6 @@ def _plan(options: dict[str, Any]) -> Any:
         probe=options["probe"],
         rounds=options["rounds"],
         control=not options["no_control"],
+        budgets=options["budgets"],
         keep_warmup=options["keep_warmup"],
     )

@@ -47,7 +47,7 @@ def print_tuning(console: Console, result: dict[str, Any], out: str) -> None:
     for heading in ("", "target", "dense steps", "density", "attention, s", "PSNR, dB", "LPIPS"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {
-        "per-head budgets": result["tuned"],
+        "tuned": result["tuned"],
         "one for all, at the target": result["uniform"],
         "one for all, at equal cost": result["uniform_at_equal_cost"],
     }
@@ -66,7 +66,7 @@ def print_tuning(console: Console, result: dict[str, Any], out: str) -> None:
     ):
         if result[saved] is not None:
             share = f"{100 * abs(result[saved]):.1f} % {'less' if result[saved] >= 0 else 'more'}"
-            console.print(f"per-head budgets need {share} {unit} than one for all, {where}", highlight=False)
+            console.print(f"what was tuned needs {share} {unit} than one budget for all, {where}", highlight=False)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     files = ", ".join(filter(None, (result["preset"], "report.html", "tune.json", "search/report.html")))

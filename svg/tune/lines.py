@@ -63,7 +63,7 @@ def dense_steps_to_try(config: MethodConfig, total: int, keep: bool) -> list[int
     return [own] if keep else sorted({own, own // 2, min(own, 1), 0}, reverse=True)
 
 
-def tuned_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
+def heads_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
     """Per-head budgets after a number of dense steps.
 
     Args:
@@ -71,8 +71,7 @@ def tuned_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
         config: the settings that stay.
         steps: of a run.
     """
-    if steps.dense != count(config.warmup_steps, steps.total):
-        config = dataclasses.replace(config, warmup_steps=steps.dense / steps.total)
+    config = _after(config, steps)
 
     def at(cost: float) -> MethodConfig:
         return dataclasses.replace(config, **{str(config.head_field): within(problem, steps.share(cost)).table()})
@@ -80,8 +79,16 @@ def tuned_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
     return Line("tuned", steps.dense, at, (steps.whole(within(problem, 0.0).cost), 1.0), steps.whole(0.0))
 
 
-def uniform_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
-    """One budget for all heads, with the config's own dense steps, as it is without a tuning; arguments as of `tuned_line`."""
+def one_budget_line(problem: Problem, config: MethodConfig, steps: Steps, family: str) -> Line:
+    """One budget for all heads after a number of dense steps.
+
+    Args:
+        problem: curves, weights and costs.
+        config: the settings that stay.
+        steps: of a run.
+        family: "uniform" for what there is without a tuning, "tuned" for other numbers of dense steps.
+    """
+    config = _after(config, steps)
 
     def at(cost: float) -> MethodConfig:
         value = round(uniform_value(problem, steps.share(cost)), 4)
@@ -89,7 +96,14 @@ def uniform_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
 
     # Where planning is dear, all heads at the lowest level may cost more than dense attention.
     low, high = (steps.whole(uniform_cost(problem, value)) for value in (problem.curves.levels[0], 1.0))
-    return Line("uniform", steps.dense, at, (low, high), steps.whole(0.0))
+    return Line(family, steps.dense, at, (low, high), steps.whole(0.0))
+
+
+def _after(config: MethodConfig, steps: Steps) -> MethodConfig:
+    """The settings with so many dense steps; untouched where they have them."""
+    if steps.dense == count(config.warmup_steps, steps.total):
+        return config
+    return dataclasses.replace(config, warmup_steps=steps.dense / steps.total)
 
 
 def dense_steps(number: int) -> str:

@@ -23,7 +23,7 @@ from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
 from .curves import MEASURED, curves_of, probed_level
 from .levels import levels_for
-from .lines import Line, Steps, dense_steps, dense_steps_to_try, tuned_line, uniform_line
+from .lines import Line, Steps, dense_steps, dense_steps_to_try, heads_line, one_budget_line
 from .preset import write_preset
 from .reach import Reach, Trial, cost_at
 from .search import Target
@@ -54,6 +54,7 @@ class Plan:
         probe: "heads", "layers" or "none", see `svg.tune.calibrate`.
         rounds: settings of each family, and number of dense steps, that are tried on videos in one search.
         control: whether held-out videos get a control.
+        budgets: "heads" for budgets of their own, or "one" for all heads, of which only the dense steps are tuned.
         keep_warmup: whether the config's dense steps stay as they are; else fewer are tried with per-head budgets.
 
     Raises:
@@ -69,6 +70,7 @@ class Plan:
     probe: str
     rounds: int
     control: bool
+    budgets: str = "heads"
     keep_warmup: bool = False
 
     def __post_init__(self):
@@ -201,11 +203,15 @@ class Tuner:
         return Problem(curves, weights_of(curves, effects, probed_level(self._config, self._levels)), cost, free)
 
     def _lines(self, problem: Problem) -> tuple[list[Line], Line]:
-        """Per-head budgets after every number of dense steps that is tried, and one budget for all heads."""
+        """What is tuned after every number of dense steps that is tried, and one budget for all heads as it is without."""
         config, total = self._config, self._plan.job.request.steps
         dense = dense_steps_to_try(config, total, self._plan.keep_warmup)
-        tuned = [tuned_line(problem, config, Steps(total, number)) for number in dense]
-        return tuned, uniform_line(problem, config, Steps(total, dense[0]))
+        steps = [Steps(total, number) for number in dense]
+        if self._plan.budgets == "heads":
+            tuned = [heads_line(problem, config, one) for one in steps]
+        else:
+            tuned = [one_budget_line(problem, config, one, "tuned") for one in steps]
+        return tuned, one_budget_line(problem, config, steps[0], "uniform")
 
     def _searched(self, line: Line, spent: float) -> Trial:
         return self._try(self._search, line, spent)
@@ -216,9 +222,10 @@ class Tuner:
     def _try(self, stage: Stage, line: Line, spent: float) -> Trial:
         """One setting on a stage's videos: what it reaches and costs."""
         config = line.config(spent)
-        label = f"{config.method} uniform {config.budget_field}={getattr(config, str(config.budget_field)):g}"
+        budget = f"{config.budget_field}={getattr(config, str(config.budget_field)):g}"
+        label = f"{config.method} {line.family} " + (f"{spent:.4f}" if config.head_budgets(0) else budget)
         if line.family == "tuned":
-            label = f"{config.method} tuned {spent:.4f}, {dense_steps(line.dense_steps)}"
+            label += f", {dense_steps(line.dense_steps)}"
         cells, dense = stage.try_out(config, label)
         trial = {
             "family": line.family,
@@ -339,7 +346,9 @@ class Tuner:
         best = min(met, key=self._cost) if rises else max(met, key=lambda one: one["psnr"])
         if best is uniform:
             lost = "cost more than" if tuned["met"] else "missed the target and lost to"
-            self._notes.append(f"per-head budgets {lost} one budget for all heads here: the preset holds the latter")
+            self._notes.append(
+                f"what was tuned {lost} one budget for all heads as it is without: the preset holds the latter"
+            )
         return best
 
     def _source(self, winner: dict[str, Any]) -> str:

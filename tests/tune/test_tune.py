@@ -99,6 +99,15 @@ def test_dense_steps_as_they_are(arguments, here, capsys):
     assert "1 of 3" in capsys.readouterr().out
 
 
+def test_dense_steps_alone(arguments, here):
+    short = ["--budgets", "one", "--probe", "none", "--no-control", "--rounds", "2"]
+    assert main(["tune", "--min-psnr", "40", *arguments, *short, "--out", "out"]) == 0
+    found = summary("out")
+    assert {t["dense_steps"] for t in found["trials"] if t["family"] == "tuned"} == {1, 0}
+    assert found["tuned"]["config"]["head_top_p"] is None and "tuned top_p=" in found["tuned"]["label"]
+    assert load_preset("out/tuned.yaml").config("svg2").head_top_p is None
+
+
 def test_preset_is_bound(undisturbed, here, model, capsys):
     out, _ = undisturbed
     found, path = summary(out), out / "tuned.yaml"
