@@ -31,6 +31,7 @@ OPTIONS = {
     ),
     "Search": (
         "--keep-warmup",
+        "--keep-refresh",
         "--rounds",
         "--tune-steps",
         "--probe",

@@ -59,6 +59,9 @@ _HELD_OUT = (
 @click.option("--budgets", type=click.Choice(("heads", "one")), default="heads", show_default=True,
               help="A budget for every layer and head, or one for all, of which only the dense steps are tuned.")  # fmt: skip
 @click.option("--keep-warmup", is_flag=True, help="Keep the dense steps as they are, instead of trying fewer.")
+@click.option(
+    "--keep-refresh", is_flag=True, help="Keep refresh as it is, instead of trying 2, 4 and 8 where that saves time."
+)
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
 def tune(**options: Any) -> int:
@@ -143,4 +146,5 @@ def _plan(options: dict[str, Any]) -> Any:
         control=not options["no_control"],
         budgets=options["budgets"],
         keep_warmup=options["keep_warmup"],
+        keep_refresh=options["keep_refresh"],
     )

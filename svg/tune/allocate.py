@@ -10,7 +10,7 @@ comes out is the least error at its own cost (Everett 1963). Heads whose next le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,19 @@ class Cost:
         per_density: of one head at density 1.
         dense: of a dense call.
         unit: "seconds" or "density".
+        kept: what is left of `plan` where a call takes an earlier one's map; None: not known.
     """
 
     plan: float
     per_density: float
     dense: float
     unit: str
+    kept: float | None = None
+
+    def shared(self, refresh: int) -> Cost:
+        """The same where so many calls share a map."""
+        assert self.kept is not None, "what a call takes that plans nothing was measured"
+        return replace(self, plan=self.kept + (self.plan - self.kept) / refresh)
 
     def of_layers(self, density: np.ndarray) -> np.ndarray:
         """Cost of each layer, [L], at densities [L, H]; a layer at density 1 in every head runs dense."""
@@ -183,6 +190,10 @@ def fit_cost(rows: list[dict[str, Any]], dense_seconds: list[float], on_gpu: boo
     if slope <= 0:
         return by_density, ["cost is density: the time of a call did not grow with it, so it is too short to fit"]
     cost = Cost(max(0.0, float(start)), float(slope), float(np.median(dense_seconds)), "seconds")
+    known = [row["kept_seconds"] for row in rows if "kept_seconds" in row]
+    kept = [seconds - cost.per_density * density for seconds, density in known]
+    if kept:
+        cost = replace(cost, kept=min(max(0.0, float(np.median(kept))), cost.plan))
     note = (
         f"a sparse call takes {1e3 * cost.plan:.3g} ms and {1e3 * cost.per_density * heads:.3g} ms more at density 1, "
     )

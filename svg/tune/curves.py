@@ -18,7 +18,7 @@ from ..recordings.record import RecordedCall
 from ..recordings.sweep import dense_rows
 
 BUSY_CYCLES = 8_000_000  # about 4 ms: more than the host takes to queue a call
-MEASURED = 2  # how: what a journal has of another number is measured again
+MEASURED = 3  # how: what a journal has of another number is measured again
 HANDED_BYTES = 4 << 30  # of what a step's first branch hands on, all layers and levels together
 # Settings of a whole run, of which one call knows nothing, and what they are in it.
 _OF_A_RUN = {
@@ -107,7 +107,8 @@ def measure_call(
 
     Returns:
         step, layer, branch, transformer; density and error [n - 1][H] as in Curves; seconds [n - 1] of the call, where
-        several share a map their mean.
+        several share a map their mean; kept_seconds, where `refresh` is 1 and could be more: of a call that takes
+        an earlier one's map, and its density, the sum over heads.
     """
     exact, _ = dense_rows(q, k, v, key_mask(call.layout, text_mask))
     scale = exact.square().sum()
@@ -151,6 +152,11 @@ def measure_call(
         if refresh > 1:  # the calls that follow plan nothing
             seconds = (seconds + (refresh - 1) * timed()[1]) / refresh
         rows["seconds"].append(seconds)
+    if refresh == 1 and hasattr(config, "refresh"):  # what a call would take that plans nothing
+        state.config = dataclasses.replace(state.config, refresh=2)
+        memory.step.clear()
+        timed()
+        rows["kept_seconds"] = [timed()[1], sum(rows["density"][-1])]
     state.end_run()
     return {"step": call.step, "layer": call.layer, "branch": call.branch, "transformer": call.transformer, **rows}
 

@@ -21,6 +21,7 @@ class Line:
         config: cost of a run -> settings.
         bounds: least and largest cost of a run.
         floor: the part of it that dense steps cost.
+        refresh: calls of a layer that share a map; None where the method has no such setting.
     """
 
     family: str
@@ -28,6 +29,10 @@ class Line:
     config: Callable[[float], MethodConfig]
     bounds: tuple[float, float]
     floor: float
+    refresh: int | None = None
+
+    def __str__(self) -> str:
+        return dense_steps(self.dense_steps) + (f", refresh {self.refresh}" if (self.refresh or 1) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,31 @@ def dense_steps_to_try(config: MethodConfig, total: int, keep: bool) -> list[int
     return [own] if keep else sorted({own, own // 2, min(own, 1), 0}, reverse=True)
 
 
+def sharing(problem: Problem, config: MethodConfig, calls: int) -> tuple[Problem, MethodConfig]:
+    """The same problem and settings where so many calls of a layer share a map.
+
+    Args:
+        problem: curves, weights and costs where none share.
+        config: the settings that stay.
+        calls: how many.
+    """
+    cost = problem.cost.shared(calls)
+    return dataclasses.replace(problem, cost=cost), dataclasses.replace(config, refresh=calls)
+
+
+def refreshes_to_try(problem: Problem, config: MethodConfig, steps: Steps) -> list[int]:
+    """Numbers of calls that may share a map, two, four and eight; none where that saves no time.
+
+    Args:
+        problem: curves, weights and costs where none share.
+        config: the settings that stay.
+        steps: of a run.
+    """
+    if problem.cost.kept is None or getattr(config, "refresh", None) != 1:
+        return []
+    return [calls for calls in (2, 4, 8) if calls <= steps.total - steps.dense]
+
+
 def heads_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
     """Per-head budgets after a number of dense steps.
 
@@ -76,7 +106,14 @@ def heads_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
     def at(cost: float) -> MethodConfig:
         return dataclasses.replace(config, **{str(config.head_field): within(problem, steps.share(cost)).table()})
 
-    return Line("tuned", steps.dense, at, (steps.whole(within(problem, 0.0).cost), 1.0), steps.whole(0.0))
+    return Line(
+        "tuned",
+        steps.dense,
+        at,
+        (steps.whole(within(problem, 0.0).cost), 1.0),
+        steps.whole(0.0),
+        getattr(config, "refresh", None),
+    )
 
 
 def one_budget_line(problem: Problem, config: MethodConfig, steps: Steps, family: str) -> Line:
@@ -96,7 +133,7 @@ def one_budget_line(problem: Problem, config: MethodConfig, steps: Steps, family
 
     # Where planning is dear, all heads at the lowest level may cost more than dense attention.
     low, high = (steps.whole(uniform_cost(problem, value)) for value in (problem.curves.levels[0], 1.0))
-    return Line(family, steps.dense, at, (low, high), steps.whole(0.0))
+    return Line(family, steps.dense, at, (low, high), steps.whole(0.0), getattr(config, "refresh", None))
 
 
 def _after(config: MethodConfig, steps: Steps) -> MethodConfig:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .lines import Line, dense_steps
+from .lines import Line
 from .search import Search, Target
 
 _VERIFICATIONS = 3
@@ -51,18 +51,23 @@ class Reach:
         self._searched, self._verified = search, verify
         self._cost, self._tell = cost, tell
 
-    def best(self, lines: Sequence[Line], start: float) -> tuple[Trial, list[Trial]]:
+    def best(
+        self, lines: Sequence[Line], start: float, *then: Callable[[Line], Sequence[Line]]
+    ) -> tuple[Trial, list[Trial]]:
         """The best setting of some lines on held-out videos.
 
         Args:
-            lines: those to search, the one with most dense steps first.
+            lines: those to search, from the safest one on.
             start: where the first search begins: the cost of a run.
+            then: the best line so far -> more lines, searched in the same way; one after the other.
 
         Returns:
             A trial, "met" in it telling whether it reaches the target, of the line that the search found best, and all
             trials of that line on the held-out videos; the first has nothing else where no setting was found.
         """
         found = self._search(lines, start)
+        for more in then if found.spent is not None else ():
+            found = self._search(more(found.line), found.spent or start, found)
         if found.spent is None:
             return {"family": found.line.family, "met": False}, []
         tried: dict[float, Trial] = {}
@@ -81,9 +86,8 @@ class Reach:
         shown = tried[spent if spent is not None else next(reversed(tried))]
         return {**shown, "met": spent is not None}, list(tried.values())
 
-    def _search(self, lines: Sequence[Line], start: float) -> _Found:
-        """The best setting on the videos of the search, line after line until one is worse than that before."""
-        best: _Found | None = None
+    def _search(self, lines: Sequence[Line], start: float, best: _Found | None = None) -> _Found:
+        """The best setting on the videos of the search, line after line until one is worse than the best before."""
         for line in lines:
             if best is not None and self._is_dearer(line, best):
                 continue
@@ -153,4 +157,4 @@ def cost_at(target: Target, points: Sequence[tuple[float, float]]) -> float | No
 
 
 def _named(line: Line) -> str:
-    return f"{line.family} budgets after {dense_steps(line.dense_steps)}"
+    return f"{line.family} budgets, {line}"

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from svg.eval.files import to_json, write_json
 from svg.eval.page import build_page
 from svg.pipelines.fingerprint import fingerprint
 
+from ..config.base import count
 from ..environment import versions
 from ..generate.job import Job
 from ..sweep.journal import Journal
@@ -23,7 +25,7 @@ from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
 from .curves import MEASURED, curves_of, probed_level
 from .levels import levels_for
-from .lines import Line, Steps, dense_steps, dense_steps_to_try, heads_line, one_budget_line
+from .lines import Line, Steps, dense_steps, dense_steps_to_try, heads_line, one_budget_line, refreshes_to_try, sharing
 from .preset import write_preset
 from .reach import Reach, Trial, cost_at
 from .search import Target
@@ -56,6 +58,7 @@ class Plan:
         control: whether held-out videos get a control.
         budgets: "heads" for budgets of their own, or "one" for all heads, of which only the dense steps are tuned.
         keep_warmup: whether the config's dense steps stay as they are; else fewer are tried with per-head budgets.
+        keep_refresh: whether `refresh` stays as it is; else more calls that share a map are tried.
 
     Raises:
         ValueError: prompts missing or in both sets, a step out of range, or nothing that could be sparse.
@@ -72,6 +75,7 @@ class Plan:
     control: bool
     budgets: str = "heads"
     keep_warmup: bool = False
+    keep_refresh: bool = False
 
     def __post_init__(self):
         config, total = self.job.config, self.job.request.steps
@@ -160,11 +164,13 @@ class Tuner:
                 raise ValueError(
                     f"{place} must hold what svg tune measured, got {error!r}: remove it to measure again"
                 ) from error
-            tuned, uniform = self._lines(problem)
-            own = Steps(plan.job.request.steps, uniform.dense_steps)
+            own = Steps(plan.job.request.steps, count(self._config.warmup_steps, plan.job.request.steps))
             start = own.whole(uniform_cost(problem, getattr(self._config, str(self._config.budget_field))))
+            uniform = one_budget_line(problem, self._config, own, "uniform")
             reach = Reach(plan.target, plan.rounds, self._searched, self._verified, self._cost, self._display.stage)
-            best = {name: reach.best(lines, start) for name, lines in (("tuned", tuned), ("uniform", [uniform]))}
+            more = (partial(self._sharing_lines, problem), partial(self._lines_of_fewer_dense_steps, problem))
+            tuned = self._tuned_line(problem, own, getattr(self._config, "refresh", None))
+            best = {"tuned": reach.best([tuned], start, *more), "uniform": reach.best([uniform], start)}
             equal = self._at_equal_cost(uniform, best["tuned"][0])
         finally:
             if self._pool is not None:
@@ -202,16 +208,25 @@ class Tuner:
         free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
         return Problem(curves, weights_of(curves, effects, probed_level(self._config, self._levels)), cost, free)
 
-    def _lines(self, problem: Problem) -> tuple[list[Line], Line]:
-        """What is tuned after every number of dense steps that is tried, and one budget for all heads as it is without."""
-        config, total = self._config, self._plan.job.request.steps
-        dense = dense_steps_to_try(config, total, self._plan.keep_warmup)
-        steps = [Steps(total, number) for number in dense]
+    def _sharing_lines(self, problem: Problem, best: Line) -> list[Line]:
+        """Lines where more calls share a map."""
+        steps = Steps(self._plan.job.request.steps, best.dense_steps)
+        numbers = [] if self._plan.keep_refresh else refreshes_to_try(problem, self._config, steps)
+        return [self._tuned_line(problem, steps, calls) for calls in numbers]
+
+    def _lines_of_fewer_dense_steps(self, problem: Problem, best: Line) -> list[Line]:
+        """Lines with fewer dense steps, where as many calls share a map."""
+        total = self._plan.job.request.steps
+        numbers = dense_steps_to_try(self._config, total, self._plan.keep_warmup)[1:]
+        return [self._tuned_line(problem, Steps(total, number), best.refresh) for number in numbers]
+
+    def _tuned_line(self, problem: Problem, steps: Steps, refresh: int | None) -> Line:
+        config = self._config
+        if refresh is not None and refresh != getattr(config, "refresh", None):
+            problem, config = sharing(problem, config, refresh)
         if self._plan.budgets == "heads":
-            tuned = [heads_line(problem, config, one) for one in steps]
-        else:
-            tuned = [one_budget_line(problem, config, one, "tuned") for one in steps]
-        return tuned, one_budget_line(problem, config, steps[0], "uniform")
+            return heads_line(problem, config, steps)
+        return one_budget_line(problem, config, steps, "tuned")
 
     def _searched(self, line: Line, spent: float) -> Trial:
         return self._try(self._search, line, spent)
@@ -225,13 +240,14 @@ class Tuner:
         budget = f"{config.budget_field}={getattr(config, str(config.budget_field)):g}"
         label = f"{config.method} {line.family} " + (f"{spent:.4f}" if config.head_budgets(0) else budget)
         if line.family == "tuned":
-            label += f", {dense_steps(line.dense_steps)}"
+            label += f", {line}"
         cells, dense = stage.try_out(config, label)
         trial = {
             "family": line.family,
             "label": label,
             "videos": "held-out" if stage is self._verify else "search",
             "dense_steps": line.dense_steps,
+            "refresh": line.refresh,
             "spent": spent,
             "value": self._plan.target.of(cells, dense, self._on_gpu),
             "density": _mean([cell["density"]["all_calls"] for cell in cells]),
@@ -353,9 +369,10 @@ class Tuner:
 
     def _source(self, winner: dict[str, Any]) -> str:
         steps, total = dense_steps(winner["dense_steps"]), self._plan.job.request.steps
+        shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
         return (
             f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on {len(self._plan.held_out)} "
-            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets after {steps} of {total}. "
+            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets after {steps} of {total}{shared}. "
             f"{self._command}"
         )
 

@@ -1,10 +1,12 @@
 """The budget goes where it removes most error: against every possible choice, and against one budget for all."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from svg.config import NearConfig, SVG1Config
 from svg.tune.allocate import (
     Cost,
     Problem,
@@ -16,6 +18,7 @@ from svg.tune.allocate import (
     within,
 )
 from svg.tune.curves import Curves
+from svg.tune.lines import Steps, heads_line, refreshes_to_try, sharing
 
 LEVELS = (0.3, 0.6, 0.9, 1.0)
 BY_DENSITY = Cost(plan=0.0, per_density=1.0, dense=2.0, unit="density")
@@ -134,6 +137,25 @@ def test_a_plan_that_branches_share_is_paid_once():
     measured = [*rows(0.002, 0.01), *rows(0.0, 0.01, "uncond", calls=7)]
     cost, _ = fit_cost(measured, [0.03], on_gpu=True)
     assert (cost.plan, cost.per_density) == pytest.approx((0.001, 0.01))
+
+
+def test_a_plan_that_calls_share():
+    measured = [{**row, "kept_seconds": [0.0005 + 0.01 * 1.3, 1.3]} for row in rows(0.002, 0.01)]
+    cost, _ = fit_cost(measured, [0.03], on_gpu=True)
+    assert cost.kept == pytest.approx(0.0005) and cost.shared(1) == cost
+    assert cost.shared(3).plan == pytest.approx(0.001) and cost.shared(3).per_density == cost.per_density
+
+
+def test_more_calls_share_only_where_that_saves_time():
+    given, steps = problem(np.random.default_rng(1), BY_TIME), Steps(total=7, dense=2)
+    assert refreshes_to_try(given, NearConfig(), steps) == []  # not measured, as on a CPU
+    given = replace(given, cost=replace(BY_TIME, kept=0.1))
+    assert refreshes_to_try(given, NearConfig(), steps) == [2, 4]  # of five sparse steps
+    assert refreshes_to_try(given, NearConfig(refresh=2), steps) == refreshes_to_try(given, SVG1Config(), steps) == []
+    cheaper, config = sharing(given, NearConfig(), 4)
+    assert (cheaper.cost.plan, config.refresh) == (pytest.approx(0.2), 4)
+    assert heads_line(cheaper, config, steps).bounds[0] < heads_line(given, NearConfig(), steps).bounds[0]
+    assert str(heads_line(cheaper, config, steps)) == "2 dense steps, refresh 4"
 
 
 def test_weights_are_effect_for_each_unit_of_error():

@@ -99,6 +99,24 @@ def test_branches_share_what_they_share_in_a_run():
     assert alone[0]["error"] == rows[0]["error"] and np.sum(alone[1]["error"]) < np.sum(rows[1]["error"])
 
 
+@pytest.mark.parametrize(("config", "known"), [(NEAR, True), (SVG2, True), (SVG1, False),
+                                               (dataclasses.replace(NEAR, refresh=2), False)])  # fmt: skip
+def test_a_call_that_plans_nothing_is_measured_too(config, known, monkeypatch):
+    reused = []
+
+    def seen(*args):
+        out = attend(*args)
+        reused.append(args[3].records[-1].reused)
+        return out
+
+    monkeypatch.setattr(curves, "attend", seen)
+    row = measure_call(call(0), *heads(0), None, config, NEAR_LEVELS)
+    assert ("kept_seconds" in row) == known
+    if known:
+        assert row["kept_seconds"][1] == pytest.approx(sum(row["density"][-1])) and row["kept_seconds"][0] > 0
+        assert reused == [False] * 4 + [True]
+
+
 def test_what_branches_hand_on_is_bounded(monkeypatch):
     monkeypatch.setattr(curves, "HANDED_BYTES", 0)
     assert [row["error"] for row in branches(Handed())] == [row["error"] for row in branches(None)]

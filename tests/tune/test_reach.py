@@ -1,6 +1,7 @@
 """Lines of settings with other numbers of dense steps, on stand-ins whose quality and cost are known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -144,3 +145,26 @@ def test_cost_between_trials():
     lpips = Target("max_lpips", 0.01)
     assert cost_at(lpips, [(0.1, 0.2), (0.001, 0.4)]) == pytest.approx(0.3)
     assert cost_at(lpips, [(0.1, 0.2), (0.0, 0.4)]) is None
+
+
+def test_then_more_calls_share_a_map():
+    """Only from the best number of dense steps on, and only as far as it pays."""
+    model = Model({4: 0.0, 2: -3.0, 1: -20.0})
+    asked = []
+
+    def then(best):
+        asked.append(best.dense_steps)
+        return [replace(model.lines[1], refresh=calls, dense_steps=2, floor=0.1) for calls in (2, 4, 8)]
+
+    def psnr(line, spent):  # two calls save a tenth of the run for nothing, four lose more than they save
+        lost = {None: 0.0, 1: 0.0, 2: 0.0, 4: 9.0, 8: 0.0}[line.refresh]
+        return Model.psnr(model, line, spent + (0.02 if (line.refresh or 1) > 1 else 0.0)) - lost
+
+    model.psnr = psnr
+    trial, searched = model.trial, []
+    model.trial = lambda line, spent, harder: (
+        searched.append(line.refresh) or {**trial(line, spent, harder), "refresh": line.refresh}
+    )
+    reach = Reach(PSNR, 4, model.search, model.verify, lambda one: one["spent"], lambda text: None)
+    found, _ = reach.best(model.lines, 0.5, then)
+    assert asked == [2] and found["met"] and found["refresh"] == 2 and 8 not in searched and 4 in searched
