@@ -103,6 +103,7 @@ def rules_of(pipe: Any) -> PipelineRules:
         image="image" in parameters,
         last_image="last_image" in parameters,
         true_cfg="true_cfg_scale" in parameters,
+        guidance_in_batch=PIPELINES[name].guidance_in_batch,
         transformers=tuple(transformers_of(pipe)),
     )
 

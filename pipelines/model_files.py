@@ -41,6 +41,7 @@ class Generator:
     image: bool = False
     last_image: bool = False
     true_cfg: bool = False
+    guidance_in_batch: bool = False
 
 
 GENERATORS = {
@@ -48,8 +49,8 @@ GENERATORS = {
     "WanImageToVideoPipeline": Generator("WanTransformer3DModel", image=True, last_image=True),
     "HunyuanVideoPipeline": Generator("HunyuanVideoTransformer3DModel", true_cfg=True),
     "HunyuanVideoImageToVideoPipeline": Generator("HunyuanVideoTransformer3DModel", image=True, true_cfg=True),
-    "CogVideoXPipeline": Generator("CogVideoXTransformer3DModel"),
-    "CogVideoXImageToVideoPipeline": Generator("CogVideoXTransformer3DModel", image=True),
+    "CogVideoXPipeline": Generator("CogVideoXTransformer3DModel", guidance_in_batch=True),
+    "CogVideoXImageToVideoPipeline": Generator("CogVideoXTransformer3DModel", image=True, guidance_in_batch=True),
 }
 
 
@@ -146,6 +147,7 @@ def read_rules(source: str | Path, revision: str | None = None) -> PipelineRules
         image=known.image,
         last_image=known.last_image,
         true_cfg=known.true_cfg,
+        guidance_in_batch=known.guidance_in_batch,
         transformers=tuple(part for part in TRANSFORMERS if (index.get(part) or [None])[0] is not None),
     )
 

@@ -69,6 +69,7 @@ class PipelineRules:
         transformer: config of its transformer.
         spatial, temporal: pixels and frames that one latent of its VAE stands for.
         image, last_image, true_cfg: whether its call takes a first frame, a last frame, classifier-free guidance apart.
+        guidance_in_batch: whether both branches of guidance are one call of the transformer.
         transformers: names of its transformers.
     """
 
@@ -79,6 +80,7 @@ class PipelineRules:
     image: bool
     last_image: bool
     true_cfg: bool
+    guidance_in_batch: bool
     transformers: tuple[str, ...]
 
     def patch(self) -> int:

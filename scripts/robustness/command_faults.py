@@ -315,7 +315,8 @@ def _linears_and_gpus() -> Iterator[Case]:
     for value in ("0", "-1", "x", "", "1.5", "3", "1000", "9" * 30):
         yield Case("gpus", (*base, f"--gpus={value}"), ("gpus",), value)
     for words in (("--split", "x"), ("--split", "branches"), ("--split", "branches", "--gpus", "3"),
-                  ("--split", "branches", "--gpus", "2", "--guidance", "1"), ("--gpus", "2", "--device", "cuda:0")):  # fmt: skip
+                  ("--split", "branches", "--gpus", "2", "--guidance", "1"), ("--gpus", "2", "--device", "cuda:0"),
+                  ("--split", "branches", "--gpus", "2", "--guidance", "nan"), ("--split", "x", "--gpus", "2")):  # fmt: skip
         yield Case("gpus", (*base, *words), ("split", "device"), words[-1])
     for value in ("nan", "0", "-1", "inf", "x", ""):
         yield Case("numbers", (*BASES["adapt-linears"], f"--max-error={value}"), ("max-error", "max_error"), value)

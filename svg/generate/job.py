@@ -145,10 +145,6 @@ def resolve(
     locate_model(model)
     if rest.get("cache") is not None:
         parse_cache(rest["cache"])
-    if rest.get("split") == "branches" and not max(values["guidance"], values.get("true_cfg") or 0) > 1:
-        raise ValueError(
-            f"--split branches must come with guidance above 1, got {values['guidance']}: there is one branch"
-        )
     config = _config(chosen, method, settings)
     if rest.get("split") == "branches":
         config = config.for_branches_apart()

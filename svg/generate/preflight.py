@@ -54,11 +54,28 @@ def check_job(job: Job) -> None:
         raise ValueError(f"--revision must be left out for a directory, got {job.revision!r}; it is for hub ids")
     rules = read_rules(source, job.revision)
     check_request(job.request, rules)
+    _check_split(job, rules)
     _check_size_for_lpips(job)
     _check_loras(job)
     if isinstance(source, Path):
         check_complete(source, job.variant)
     _check_method(job, rules)
+
+
+def _check_split(job: Job, rules: PipelineRules) -> None:
+    """Refuse a split of branches where a step has one call of the transformer."""
+    if job.split != "branches":
+        return
+    if rules.guidance_in_batch:
+        raise ValueError(
+            f"--split must be sequence for {rules.name}, whose branches of guidance are one call, got branches"
+        )
+    name = "true_cfg" if rules.true_cfg else "guidance"
+    found = getattr(job.request, name)
+    if found is None or not found > 1:
+        raise ValueError(
+            f"--split branches must come with {name} above 1, got {found}: there is one branch; raise it, or split the sequence"
+        )
 
 
 def _check_method(job: Job, rules: PipelineRules) -> None:

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from svg.cli import main
+from svg.generate.job import resolve
+from svg.generate.preflight import preflight
 from svg.pipelines.generation import rules_of
 from svg.pipelines.loading import load_pipeline
 from svg.pipelines.model_files import GENERATORS, read_json, read_rules
@@ -139,3 +141,43 @@ def test_billions_of_weights_on_a_cpu_need_a_yes(generate, models, tmp_path, cap
         Exception, match="size mismatch|shape"
     ):  # goes on to the weights, which are those of a small one
         load(resolve(generation=generation, yes=True, **common))
+
+
+SPLIT = ["--gpus", "2", "--split", "branches", "--device", "cpu", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "words"),
+    [
+        ("wan", ["--guidance", "1"], "--split branches must come with guidance above 1, got 1.0: there is one branch"),
+        ("hunyuan", [], "--split branches must come with true_cfg above 1, got None: there is one branch"),
+        ("cogvideox_2b", ["--height", "64", "--width", "96"], "--split must be sequence for CogVideoXPipeline"),
+    ],
+)
+def test_branches_are_split_where_a_step_has_two_calls(models, tmp_path, capsys, model, more, words):
+    size = [word for name, value in SIZE.items() for word in (f"--{name}", str(value))]
+    words_of = [
+        "generate",
+        "a ball",
+        "--model",
+        str(models(model)),
+        *size,
+        *SPLIT,
+        "--out",
+        str(tmp_path / "out"),
+        *more,
+    ]
+    assert main(words_of) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("svg:")]
+    assert words in line and not (tmp_path / "out").exists()
+
+
+def test_branches_are_split_with_the_guidance_that_nobody_gave(models, tmp_path):
+    size = {"height": 32, "width": 48, "frames": 9, "steps": 2}
+    job = resolve(
+        preset=None, model=str(models("wan")), method="svg1", settings={}, generation={"prompt": "a ball", **size},
+        out=tmp_path / "out", force=False, dense=True, control=False, device="cpu", dtype=None,
+        offload="none", vae_tiling=False, lpips="none", gpus=2, split="branches",
+    )  # fmt: skip
+    preflight(job)
+    assert job.request.guidance > 1
