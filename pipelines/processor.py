@@ -13,7 +13,7 @@ from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from svg.attend import attend
+from svg.attend import attend_uncompiled
 from svg.config import MethodConfig
 from svg.engine.state import RunState
 from svg.kernels import QuantizedRows
@@ -101,7 +101,7 @@ class VideoAttnProcessor:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None) -> Tensor:
         backend = dense_backend(self, self.state.config)
-        return attend(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend)
+        return attend_uncompiled(q, k, v, self.state, self.layer, text_mask=text_mask, dense_backend=backend)
 
     def _attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, text: int) -> Tensor:
         if torch.is_grad_enabled() and q.requires_grad:

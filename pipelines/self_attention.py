@@ -95,7 +95,13 @@ SPECS = (
         attention_modules=_of_blocks,
         replaces=("SkyReelsV2AttnProcessor", "SkyReelsV2AttnProcessor2_0"),
         layout=channels_first(),
-        others=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
+        others=(
+            "SkyReelsV2Pipeline",
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
         hub=("Skywork/SkyReels-V2-T2V-14B-720P-Diffusers",),
     ),
     ModelSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,8 +39,7 @@ def _not_compiled(function: F) -> F:
     return hidden
 
 
-@_not_compiled
-def attend(
+def attend_uncompiled(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -48,7 +48,7 @@ def attend(
     text_mask: Tensor | None = None,
     dense_backend: str | None = None,
 ) -> Tensor:
-    """Self-attention of one layer by the state's method, recorded in the state.
+    """Self-attention of one layer by the state's method, recorded in the state; for callers that nothing compiles.
 
     Args:
         q, k, v: float [B, S, H, D], after QK-norm and RoPE; S = layout.total_tokens.
@@ -108,6 +108,9 @@ def attend(
     if state.observer is not None:
         state.observer(ObservedAttention(layer, q, k, v, text_mask, out, plan))
     return out.transpose(1, 2)
+
+
+attend = _not_compiled(attend_uncompiled)
 
 
 @torch.no_grad()
@@ -203,7 +206,7 @@ def _run(
     probe: torch.Generator | None = None,
 ) -> Called:
     """Plan and execute; `quantized`: whether the guard watches."""
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         plan = planner(settings).plan(q, k, v, settings, memory, layout, text_mask)
     if not quantized:
         out, outcome = plan.execute(q, k, v, precision), None

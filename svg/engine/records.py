@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ class Elapsed:
         return self.value
 
 
-@dataclass(frozen=True)
-class AttentionRecord:
+class AttentionRecord(NamedTuple):
     """One attention call; tensors stay on their device until a report reads them.
 
     Args:
@@ -85,7 +84,7 @@ class AttentionRecord:
         timer = None if self.timer is None else Elapsed(self.timer.seconds())
         kind = None if self.kind is None else self.kind.cpu()
         guarded = None if self.guarded is None else self.guarded.cpu()
-        return replace(self, density=self.density.cpu(), kind=kind, guarded=guarded, timer=timer)
+        return self._replace(density=self.density.cpu(), kind=kind, guarded=guarded, timer=timer)
 
     @property
     def seconds(self) -> float | None:

@@ -66,13 +66,15 @@ def add(state: RunState, layer: int, out: Tensor) -> Tensor:
         layer: index of the layer, from 0.
         out: of this call, in the residual's dtype.
     """
+    config = state.scheduled
+    residual: float = getattr(config, "residual", 0.0)
+    if residual == 0:
+        return out
     cache = state.layer(layer).cache
     kept, scale = cache.get(KEY), cache.get(SCALE)
     if kept is None:
         return out
-    config = state.scheduled
     since = state.step - count(config.warmup_steps, state.num_steps) + 1
-    residual: float = getattr(config, "residual", 0.0)
     weight = residual * math.exp(-since / (DECAY * state.num_steps))
     if scale is None:
         return out.add_(kept, alpha=weight)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import fields
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +48,12 @@ METHODS: dict[str, type[MethodConfig]] = {
 
 def planner(config: MethodConfig) -> ModuleType:
     """The module `plan` beside the one that a method's settings are from."""
-    return importlib.import_module(f"{type(config).__module__.rpartition('.')[0]}.plan")
+    return _planner_of(type(config))
+
+
+@cache
+def _planner_of(kind: type[MethodConfig]) -> ModuleType:
+    return importlib.import_module(f"{kind.__module__.rpartition('.')[0]}.plan")
 
 
 def method_flags() -> dict[str, tuple[type, str]]:

@@ -35,7 +35,7 @@ QWEN = embeddings("prompt_embeds_qwen", "negative_prompt_embeds_qwen")
 CLIP = {name: torch.ones(1, 8) for name in ("prompt_embeds_clip", "negative_prompt_embeds_clip")}
 LENGTHS = {name: torch.tensor([0, 7]) for name in ("prompt_cu_seqlens", "negative_prompt_cu_seqlens")}
 
-# transformer -> pipeline around it; arguments of its call; branches of a step
+# transformer, and which of its pipelines -> pipeline around it; arguments of its call; branches of a step
 PIPELINES = {
     "ltx": (
         lambda t: diffusers.LTXPipeline(flow(), None, None, None, t),
@@ -52,6 +52,10 @@ PIPELINES = {
     "skyreels_v2": (
         lambda t: diffusers.SkyReelsV2Pipeline(None, None, t, None, unipc()), {**TEXT, "num_frames": 17}, BOTH,
     ),
+    "skyreels_v2/forcing": (
+        lambda t: diffusers.SkyReelsV2DiffusionForcingPipeline(None, None, t, None, unipc()),
+        {**TEXT, "prompt": None, "num_frames": 17, "base_num_frames": 17}, BOTH,
+    ),
     "kandinsky5": (
         lambda t: diffusers.Kandinsky5T2VPipeline(t, None, None, None, None, None, flow()),
         {**QWEN, **CLIP, **LENGTHS, "num_frames": 9}, ["call 0", "call 1"],
@@ -62,7 +66,7 @@ PIPELINES = {
 def made(name):
     torch.manual_seed(0)
     build, arguments, branches = PIPELINES[name]
-    pipe = build(FAMILIES[name].make().eval())
+    pipe = build(FAMILIES[name.partition("/")[0]].make().eval())
     pipe.set_progress_bar_config(disable=True)
 
     def run(steps=3):
