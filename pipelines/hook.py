@@ -94,7 +94,7 @@ class RunHook(ModelHook):
         config, precision = self.state.config, self.state.config.linear_precision
         names = find_linears(transformer, self.spec, config.linears, self.state.name)
         if config.linears_file is not None and names:
-            precision = read_linears(config.linears_file, self.state.name, precision)[names[0]]
+            precision = next(iter(read_linears(config.linears_file, self.state.name, precision).values()))
         return quantize_linears(transformer, names, precision)
 
     def detach(self, transformer: nn.Module) -> None:

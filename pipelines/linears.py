@@ -285,12 +285,18 @@ def plain_linear(transformer: nn.Module, name: str) -> nn.Linear:
 
 
 def _listed(wanted: list[str], known: list[str], path: str) -> list[str]:
-    if missing := sorted(set(wanted) - set(known)):
+    """Known names that are wanted; what LoRA wraps is known by the name that it had before."""
+    there, wanted = {_unwrapped(name): name for name in known}, [_unwrapped(name) for name in wanted]
+    if missing := sorted(set(wanted) - set(there)):
         raise ValueError(
             f"{path} must be of this model, got {missing[0]}, which is no linear of it that can be in 8 bits: "
             "make it again with `svg adapt-linears`"
         )
-    return [name for name in known if name in set(wanted)]
+    return [there[name] for name in there if name in set(wanted)]
+
+
+def _unwrapped(name: str) -> str:
+    return name.removesuffix(".base_layer")
 
 
 def _in_order(transformer: nn.Module, spec: ModelSpec, paths: list[str]) -> list[str]:
@@ -360,7 +366,7 @@ def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: st
     precision = best_precision(transformer) if precision == "auto" else precision
     groups: dict[str, list[str]] = {}
     for name in names:
-        parent, _, own = name.removesuffix(".base_layer").rpartition(".")
+        parent, _, own = _unwrapped(name).rpartition(".")
         if own in ALIKE:
             groups.setdefault(parent, []).append(name)
     shared = {}

@@ -331,3 +331,19 @@ def test_a_file_is_for_the_precision_that_it_was_measured_in(load, tmp_path):
     assert not quantized(pipe.transformer)
     with pytest.raises(ValueError, match="linears must be a file, got x"):
         svg.accelerate(pipe, DenseConfig(linears="x" * 300 + ".json"))
+
+
+def test_a_file_of_a_model_serves_it_with_a_lora(load, tmp_path):
+    class Wrapped(nn.Module):  # as PEFT wraps a linear
+        def __init__(self, linear):
+            super().__init__()
+            self.base_layer = linear
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    pipe = load("wan")
+    net = pipe.transformer.blocks[0].ffn.net
+    net[2] = Wrapped(net[2])
+    svg.accelerate(pipe, DenseConfig(linears=linears_file(tmp_path / "linears.json", ["native", "int8"])))
+    assert quantized(pipe.transformer) == ["blocks.0.ffn.net.2.base_layer"] and precisions(pipe) == {"int8"}
