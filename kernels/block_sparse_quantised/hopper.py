@@ -111,14 +111,8 @@ if LOADABLE:
         store_ones,
         to_bytes,
     )
-    from ..gluon.ring import new_ring
+    from ..gluon.ring import new_ring, place_of
     from ..gluon.tile_walk import keys_of, tile_of, tokens_of
-
-    @gluon.jit
-    def _place(n, PART: gl.constexpr, STAGES: gl.constexpr):
-        """Where a consumer's n-th stage is, and the parity of its turn."""
-        n = n.to(gl.uint32)  # a sign would cost instructions
-        return PART * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
 
     @gluon.jit
     def _fetch(
@@ -127,7 +121,7 @@ if LOADABLE:
         """Fills a consumer's n-th stage with the keys from first and from second on, of a head that begins at `key`."""
         k_boxes, v_boxes = boxes
         ready, empty = barriers
-        stage, phase = _place(n, PART, STAGES)
+        stage, phase = place_of(n, PART, STAGES)
         bar = ready.index(stage)
         mbarrier.wait(empty.index(stage), phase ^ 1)
         mbarrier.expect(bar, 2 * 128 * v_boxes.shape[1])
@@ -261,7 +255,7 @@ if LOADABLE:
     ):  # fmt: skip
         """One stage, the n-th of this consumer: running output, maximum and sums."""
         ready, empty = barriers
-        stage, phase = _place(n, PART, STAGES)
+        stage, phase = place_of(n, PART, STAGES)
         mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         starts = _starts(tiles, i, total, MASKED)
@@ -301,7 +295,7 @@ if LOADABLE:
         """`_step` of mean keys c ..."""
         column = c + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))  # one a thread: registers are short
         ready, empty = barriers
-        stage, phase = _place(n, PART, STAGES)
+        stage, phase = place_of(n, PART, STAGES)
         mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         scales = _scales_of(k_scale, (c, 64, c + 64, 64), C, True, GROUPS, gl.SliceLayout(0, s_layout))

@@ -20,6 +20,12 @@ if LOADABLE:
         return ready, empty
 
     @gluon.jit
+    def place_of(n, RING: gl.constexpr, STAGES: gl.constexpr):
+        """Where the n-th stage of a ring is, one of several side by side, and the parity of its turn."""
+        n = n.to(gl.uint32)  # a sign would cost instructions
+        return RING * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
+
+    @gluon.jit
     def acquire(empty, n, STAGES: gl.constexpr):
         """A producer waits until its n-th stage is free."""
         mbarrier.wait(empty.index(n % STAGES), (n // STAGES & 1) ^ 1)

@@ -19,6 +19,16 @@ if LOADABLE:
         return row, gl.load(key_counts + row * 2), gl.load(key_counts + row * 2 + 1)
 
     @gluon.jit
+    def tokens_from(first, stop, order, stride, HAS_ORDER: gl.constexpr, layout: gl.constexpr):
+        """Original indices of 64 rows from `first` on, laid out as `layout`, and which of them are before `stop`."""
+        row = first + gl.arange(0, 64, layout)
+        inside = row < stop
+        token = row.to(gl.int64)
+        if HAS_ORDER:
+            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
+        return token, inside
+
+    @gluon.jit
     def tokens_of(tile, FIRST: gl.constexpr, order, stride, HAS_PERMUTATION: gl.constexpr, layout: gl.constexpr):
         """Original indices of 64 rows of a query tile from its FIRST on, laid out as `layout`, and which rows there are."""
         offs_m = FIRST + gl.arange(0, 64, layout)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common import target
+from ..common.launch import LaunchTable
 from ..common.target import tl, triton
 from .reference import cut_granules_reference
 from .values import SIZES, Granules
@@ -91,7 +92,7 @@ def _check(k, v, k_order, size, text, prompt_tokens, only):
 
 
 # arch -> (granules of 16 keys that a program holds, warps). Not measured: chosen by ahead-of-time compile (no spills).
-LAUNCH = {80: (8, 4), 89: (8, 4), 90: (8, 4), 100: (8, 4), 120: (8, 4)}
+LAUNCH = LaunchTable({80: (8, 4), 89: (8, 4), 90: (8, 4), 100: (8, 4), 120: (8, 4)})
 
 
 def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
@@ -109,7 +110,7 @@ def _cut(k, v, k_order, size, text, prompt_tokens, *, gather, only):
     k_mean, v_mean = (torch.empty(B, H, T, D, dtype=k.dtype, **like) for _ in range(2))
     spread, weight = (torch.empty(B, H, T, dtype=torch.float32, **like) for _ in range(2))
     tokens = torch.empty(B, C, dtype=torch.int32, **like)
-    block, num_warps = target.launch_row(LAUNCH, k.device)
+    block, num_warps = LAUNCH.row(k.device)
     with target.on_device(k):
         _cut_kernel[(triton.cdiv(C, block), B * H, 2)](  # keys, then values
             k, v, k_order, text, prompt_tokens, None if only is None else only.contiguous(), keys, values, k_mean, v_mean, spread, weight, tokens,

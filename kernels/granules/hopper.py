@@ -17,13 +17,14 @@ import math
 import torch
 
 from ..common import target
+from ..common.numbers import LN_2
+from ..gluon import LOADABLE
 
-LOADABLE = target.HAS_TRITON and not target.INTERPRETED  # Gluon has no interpreter
 ROWS = 128  # of a query group: two warpgroups of 64
 MAX_REGISTERS = 168  # a thread, for 12 warps; the consumers take 240 each, the producers 24
 
 
-def takes(q: torch.Tensor, granules, lists) -> bool:
+def supports(q: torch.Tensor, granules, lists) -> bool:
     """Whether this kernel computes these inputs: Hopper, 16 bits, head dim up to 128, lists for 128 rows.
 
     Args:
@@ -75,22 +76,18 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only, keys, 
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
+    from ..gluon import (
+        TensorDescriptor,
         fence_async_shared,
+        gl,
+        gluon,
         mbarrier,
         tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    @gluon.jit
-    def _place(n, STAGES: gl.constexpr):
-        """Which buffer the n-th stage is in, and the parity of its turn."""
-        n = n.to(gl.uint32)  # a sign would cost instructions
-        return (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
+    from ..gluon.ring import place_of
+    from ..gluon.tile_walk import tokens_from
 
     @gluon.jit
     def _produce(
@@ -120,7 +117,7 @@ if LOADABLE:
                 for j in gl.static_range(EACH):
                     # Past the end the last granule once more: its scores are masked, its values finite.
                     rows = rows + ((bh * C + gl.load(listed + gl.minimum(i + j, count - 1))) * SIZE,)
-                stage, phase = _place(n, STAGES)
+                stage, phase = place_of(n, 0, STAGES)
                 bar = ready.index(stage)
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 mbarrier.expect(bar, KEYS * PANELS * 128)
@@ -131,7 +128,7 @@ if LOADABLE:
                 n += 1
             if HAS_TAIL:
                 for c in range(0, gl.where(count < C, T, 0), KEYS):
-                    stage, phase = _place(n, STAGES)
+                    stage, phase = place_of(n, 0, STAGES)
                     bar = ready.index(stage)
                     mbarrier.wait(empty.index(stage), phase ^ 1)
                     mbarrier.expect(bar, KEYS * PANELS * 128)
@@ -143,7 +140,7 @@ if LOADABLE:
     @gluon.jit
     def _scores(q, k_stages, barriers, n, KEYS: gl.constexpr, STAGES: gl.constexpr, s_layout: gl.constexpr):
         """Starts Q K^T of stage n."""
-        stage, phase = _place(n, STAGES)
+        stage, phase = place_of(n, 0, STAGES)
         zero = gl.zeros([64, KEYS], gl.float32, s_layout)
         mbarrier.wait(barriers[0].index(stage), phase)
         return warpgroup_mma(q, k_stages.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -216,13 +213,13 @@ if LOADABLE:
     ):  # fmt: skip
         """Q K^T and softmax of stage n under P V of stage n - 1"""
         _, k_empty, v_ready, v_empty = barriers
-        before, phase = _place(n - 1, STAGES)
+        before, phase = place_of(n - 1, 0, STAGES)
         bits = _bits(lists, i, KIND)
         s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
         mbarrier.wait(v_ready.index(before), phase)
         acc = warpgroup_mma(p, v_stages.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
-        mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
+        mbarrier.arrive(k_empty.index(place_of(n, 0, STAGES)[0]), count=1)
         s = _hide(s, i, lists, bits, KIND, SIZE, KEYS, s_layout)
         p_new, alpha, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, log_size if KIND == "tail" else 0.0)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -247,7 +244,7 @@ if LOADABLE:
             # Before the first stage there is no P V.
             s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(_place(n, STAGES)[0]), count=1)
+            mbarrier.arrive(k_empty.index(place_of(n, 0, STAGES)[0]), count=1)
             if HAS_TAIL:
                 if count > 0:
                     s = _hide(s, 0, lists, (0, 0, 0, 0), "partial", SIZE, KEYS, s_layout)
@@ -281,7 +278,7 @@ if LOADABLE:
                         "tail", SIZE, KEYS, STAGES, s_layout, p_layout,
                     )  # fmt: skip
                     n += 1
-            last, phase = _place(n - 1, STAGES)
+            last, phase = place_of(n - 1, 0, STAGES)
             mbarrier.wait(v_ready.index(last), phase)
             acc = warpgroup_mma(p, v_stages.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -303,18 +300,6 @@ if LOADABLE:
             second = gl.load(tokens + gl.load(listed + full + 1))
         ends = (full * SIZE + first, (full + 1) * SIZE + second)
         return count, (full, ends, chosen + t.to(gl.int64) * words, words)
-
-    @gluon.jit
-    def _tokens(
-        first, V, HALF: gl.constexpr, order, stride, HAS_ORDER: gl.constexpr, rows_layout: gl.constexpr
-    ):  # fmt: skip
-        """Original indices of a consumer's rows, and which rows there are."""
-        row = first + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, rows_layout))
-        inside = row < V
-        token = row.to(gl.int64)
-        if HAS_ORDER:
-            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
-        return token, inside
 
     @gluon.jit
     def _consume(
@@ -340,7 +325,7 @@ if LOADABLE:
             bh, first = t // groups, t % groups * 128
             b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
             order = q_order + b * spb + h * sph if HAS_ORDER else q_order
-            token, inside = _tokens(first, V, HALF, order, sps, HAS_ORDER, rows_layout)
+            token, inside = tokens_from(first + HALF * 64, V, order, sps, HAS_ORDER, gl.SliceLayout(1, rows_layout))
             mask = inside[:, None] & (offs_d < D)[None, :]
             q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
             q_shared.store(gl.load(q_ptr, mask=mask, other=0.0))
@@ -354,12 +339,12 @@ if LOADABLE:
             acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, o_layout))[:, None]
             q_shared.store(acc.to(out.dtype.element_ty))  # through shared memory: whole rows to global memory
             # Once more: no registers for it over the loops.
-            inside = _tokens(first, V, HALF, order, sps, False, rows_layout)[1]
+            inside = tokens_from(first + HALF * 64, V, order, sps, False, gl.SliceLayout(1, rows_layout))[1]
             mask = inside[:, None] & (offs_d < D)[None, :]
             out_ptr = out + b * sob + h * soh + token[:, None] * sos + offs_d[None, :]
             gl.store(out_ptr, q_shared.load(rows_layout), mask=mask)
             if HAS_LSE:
-                natural = (m_i + gl.log2(divisor)) * 0.6931471805599453  # ln 2
+                natural = (m_i + gl.log2(divisor)) * LN_2
                 natural = gl.where(l_i == 0, float("-inf"), natural)
                 natural = gl.convert_layout(natural, gl.SliceLayout(1, rows_layout))
                 gl.store(lse + (b * H + h) * S + token, natural, mask=inside)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..common import target
+from ..common.numbers import base2
 from . import hopper, triton
 from .reference import granule_attention_reference
 from .values import ROWS, SIZES, GranuleLists, Granules
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LOG2_E = 1.4426950408889634
 # Keys of a stage and stages of Hopper's kernel, by padded head dim: 128 is measured (docs/lab/near.md), 64 compiled only.
 HOPPER = {64: (128, 3), 128: (128, 2)}
 
@@ -79,18 +79,9 @@ def granule_attention(
             lse.fill_(-torch.inf)
     if lists.counts.numel():
         with target.on_device(q):
-            arguments = (
-                q,
-                granules,
-                lists,
-                out,
-                lse,
-                q_order,
-                sm_scale * LOG2_E,
-                tail,
-                None if only is None else only.contiguous(),
-            )
-            if hopper.takes(q, granules, lists):
+            only = None if only is None else only.contiguous()
+            arguments = (q, granules, lists, out, lse, q_order, base2(sm_scale), tail, only)
+            if hopper.supports(q, granules, lists):
                 hopper.launch(*arguments, *HOPPER[64 if D <= 64 else 128])
             else:
                 triton.launch(*arguments)

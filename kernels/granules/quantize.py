@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import INT8_MAX, INT_AS_FLOAT
 from ..common.target import tl, triton
 from ..quantize.channels import (
     INTERLEAVED,
@@ -33,11 +35,10 @@ from ..quantize.channels import (
 )
 from ..quantize.precision import PRECISIONS, SPARSE_PRECISIONS, find_precision, pv_dtype
 from ..quantize.tokens import check, padded_head_dim
-from .quantized_hopper import takes
+from .quantized_hopper import supports
 from .reference import cut_granules_reference
 from .values import SIZES
 
-INT8_MAX = 127.0
 STAGE = 128  # keys: the means are padded to a multiple of it
 
 
@@ -56,7 +57,7 @@ class QuantizedGranules:
         means: T, the video's granules.
         size: keys a granule.
         acc16: whether sums of v's products stay in fp16's range, and are to be taken in it.
-        interleaved: whether the keys of a block of v lie as Hopper's kernel wants them (`quantize_values.INTERLEAVED`).
+        interleaved: whether the keys of a block of v lie as Hopper's kernel wants them (`channels.INTERLEAVED`).
     """
 
     k: Tensor
@@ -126,7 +127,7 @@ def quantize_granules(
     if kind.fp8:
         target.require_fp8(k.device)
     if interleave is None:
-        interleave = takes(k, kind, size, rows)
+        interleave = supports(k, kind, size, rows)
     op = _quantize if target.use_triton(k) else quantize_granules_reference
     return op(
         k, v, k_order, size=size, text=text, prompt_tokens=prompt_tokens, precision=precision,
@@ -149,7 +150,7 @@ def quantize_granules_reference(
     granules = cut_granules_reference(k, v, k_order, size, text, prompt_tokens)
     stats = statistics_reference(k, v)
     kind = PRECISIONS[precision]
-    k_scale = channel_scales(stats.k_mean, stats.k_low, stats.k_high, INT8_MAX)[0][..., : k.shape[3]].amax(-1)
+    k_scale = channel_scales(stats.k_mean, stats.k_low, stats.k_high, INT8_MAX.value)[0][..., : k.shape[3]].amax(-1)
     v_scale, v_mean = channel_scales(stats.v_mean, stats.v_low, stats.v_high, kind.v_range)
     T, block_d = granules.k_mean.shape[2], v_scale.shape[2]
     inside = torch.arange(size, device=k.device) < granules.tokens[..., None]
@@ -208,17 +209,13 @@ def granule_tokens(V: int, size: int, L: int, prompt_tokens: Tensor | None, B: i
 # arch -> bytes an element -> (slots of a program, a multiple of the largest granule; warps). Not measured: chosen by
 # ahead-of-time compile (no spills, warps a multiprocessor).
 ANY = {2: (64, 4), 4: (64, 8)}
-LAUNCH = {80: ANY, 89: ANY, 90: ANY, 100: ANY, 120: ANY}
+LAUNCH = LaunchTable({80: ANY, 89: ANY, 90: ANY, 100: ANY, 120: ANY})
 
 
 def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave, launch=None):
     B, H, _, D = k.shape
-    V, L, block_d, kind = (
-        k_order.shape[2],
-        0 if text is None else text.shape[1],
-        padded_head_dim(D),
-        PRECISIONS[precision],
-    )
+    V, L = k_order.shape[2], 0 if text is None else text.shape[1]
+    block_d, kind = padded_head_dim(D), PRECISIONS[precision]
     tokens = granule_tokens(V, size, L, prompt_tokens, B, k.device)
     T, C = triton.cdiv(V, size), tokens.shape[1]
     slots, means = C * size, triton.cdiv(T, STAGE) * STAGE
@@ -234,7 +231,7 @@ def _quantize(k, v, k_order, *, size, text, prompt_tokens, precision, interleave
     else:
         values = torch.empty(B, H, slots, D, dtype=pv_dtype(v), device=v.device)
         tail_v = torch.zeros(B, H, means, D, dtype=pv_dtype(v), device=v.device)
-    block, num_warps = launch or target.launch_row(LAUNCH, k.device)[k.element_size()]
+    block, num_warps = launch or LAUNCH.row(k.device, k.element_size())
     with target.on_device(k):
         _quantize_granules_kernel[(triton.cdiv(slots, block), B * H, 2)](  # keys, then values
             k, v, k_order, text, tokens, stats.k_mean, stats.k_low, stats.k_high, stats.v_mean, stats.v_low, stats.v_high,
@@ -281,7 +278,7 @@ def _sums_of(rows, SIZE: tl.constexpr):
 @triton.jit
 def _nearest_bytes(x):
     """x to INT8: what is added leaves the integer in the low bits. NaN gives anything; its scale is NaN."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    return (x + INT_AS_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -304,7 +301,7 @@ def _keys_of(
     real = offs_d < D
     index, inside = _source(slot, order, text, tokens, V, T, C, SIZE, stride_os, stride_l)
     rows = tl.load(k + index[:, None] * stride_s + offs_d[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-    step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, 127.0, True)
+    step, middle = scales_of_channels(centre, low, high, D, BLOCK_D, INT8_MAX, True)
     step = tl.max(tl.where(real, tl.where(step < float("inf"), step, float("inf")), 0.0), 0)  # NaN counts
     step = tl.where(step < float("inf"), step, float("nan"))
     if tl.program_id(0) == 0:

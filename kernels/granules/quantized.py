@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..common import target
+from ..common.numbers import base2
 from ..common.rounded import note_failure_reference, sum_in_fp16
 from ..common.smoothing import unsmoothed_lse, unsmoothed_lse_reference
 from ..quantize.channels import INTERLEAVED
@@ -22,7 +23,6 @@ from . import quantized_triton as plain
 from .quantize import QuantizedGranules
 from .values import ROWS, GranuleLists, Granules
 
-LOG2_E = 1.4426950408889634
 PLACES = tuple(INTERLEAVED.index(i) for i in range(16))  # where the i-th key of an interleaved block is
 
 
@@ -206,7 +206,7 @@ def _launch(q, granules, lists, *, q_order, sm_scale, tail, failed, return_lse, 
         if failed is None or failed.is_contiguous()
         else torch.zeros_like(failed, memory_format=torch.contiguous_format)
     )
-    kernel.launch(q, granules, lists, out, lse, flags, q_order, sm_scale * LOG2_E, tail)
+    kernel.launch(q, granules, lists, out, lse, flags, q_order, base2(sm_scale), tail)
     if failed is not None and flags is not None and flags is not failed:
         failed |= flags
     return out if lse is None else (out, unsmoothed_lse(lse, q, granules.k_mean, sm_scale))

@@ -20,6 +20,7 @@ import math
 import torch
 
 from ..common import target
+from ..common.numbers import INT_AS_FLOAT, LN_2, LOG2_FP8_MAX
 from ..gluon import LOADABLE
 
 ROWS = 64  # of a warpgroup: lists must be for as many at least
@@ -28,7 +29,7 @@ SIZES = (16, 32, 64)  # keys of a granule: V's blocks hold 16
 MAX_REGISTERS = 128  # a thread, for 16 warps; the consumers take 160 each, the producers 24
 
 
-def takes(k: torch.Tensor, kind, size: int, rows: int) -> bool:
+def supports(k: torch.Tensor, kind, size: int, rows: int) -> bool:
     """Whether this kernel attends to keys: Hopper, 16 bits, P V in FP8 with fp32 sums, granules of 16 keys and lists for
     64 rows and more.
 
@@ -89,26 +90,27 @@ def _descriptors(k, v, keys):
 
 
 if LOADABLE:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
+    from ..gluon import (
+        TensorDescriptor,
+        gl,
+        gluon,
         mbarrier,
         tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from ..gluon.mma import (
         by_sixteens,
         in_values_range,
         integer_scores,
         one_column,
         own_sum,
+        rows_to_int8,
         store_ones,
         to_bytes,
     )
+    from ..gluon.ring import new_ring, place_of
+    from ..gluon.tile_walk import tokens_from
 
     @gluon.constexpr_function
     def values_layout(block_d):
@@ -116,12 +118,6 @@ if LOADABLE:
         keys = [[1 << bit, 0] for bit in range(7)]
         channels = [[0, 1 << bit] for bit in range(block_d.bit_length() - 1)]
         return gl.SharedLinearLayout(keys[:4] + channels + keys[4:], [], 1024)
-
-    @gluon.jit
-    def _place(n, PART: gl.constexpr, STAGES: gl.constexpr):
-        """Where a consumer's n-th stage is, and the parity of its turn."""
-        n = n.to(gl.uint32)  # a sign would cost instructions
-        return PART * STAGES + (n % STAGES).to(gl.int32), (n // STAGES & 1).to(gl.int32)
 
     @gluon.jit
     def _list_of(t, lists, sizes):
@@ -149,7 +145,7 @@ if LOADABLE:
         for t in range(gl.program_id(0) * CONSUMERS + PART, count, gl.num_programs(0) * CONSUMERS):
             bh, _, _, entries, _, total = _list_of(t, lists, sizes)
             for i in range(0, total, NUMBER):
-                stage, phase = _place(n, PART, STAGES)
+                stage, phase = place_of(n, PART, STAGES)
                 bar = ready.index(stage)
                 found = ()
                 for j in gl.static_range(NUMBER):
@@ -167,7 +163,7 @@ if LOADABLE:
                 n += 1
             if HAS_TAIL:
                 for c in range(0, T, 128):
-                    stage, phase = _place(n, PART, STAGES)
+                    stage, phase = place_of(n, PART, STAGES)
                     bar = ready.index(stage)
                     mbarrier.wait(empty.index(stage), phase ^ 1)
                     mbarrier.expect(bar, 2 * 128 * BLOCK_D)
@@ -203,10 +199,10 @@ if LOADABLE:
     @gluon.jit
     def _softmax(x, scale, m_i, l_i, BIAS: gl.constexpr, SUM: gl.constexpr):
         """P up to 448, what scales the sums so far, maximum and each thread's sum."""
-        m_new = gl.maximum(m_i, (gl.max(x, 1) - 12582912.0) * scale + BIAS)
+        m_new = gl.maximum(m_i, (gl.max(x, 1) - INT_AS_FLOAT) * scale + BIAS)
         alpha = gl.exp2(m_i - m_new)
         # 448 in P and in l cancels; the largest P then takes FP8's whole range. The constant of the scores' bits goes with it.
-        p = gl.exp2(x * scale[:, None] - (m_new + (scale * 12582912.0 - (8.807354922057604 + BIAS)))[:, None])
+        p = gl.exp2(x * scale[:, None] - (m_new + (scale * INT_AS_FLOAT - (LOG2_FP8_MAX + BIAS)))[:, None])
         if SUM:
             part = own_sum(p)
             l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, part.type.layout))[:, None] + part
@@ -221,7 +217,7 @@ if LOADABLE:
         """One stage, the n-th of this consumer: running output, maximum and sums."""
         entries, tokens, total, words, width = seen
         ready, empty = barriers
-        stage, phase = _place(n, PART, STAGES)
+        stage, phase = place_of(n, PART, STAGES)
         mbarrier.wait(ready.index(stage), phase)
         s = integer_scores(q, k_stages.index(stage), s_layout)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -242,28 +238,6 @@ if LOADABLE:
         t_i = t_i * gl.convert_layout(alpha, gl.SliceLayout(1, t_i.type.layout))[:, None] + one_column(total_p)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None] + part
         return acc, m_i, l_i, t_i
-
-    @gluon.jit
-    def _quantize_rows(rows, q_shared, scale_log2, s_layout: gl.constexpr):
-        """Rows to INT8 in shared memory; their scales, that of scores included."""
-        size = gl.abs(rows)
-        largest = gl.max(gl.where(size < float("inf"), size, float("inf")), 1)
-        largest = gl.where(largest > 1e-30, largest, 1.0)  # quantize.TINY
-        rounded = (rows * (127.0 / largest)[:, None] + 12582912.0) - 12582912.0
-        q_shared.store(gl.where(gl.abs(rounded) < 128, rounded, 0.0).to(gl.int8))
-        fence_async_shared()
-        scale = gl.where(largest < float("inf"), largest / 127.0, float("nan")) * scale_log2
-        return gl.convert_layout(scale, gl.SliceLayout(1, s_layout))
-
-    @gluon.jit
-    def _tokens(first, V, order, stride, HAS_ORDER: gl.constexpr, layout: gl.constexpr):
-        """Original indices of a tile's rows, and which rows there are."""
-        row = first + gl.arange(0, 64, layout)
-        token = row.to(gl.int64)
-        inside = row < V
-        if HAS_ORDER:
-            token = gl.load(order + token * stride, mask=inside, other=0).to(gl.int64)
-        return token, inside
 
     @gluon.jit
     def _consume(
@@ -288,11 +262,11 @@ if LOADABLE:
             b, h = (bh // H).to(gl.int64), (bh % H).to(gl.int64)
             channel = bh.to(gl.int64) * BLOCK_D
             order = q_order + b * spb + h * sph if HAS_ORDER else q_order
-            token, inside = _tokens(first, V, order, sps, HAS_ORDER, gl.SliceLayout(1, rows_layout))
+            token, inside = tokens_from(first, V, order, sps, HAS_ORDER, gl.SliceLayout(1, rows_layout))
             offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, rows_layout))
             q_ptr = q + b * sqb + h * sqh + token[:, None] * sqs + offs_d[None, :]
             found = gl.load(q_ptr, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0).to(gl.float32)
-            scale = _quantize_rows(found, q_shared, scale_log2 * gl.load(k_scale + bh), s_layout)
+            scale = rows_to_int8(found, q_shared, scale_log2 * gl.load(k_scale + bh), s_layout)
 
             acc = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
             m_i = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
@@ -329,13 +303,13 @@ if LOADABLE:
                 acc, v_scale + channel, failed + bh if HAS_FAILED else failed, BLOCK_D, HAS_FAILED, o_layout
             )
             acc += gl.where(some[:, None], gl.load(v_mean + channel + column)[None, :], 0.0)
-            token, inside = _tokens(first, V, order, sps, HAS_ORDER, by_row)
+            token, inside = tokens_from(first, V, order, sps, HAS_ORDER, by_row)
             out_ptr = out + b * sob + h * soh + token[:, None] * sos + column[None, :]
             gl.store(out_ptr, acc.to(out.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
             if HAS_LSE:
                 l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, s_layout))
-                natural = m_i + gl.log2(gl.where(l_row == 0, 1.0, l_row)) - 8.807354922057604
-                natural = gl.where(l_row == 0, float("-inf"), natural * 0.6931471805599453)  # ln 2
+                natural = m_i + gl.log2(gl.where(l_row == 0, 1.0, l_row)) - LOG2_FP8_MAX
+                natural = gl.where(l_row == 0, float("-inf"), natural * LN_2)
                 gl.store(lse + bh.to(gl.int64) * S + token, gl.convert_layout(natural, by_row), mask=inside)
 
     @gluon.jit(do_not_specialize=["count", "V", "S", "C", "T", "means", "groups", "width", "shared"])
@@ -359,14 +333,10 @@ if LOADABLE:
         k_boxes = k_stages._reinterpret(gl.int8, [RINGS * NUMBER, SIZE, BLOCK_D], k_layout)
         v_boxes = v_flat._reinterpret(gl.float8e4nv, [RINGS * NUMBER, BLOCK, 128], flat)
         v_stages = v_flat._reinterpret(gl.float8e4nv, [RINGS, 128, BLOCK_D], values_layout(BLOCK_D))
-        ready = gl.allocate_shared_memory(gl.int64, [RINGS, 1], mbarrier.MBarrierLayout())
-        empty = gl.allocate_shared_memory(gl.int64, [RINGS, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(RINGS):
-            mbarrier.init(ready.index(i), count=1)
-            mbarrier.init(empty.index(i), count=1)
+        barriers = new_ring(RINGS, 1)
         ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8))
         store_ones(ones, 128)
-        descriptors, barriers = (k_desc, v_desc, k_tail, v_tail), (ready, empty)
+        descriptors = (k_desc, v_desc, k_tail, v_tail)
         stages, boxes = (q_stages, k_stages, v_stages, ones), (k_boxes, v_boxes, k_stages, v_flat)
         tensors = (q, k_scale, v_scale, v_mean, out, lse, failed, q_order, tokens)
         lists, sizes = (entries, starts, whole, counts, chosen, schedule), (groups, shared)

@@ -3,6 +3,8 @@
 import math
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import INT8_MAX, LN_2, LOG2_FP8_MAX, TINY
 from ..common.quantised_tile import add_values, finish_rows
 from ..common.target import tl, triton
 from ..quantize.tokens import absmax_of_rows, round_to_int8
@@ -12,7 +14,7 @@ from ..quantize.tokens import absmax_of_rows, round_to_int8
 BLOCK_M = 64
 _SMALL = {(False, 64): (64, 4, 2), (False, 128): (64, 8, 2), (True, 64): (64, 4, 2), (True, 128): (64, 8, 2)}
 _LARGE = {(False, 64): (64, 4, 2), (False, 128): (64, 4, 2), (True, 64): (64, 4, 2), (True, 128): (64, 4, 2)}
-LAUNCH = {80: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
+LAUNCH = LaunchTable({80: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL})
 
 
 def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> None:
@@ -20,7 +22,7 @@ def launch(q, granules, lists, out, lse, failed, q_order, scale_log2, tail) -> N
     B, H, S, D = q.shape
     V = S if q_order is None else q_order.shape[2]
     block_d, fp8 = granules.k.shape[3], granules.fp8
-    block_n, warps, stages = target.launch_row(LAUNCH, q.device)[fp8, block_d]
+    block_n, warps, stages = LAUNCH.row(q.device, fp8, block_d)
     slots, means = granules.k.shape[2], granules.tail_k.shape[2]
     block_m = min(BLOCK_M, lists.rows)
     with target.on_device(q):
@@ -60,7 +62,7 @@ def _attend(
         x = tl.where(inside[None, :], x, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(x, 1) * scale + bias)
     # 448 in P and in l cancels; the largest P then takes FP8's whole range.
-    p = tl.exp2(x * scale[:, None] - (m_new - (8.807354922057604 + bias if FP8 else bias))[:, None])
+    p = tl.exp2(x * scale[:, None] - (m_new - (LOG2_FP8_MAX + bias if FP8 else bias))[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = add_values(p, alpha, acc, _values(v, slot, inside, D, BLOCK_D, FP8), FP8, ACC16)
@@ -87,9 +89,9 @@ def _granules_int8_kernel(
     q_ptr = q + b * stride_qb + h * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
     rows = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32)
     largest = absmax_of_rows(rows)
-    largest = tl.where(largest > 1e-30, largest, 1.0)  # quantize.TINY
-    q_tile = round_to_int8(rows, tl.div_rn(tl.full([BLOCK_M], 127.0, tl.float32), largest)[:, None])
-    scale = tl.where(largest < float("inf"), largest / 127.0, float("nan")) * (scale_log2 * tl.load(k_scale + bh))
+    largest = tl.where(largest > TINY, largest, 1.0)
+    q_tile = round_to_int8(rows, tl.div_rn(tl.full([BLOCK_M], INT8_MAX, tl.float32), largest)[:, None])
+    scale = tl.where(largest < float("inf"), largest / INT8_MAX, float("nan")) * (scale_log2 * tl.load(k_scale + bh))
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -127,6 +129,6 @@ def _granules_int8_kernel(
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
-        total_p = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (8.807354922057604 if FP8 else 0.0)
-        total_p = tl.where(l_i == 0, float("-inf"), total_p * 0.6931471805599453)  # ln 2
+        total_p = m_i + tl.log2(tl.where(l_i == 0, 1.0, l_i)) - (LOG2_FP8_MAX if FP8 else 0.0)
+        total_p = tl.where(l_i == 0, float("-inf"), total_p * LN_2)
         tl.store(lse + bh * S + token, total_p, mask=row < V)

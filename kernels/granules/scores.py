@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from ..common import target
+from ..common.launch import LaunchTable
+from ..common.numbers import base2
 from ..common.target import tl, triton
 from .reference import SPREAD_CAP, granule_scores_reference
 from .values import ROWS, Granules
 
 MAX_HEAD_DIM = 128
 POOLS = (1, 2, 4, 8)
-LOG2_E = 1.4426950408889634
-CAP = SPREAD_CAP * LOG2_E
+CAP = base2(SPREAD_CAP)
 
 
 def granule_scores(
@@ -102,7 +103,7 @@ class Launch(NamedTuple):
 # arch -> element bytes -> Launch. Not measured: chosen by ahead-of-time compile (no spills).
 AMPERE = {2: Launch(128, 64, 8, 2, 64, 64, 4, 2), 4: Launch(64, 16, 8, 2, 64, 32, 8, 2)}
 HOPPER = {2: Launch(128, 64, 8, 3, 128, 64, 8, 3), 4: Launch(64, 16, 8, 2, 64, 32, 8, 2)}
-LAUNCH = {80: AMPERE, 89: AMPERE, 90: HOPPER, 100: HOPPER, 120: AMPERE}
+LAUNCH = LaunchTable({80: AMPERE, 89: AMPERE, 90: HOPPER, 100: HOPPER, 120: AMPERE})
 
 
 def _scores(q, q_order, granules, *, rows, pool, sm_scale, launch=None):
@@ -115,23 +116,23 @@ def _scores(q, q_order, granules, *, rows, pool, sm_scale, launch=None):
     pooled = torch.empty(B, H, P, D, dtype=q.dtype, device=q.device)
     steepness, shift = (torch.empty(B, H, P, dtype=torch.float32, device=q.device) for _ in range(2))
     out = torch.empty(B, H, groups, T, dtype=torch.float32, device=q.device)
-    row = target.launch_row(LAUNCH, q.device)[q.element_size()] if launch is None else launch
+    row = LAUNCH.row(q.device, q.element_size()) if launch is None else launch
     sizes = {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D))}
     precision = "tf32x3" if q.dtype == torch.float32 else None
     columns = max(row.score_queries, pools)
     with target.on_device(q):
         _pool_kernel[(triton.cdiv(P, 32), B * H)](
-            q, q_order, pooled, steepness, H, V, P, sm_scale * sm_scale * LOG2_E, *q.stride()[:3],
+            q, q_order, pooled, steepness, H, V, P, base2(sm_scale * sm_scale), *q.stride()[:3],
             *((0, 0, 1) if q_order is None else q_order.stride()), POOL=pool, BLOCK_P=32, **sizes,
         )  # fmt: skip
         _normalizers_kernel[(triton.cdiv(P, row.queries), B * H)](
-            pooled, granules.k_mean, granules.tokens, shift, H, P, T, C, sm_scale * LOG2_E, granules.size, pools,
+            pooled, granules.k_mean, granules.tokens, shift, H, P, T, C, base2(sm_scale), granules.size, pools,
             BLOCK_P=row.queries, BLOCK_T=row.means, PRECISION=precision, num_warps=row.warps, num_stages=row.stages,
             **sizes,
         )  # fmt: skip
         _scores_kernel[(triton.cdiv(P, columns), B * H)](
             pooled, granules.k_mean, granules.tokens, granules.spread, granules.weight, steepness, shift, out,
-            H, groups, P, T, C, 2 * sm_scale * LOG2_E, granules.size,
+            H, groups, P, T, C, base2(2 * sm_scale), granules.size,
             CAP=CAP, POOLS=pools, BLOCK_P=columns, BLOCK_T=row.score_means, PRECISION=precision,
             num_warps=row.score_warps * (2 if columns > row.score_queries else 1), num_stages=row.score_stages, **sizes,
         )  # fmt: skip

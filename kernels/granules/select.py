@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from ..common import target
+from ..common.launch import LaunchTable
 from ..common.target import tl, triton
 from .reference import select_granules_reference
 from .values import ROWS, SIZES, GranuleLists, OtherHeads, longest_first
 
-MAX_GRANULES = 32768
-KEY_BITS = 24  # of a score that are compared
+MAX_GRANULES, KEY_BITS = 32768, 24  # of a video's keys; of a score that are compared
 
 
 def select_granules(
@@ -150,7 +150,7 @@ def _limits(budget, most, floor, per_head, shape, device, others) -> Limits:
 
 
 # arch -> (bits of a digit, programs of a histogram for each SM). Not measured: chosen by ahead-of-time compile.
-LAUNCH = {80: (6, 16), 89: (6, 16), 90: (6, 16), 100: (6, 16), 120: (6, 16)}
+LAUNCH = LaunchTable({80: (6, 16), 89: (6, 16), 90: (6, 16), 100: (6, 16), 120: (6, 16)})
 
 
 def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, others=None, launch=None):
@@ -163,7 +163,7 @@ def _select(scores, tokens, *, budget, most, floor, size, rows, per_head, others
         )
     scores, tokens = scores.contiguous(), tokens.contiguous()
     limits = _limits(budget, most, floor, per_head, scores.shape, device, others)
-    digit, programs = launch or target.launch_row(LAUNCH, device)
+    digit, programs = launch or LAUNCH.row(device)
     thresholds, members = (H, NG) if per_head else (1, H * NG)
     levels, segments = KEY_BITS // digit, B * thresholds
     histograms = torch.zeros(levels, segments, 1 << digit, dtype=torch.int32, device=device)

@@ -6,34 +6,15 @@ through pointers, whole granules without a mask and the last few with one, then 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from ..common import target
+from ..common.launch import Launch, LaunchTable
+from ..common.numbers import LN_2
 from ..common.target import tl, triton
 
-
-@dataclass(frozen=True)
-class Launch:
-    """How one architecture, dtype width and padded head dim is computed.
-
-    Args:
-        block_m: query rows of a program, a divisor of a row group's.
-        block_n: keys of a step, a multiple of a granule's.
-        num_warps, num_stages: as Triton takes them.
-        measured: whether a GPU chose the row; else it is compiled only: no spills, within shared memory.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    measured: bool = False
-
-
-# arch -> (element bytes, padded head dim) -> row; smaller head dims take the 64 row.
-LAUNCH = {
+# arch -> (element bytes, padded head dim) -> row: query rows of a program, a divisor of a row group's, and keys of a step, a
+# multiple of a granule's. Smaller head dims take the 64 row.
+LAUNCH = LaunchTable({
     80: {(2, 64): Launch(64, 64, 4, 2), (2, 128): Launch(64, 32, 4, 3),
          (4, 64): Launch(32, 64, 8, 1), (4, 128): Launch(16, 64, 8, 1)},
     89: {(2, 64): Launch(64, 64, 4, 2), (2, 128): Launch(64, 64, 8, 2),
@@ -44,7 +25,7 @@ LAUNCH = {
           (4, 64): Launch(32, 64, 8, 1), (4, 128): Launch(16, 64, 8, 1)},
     120: {(2, 64): Launch(64, 64, 4, 2), (2, 128): Launch(64, 64, 8, 2),
           (4, 64): Launch(32, 64, 8, 1), (4, 128): Launch(16, 64, 8, 1)},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only) -> None:
@@ -59,7 +40,7 @@ def launch(q, granules, lists, out, lse, q_order, scale_log2, tail, only) -> Non
     NG, C, T = lists.counts.shape[2], granules.tokens.shape[1], granules.k_mean.shape[2]
     V = S if q_order is None else q_order.shape[2]
     block_d = max(16, triton.next_power_of_2(D))
-    row = target.launch_row(LAUNCH, q.device)[q.element_size(), max(64, block_d)]
+    row = LAUNCH.row(q.device, q.element_size(), max(64, block_d))
     block_m = min(row.block_m, lists.rows)
     num_warps = row.num_warps if block_m == row.block_m else 4  # short groups: less to divide
     parts = lists.rows // block_m
@@ -168,44 +149,12 @@ def _granules_kernel(
     m_i = tl.full([BLOCK_M], -1e30, dtype=tl.float32)  # finite: no difference of infinities
     for i in range(0, unmasked, EACH):
         acc, l_i, m_i = _attend_listed(
-            q_tile,
-            k,
-            v,
-            listed,
-            i,
-            count,
-            tokens,
-            acc,
-            l_i,
-            m_i,
-            scale_log2,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            SIZE,
-            False,
-            PRECISION,
-        )
+            q_tile, k, v, listed, i, count, tokens, acc, l_i, m_i, scale_log2, D, BLOCK_D, BLOCK_N, SIZE, False, PRECISION
+        )  # fmt: skip
     for i in range(unmasked, count, EACH):
         acc, l_i, m_i = _attend_listed(
-            q_tile,
-            k,
-            v,
-            listed,
-            i,
-            count,
-            tokens,
-            acc,
-            l_i,
-            m_i,
-            scale_log2,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            SIZE,
-            True,
-            PRECISION,
-        )
+            q_tile, k, v, listed, i, count, tokens, acc, l_i, m_i, scale_log2, D, BLOCK_D, BLOCK_N, SIZE, True, PRECISION
+        )  # fmt: skip
     if TAIL:
         LOG_SIZE: tl.constexpr = 3 if SIZE == 8 else (4 if SIZE == 16 else (5 if SIZE == 32 else 6))
         if count < C:
@@ -218,5 +167,5 @@ def _granules_kernel(
     out_ptr = out + b * stride_ob + h * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptr, (acc / divisor[:, None]).to(out.dtype.element_ty), mask=mask)
     if lse is not None:
-        natural = (m_i + tl.log2(divisor)) * 0.6931471805599453  # ln 2
+        natural = (m_i + tl.log2(divisor)) * LN_2
         tl.store(lse + bh * S + token, tl.where(l_i == 0, float("-inf"), natural), mask=inside)
