@@ -263,3 +263,12 @@ def test_a_video_that_is_too_short_for_any_budget_is_told_so():
     with pytest.raises(ValueError, match="budget must be 1 at 8 tokens.*use dense attention"):
         exact_share(0.9, NearConfig(**COLD), TokenLayout(1, 2, 4))
     assert exact_share(1.0, NearConfig(**COLD), TokenLayout(1, 2, 4)) == 1.0
+
+
+def test_a_layer_whose_heads_have_one_budget_shares_a_threshold():
+    layout = LAYOUTS[0]
+    one = NearConfig(budget=0.35, rows=64, **COLD)
+    table = dataclasses.replace(one, budget=0.9, head_budget=((0.35, 0.35, 0.35),))
+    apart = dataclasses.replace(one, head_budget=((0.35, 0.35, 0.3501),))
+    outputs = [run(config, layout)[0] for config in (one, table, apart)]
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])

@@ -53,7 +53,8 @@ class NearConfig(GuardedConfig):
             share of their spread, > 0, or None: however far they are.
         precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
             capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
-        head_budget: each head's own budget, [layers][heads], or None; a layer whose heads all have 1 runs dense.
+        head_budget: each head's own budget, [layers][heads], or None; a layer whose heads all have 1 runs dense, and heads of a
+            layer that all have the same share one threshold, as without a table.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
     Source: semantic order from Sparse VideoGen2 (arXiv 2505.18875), means for what is left out and selection by their
@@ -135,6 +136,14 @@ class NearConfig(GuardedConfig):
             return self
         return _scaled(self, *_shares(dense, num_steps), step - dense)
 
+    def of_layer(self, layer: int) -> NearConfig:
+        """The settings of one layer: where its heads have one budget, they share a threshold as without a table.
+
+        Args:
+            layer: index of the layer, from 0.
+        """
+        return self if self.head_budget is None else _of_layer(self, self.head_budget[layer])
+
     def rounded_up(self, layer: int) -> NearConfig:
         """One layer's settings in one step with a coarser budget: those of other steps and layers are often the same.
 
@@ -150,6 +159,12 @@ class NearConfig(GuardedConfig):
         """A budget whose share beyond the means is multiplied."""
         means = 1 / self.granule
         return value if value >= 1 or value <= means else min(1.0, means + (value - means) * factor)
+
+
+@lru_cache(maxsize=256)
+def _of_layer(config: NearConfig, own: tuple[float, ...]) -> NearConfig:
+    one = len(set(own)) == 1
+    return replace(config, budget=own[0], head_budget=None, tuned_for=None) if one else config
 
 
 @lru_cache(maxsize=256)

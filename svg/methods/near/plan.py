@@ -198,6 +198,7 @@ def plan(
     Raises:
         ValueError: the means and the text alone are above the budget.
     """
+    config = config.of_layer(state.layer)
     video, share = layout.video_slice, state.cache.pop(SHARE, None)
     kept, made = reuse.still_good(state, config), None
     stretches = _stretches(q, config, layout, state.peers)
@@ -244,6 +245,7 @@ def steady(
     Returns:
         Settings with a coarser budget, which sizes the lists; None where centroids are drawn first, or drift is measured.
     """
+    config = config.of_layer(state.layer)
     if _of_other_branch(state, config, text_mask) is not None:
         return Steady(config.rounded_up(state.layer))
     names = ("k_centroids", "q_centroids") if config.query_order == "clusters" else ("k_centroids",)
