@@ -1,4 +1,5 @@
 import dataclasses
+from functools import cache
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ def plan_of(maps, index):
     )  # fmt: skip
 
 
+@cache  # heads and densities look at the same maps
 def brute_force_map(layout, kind, width, block_size, prompt):
-    """The token map of svg1.py's docstring, token by token; prompt: bool list of the text tokens."""
+    """The token map of svg1.py's docstring, token by token; prompt: bools of the text tokens."""
     frame, video = layout.tokens_per_frame, layout.video_tokens
 
     def coordinate(token):
@@ -80,7 +82,7 @@ def test_map_is_the_widest_band_within_the_density(layout, density, side, make_m
     plan = make_plan(make_qkv(layout, heads=6), config, layout, mask)
     densities = plan.density()
     for b in range(2):
-        prompt = [] if mask is None else mask[b].tolist()
+        prompt = () if mask is None else tuple(mask[b].tolist())
         for h in range(6):
             kind = plan.kind[b, h].item()
             width = brute_force_width(layout, kind, density, 4, prompt)
@@ -129,7 +131,6 @@ def test_profiled_mask_is_the_executed_mask(layout, make_mask, token_map):
             assert torch.equal(profiled[n, kind], token_map(plan, 0, 0)[layout.video_slice])
 
 
-@pytest.mark.slow
 def test_kind_is_the_brute_force_choice(layout, make_mask, make_qkv, masked_attention):
     mask, qkv = make_mask(layout), make_qkv(layout, heads=8)
     config = SVG1Config(density=0.5, block_size=4, sample_rows=10_000)  # every row
@@ -137,7 +138,7 @@ def test_kind_is_the_brute_force_choice(layout, make_mask, make_qkv, masked_atte
     q, k, v = (x.transpose(1, 2) for x in qkv)
     video = layout.video_slice
     for b in range(2):
-        prompt = [] if mask is None else mask[b].tolist()
+        prompt = () if mask is None else tuple(mask[b].tolist())
         visible = torch.ones(layout.total_tokens, dtype=torch.bool)
         visible[layout.text_slice] = torch.tensor(prompt, dtype=torch.bool)
         for h in range(8):
