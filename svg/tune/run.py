@@ -293,6 +293,7 @@ class Tuner:
     ) -> dict[str, Any]:
         tuned, uniform = (best[name][0] for name in ("tuned", "uniform"))
         at_target = self._at_target({name: trials for name, (_, trials) in best.items()}, equal)
+        costs: Any = [at_target[name] for name in ("tuned", "uniform")]
         winner = self._winner(tuned, uniform)
         tokens, device = tuple(found[0]["tokens"]), found[0]["device"]
         preset = None
@@ -326,9 +327,7 @@ class Tuner:
             "uniform_at_equal_cost": equal,
             "saved": 1 - self._cost(tuned) / self._cost(uniform) if tuned["met"] and uniform["met"] else None,
             "cost_at_target": at_target,
-            "saved_at_equal_quality": None
-            if None in at_target.values()
-            else 1 - at_target["tuned"] / at_target["uniform"],
+            "saved_at_equal_quality": None if None in costs else 1 - costs[0] / costs[1],
             "winner": winner and winner["family"],
             "preset": preset and preset.name,
             "trials": self._trials,

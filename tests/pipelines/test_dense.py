@@ -50,6 +50,6 @@ def test_the_output_depends_on_attention(load, run, name, monkeypatch):
     """Without this, equality above would say nothing."""
     pipe = load(name)
     stock = run(pipe, steps=2)
-    monkeypatch.setattr(processor, "attend", lambda q, k, v, *args, **kwargs: v)
+    monkeypatch.setattr(processor, "attend_uncompiled", lambda q, k, v, *args, **kwargs: v)
     off = run(svg.accelerate(pipe, DenseConfig()), steps=2)
     assert (off - stock).abs().max() > 1e-2
