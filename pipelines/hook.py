@@ -12,12 +12,14 @@ from diffusers.hooks.hooks import BaseState, CacheContext, HookFunctionReference
 from torch import nn
 
 from svg.config import MethodConfig
+from svg.engine.compiler import not_compiled
 from svg.engine.state import RunState, Timer
 
 from .fused_blocks import FusedForward, fuse, unfuse
 from .linear_guard import LinearGuard
 from .linears import all_quantized, find_linears, quantize_linears, restore_linears
 from .linears_file import read_linears
+from .modules import Attention
 from .position import Position, find_step
 from .processor import CHOICES, VideoAttnProcessor, check_parallel
 from .spec import ModelSpec
@@ -44,19 +46,20 @@ class RunHook(ModelHook):
         super().__init__()
         self.spec = spec
         self.state = state
-        self.modules = spec.attention_modules(transformer)
+        self.modules: list[Attention] = spec.attention_modules(transformer)
         self.originals = [attn.processor for attn in self.modules]
         self.processors: list[VideoAttnProcessor] = []
         self.timers: list[Timer] = []
         self.position = Position(pipe)
-        self._contexts = StateManager(BaseState)
+        kept: Any = BaseState  # the class, where Diffusers' annotation has an instance
+        self._contexts = StateManager(kept)
         self.started = 0.0  # host clock at the start of the run
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._made_registry = False
         self._fused: list[FusedForward] = []
         self.linears: list[str] = []  # those in 8 bits
 
-    def attach(self, transformer: nn.Module, linears: list[str] | None = None) -> None:
+    def attach(self, transformer: Any, linears: list[str] | None = None) -> None:
         """Replace the processors and start listening to the transformer's forward.
 
         Args:
@@ -97,7 +100,7 @@ class RunHook(ModelHook):
             precision = next(iter(read_linears(config.linears_file, self.state.name, precision).values()))
         return quantize_linears(transformer, names, precision)
 
-    def detach(self, transformer: nn.Module) -> None:
+    def detach(self, transformer: Any) -> None:
         """Undo `attach`: every module that still has our processor gets its own back, nothing else is left.
 
         What others stored on our processors in the meantime (a backend, a parallel configuration) goes to the originals,
@@ -165,7 +168,7 @@ class RunHook(ModelHook):
         """Seconds spent in the transformer's forwards of the run; waits for the GPU."""
         return sum(timer.seconds() for timer in self.timers)
 
-    @torch.compiler.disable
+    @not_compiled
     def _before(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._check_processors()
         self._check_gradients(transformer)
@@ -181,25 +184,27 @@ class RunHook(ModelHook):
             self.timers = []
             self.started = time.perf_counter()
             self._warn_of_no_warmup()
+        step, num_steps, branch = position.current
         self.state.begin_forward(
-            step=position.step,
-            num_steps=position.num_steps,
-            branch=position.branch,
+            step=step,
+            num_steps=num_steps,
+            branch=branch,
             layout=layout,
             halves=self.spec.guidance_in_batch and position.guided and len(latents) % 2 == 0,
         )
-        self.linear_guard.begin_forward(position.step, position.branch, self.state.in_warm_up)
+        self.linear_guard.begin_forward(step, branch, self.state.in_warm_up)
         self._running = Timer(latents.device)
 
     def _begin_run(self) -> None:
-        by_noise = self.state.config.warms_up_by_noise(self.position.num_steps)
+        _, num_steps, _ = self.position.current
+        by_noise = self.state.config.warms_up_by_noise(num_steps)
         try:
             self.state.begin_run(self.position.noise() if by_noise else None)
         except ValueError:
             self.position.forget()  # nothing has begun
             raise
 
-    @torch.compiler.disable
+    @not_compiled
     def _after(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         self._running.stop()
         self.timers.append(self._running)
@@ -216,7 +221,7 @@ class RunHook(ModelHook):
 
     def _warn_of_no_warmup(self) -> None:
         """A run that starts in the middle of its schedule, as video-to-video does, may start after its warm-up."""
-        config, step, steps = self.state.scheduled, self.position.step, self.position.num_steps
+        config, (step, steps, _) = self.state.scheduled, self.position.current
         layers = range(self.state.num_layers)
         if self.state.config.warmup_noise is not None:
             return
@@ -256,7 +261,7 @@ class RunHook(ModelHook):
         return {key: value for key, value in vars(self).items() if key != "_running"} | {"timers": [], "started": 0.0}
 
 
-def _put(attn: nn.Module, processor: Any) -> None:
+def _put(attn: Attention, processor: Any) -> None:
     """Give a module a processor; MochiAttention has no method for it."""
     if hasattr(attn, "set_processor"):
         attn.set_processor(processor)

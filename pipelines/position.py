@@ -108,6 +108,14 @@ class Position:
         self._latents = weakref.ref(latents)
         return new
 
+    @property
+    def current(self) -> tuple[int, int, str]:
+        """Step, number of steps and branch of the forward that `enter` was last called for."""
+        assert self.step is not None and self.num_steps is not None and self.branch is not None, (
+            "no forward was entered"
+        )
+        return self.step, self.num_steps, self.branch
+
     def noise(self) -> list[float] | None:
         """Share of noise in the latents of every step of the run, or None where nothing tells it."""
         return noise_of(self._scheduler) if self._told_noise is None else list(self._told_noise)

@@ -15,10 +15,12 @@ from torch.overrides import _get_current_function_mode_stack
 
 from svg.attend import attend_uncompiled
 from svg.config import MethodConfig
+from svg.engine.compiler import not_compiled
 from svg.engine.state import RunState
 from svg.kernels import QuantizedRows
 from svg.kernels.elementwise import MAX_WIDTH, norm_rope
 
+from .modules import Attention
 from .parallel import Ulysses, ulysses_group
 
 # What Diffusers sets on every processor that declares it.
@@ -67,7 +69,7 @@ class VideoAttnProcessor:
         """Whether this rank has a stretch of the video's tokens only."""
         return self._parallel_config is not None
 
-    @torch.compiler.disable  # here, and not further in: every frame between a block and this one breaks with it
+    @not_compiled  # here, and not further in: every frame between a block and this one breaks with it
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None = None, text: int = 0) -> Tensor:
         """Run the shared attention for this layer, and take what q has beside the video into the forward's layout.
 
@@ -245,7 +247,7 @@ def refuse_mask(attention_mask: Tensor | None, family: str) -> None:
         )
 
 
-def project_qkv(attn: nn.Module, hidden_states: Tensor | QuantizedRows, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attn: Attention, hidden_states: Tensor | QuantizedRows, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Project to queries, keys and values through the module's own layers, so that LoRA and offloading see the call.
 
     Args:
@@ -283,11 +285,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def is_readable(norm: nn.Module | None, x: Tensor) -> bool:
     """Whether a kernel can do a norm's work on x: one it knows, with its weight where x is, as not all offloading has it."""
-    known = isinstance(norm, (nn.LayerNorm, nn.RMSNorm, RMSNorm)) and x.shape[-1] <= MAX_WIDTH
-    return known and (norm.weight is None or norm.weight.device == x.device)
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm, RMSNorm)) or x.shape[-1] > MAX_WIDTH:
+        return False
+    return norm.weight is None or norm.weight.device == x.device
 
 
-def norm_and_rotate(x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
+def norm_and_rotate(x: Tensor, norm: Any, cos: Tensor, sin: Tensor, first: int = 0) -> Tensor:
     """QK-norm and RoPE in one kernel.
 
     Args:

@@ -170,8 +170,9 @@ def _planned(
         target.refuse_gradients(f"{config.method} attention", q, k, v)
     memory = state.layer(layer)
     memory.match(q.shape, layout, q.device, memory.halves)
-    quantized = precision != "native" and isinstance(config, GuardedConfig) and config.guard
-    probe = state.probe_generator(layer, config.probe_every) if quantized else None
+    guard = config if precision != "native" and isinstance(config, GuardedConfig) and config.guard else None
+    quantized = guard is not None
+    probe = None if guard is None else state.probe_generator(layer, guard.probe_every)
     steady = None
     if probe is None and state.observer is None and state.peers is None and is_launch_bound(q, config.cuda_graphs):
         find = getattr(planner(settings), "steady", None)

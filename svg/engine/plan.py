@@ -16,15 +16,17 @@ from .repair import probe_rows, repair
 
 
 class CallPlan(Protocol):
-    """What `svg.attend` asks of a method's plan: a `Plan` where it is a block map, else a class of the method's own.
+    """What `svg.attend` asks of a method's plan: a `Plan` where it is a block map, else a class of the method's own."""
 
-    Args:
-        kind: int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
-        reused: whether an earlier call made it.
-    """
+    @property
+    def kind(self) -> Tensor | None:
+        """int8 [B, H], 0 spatial and 1 temporal, or None for methods without head kinds."""
+        ...
 
-    kind: Tensor | None
-    reused: bool
+    @property
+    def reused(self) -> bool:
+        """Whether an earlier call made it."""
+        ...
 
     def density(self) -> Tensor:
         """Computed share of what dense attention computes, float32 [B, H]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from ..text import prompt_first
 from .config import NearConfig
 from .orders import token_orders
 
+Share = TypeVar("Share", float, Tensor)
 PROBE_ROWS = 64
 SHARE = "share"  # of the granules that this call lists, on the device
 PER_GROUP = ("starts", "whole", "counts", "chosen")  # of a row group, in its lists
@@ -299,17 +300,17 @@ def _select(
             share, most = share[heads], 1.0
         return select_granules(scores, granules.tokens, budget=share, per_head=per_head, most=most, **options)
     if own is None:
-        share = exact_share(config.budget, config, found.layout)
+        number = exact_share(config.budget, config, found.layout)
         others = None if state.peers is None else state.peers.part(stretch, len(found.stretches))
-        return select_granules(scores, granules.tokens, budget=share, others=others, **options)
+        return select_granules(scores, granules.tokens, budget=number, others=others, **options)
     budgets = state.head_budgets(config, q.device)
     assert isinstance(budgets, Tensor), "a layer with budgets of its own has one a head"
     shares = exact_share(budgets[heads], config, found.layout)
-    most = float(torch.as_tensor(exact_share(torch.tensor(own[heads]), config, found.layout)).mean())
+    most = float(exact_share(torch.tensor(own[heads]), config, found.layout).mean())
     return select_granules(scores, granules.tokens, budget=shares, per_head=True, most=min(1.0, most + 1e-4), **options)
 
 
-def exact_share(budget: float | Tensor, config: NearConfig, layout: TokenLayout) -> float | Tensor:
+def exact_share(budget: Share, config: NearConfig, layout: TokenLayout) -> Share:
     """Share of the video's granules that a row group may list so that everything computed stays within the budget.
 
     Args:
