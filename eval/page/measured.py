@@ -62,15 +62,19 @@ def load_tune(tune, folder):
 
     Returns:
         dict: title (of the page), target, unit, steps, saved, saved_at_equal_quality, winner, preset, trials, rows (of
-        the result's table), budgets and curves of the heads.
+        the result's table), unit_of_budgets ("head" or "layer"), budgets and curves of these.
 
     Raises:
         ValueError: another format version.
     """
     _check(tune, "tune.json", "svg-tune")
     config, field = (tune["tuned"].get("config") or {}), _head_field(tune["method"])
+    # Heads that share their layer's budget have one curve.
+    units = len(tune["density"][0])
+    budgets = config.get(field) and [row[:units] for row in config[field]]
+    unit = "layer" if tune.get("budgets", "heads") != "heads" else "head"
     names = {
-        "tuned": "Budgets per layer and head" if config.get(field) else "One budget and fewer dense steps",
+        "tuned": f"Budgets per {unit}" if budgets else "One budget and fewer dense steps",
         "uniform": "One budget for all, at the target",
         "uniform_at_equal_cost": "One budget for all, at equal cost",
     }
@@ -88,7 +92,8 @@ def load_tune(tune, folder):
         "prompts": {key: len(value) for key, value in tune["prompts"].items()},
         "rows": [{"name": text, **_trial(tune[key])} for key, text in names.items() if (tune[key] or {}).get("label")],
         "trials": [_trial(trial) for trial in tune["trials"]],
-        "budgets": config.get(field),
+        "unit_of_budgets": unit,
+        "budgets": budgets,
         "loss": weighted,
         "command": tune["command"],
     }

@@ -155,7 +155,7 @@ function measuredWords() {
   const words = [];
   if (DATA.tune)
     words.push(
-      ["Tuned", "each layer and head has a budget of its own; the prompts of this page were not used to find them."],
+      ["Tuned", "each head, or each layer, has a budget of its own; the prompts of this page were not used to find them."],
       ["Uniform", "one budget for all heads, searched in the same way on the same videos."],
     );
   if (DATA.recorded)

@@ -1,5 +1,5 @@
 "use strict";
-// What `svg tune` found: the result beside one budget for all heads, every head's budget, and its curve.
+// What `svg tune` found: the result beside one budget for all heads, every head's or layer's budget, and its curve.
 
 const TARGETS = {
   min_psnr: (value) => `PSNR of at least ${value} dB`,
@@ -14,7 +14,7 @@ function tuneSection() {
   const videos = tune.prompts["held-out"];
   const prompts = `${videos} ${videos === 1 ? "prompt" : "prompts"} that ${videos === 1 ? "was" : "were"} not used to find budgets`;
   const lead = `Target: ${TARGETS[tune.target.kind](tune.target.value)} in ${over} over ${prompts}.`;
-  return section("tune", "Budgets for every head", lead, verdict(tune), trialTable(tune), headBudgets(tune), headCurves(tune));
+  return section("tune", `Budgets for every ${tune.unit_of_budgets}`, lead, verdict(tune), trialTable(tune), headBudgets(tune), headCurves(tune));
 }
 
 function verdict(tune) {
@@ -54,21 +54,21 @@ function trialTable({ rows, steps }) {
   return el("div", { class: "scroller", tabindex: 0, role: "region", "aria-label": "Tuned and uniform budgets" }, table);
 }
 
-// One picture: layers to the right, heads downwards.
-function headBudgets({ budgets, budget, levels, density, loss }) {
+// One picture: layers to the right, heads downwards, or a row of layers whose heads share a budget.
+function headBudgets({ budgets, budget, levels, density, loss, unit_of_budgets: unit }) {
   if (!budgets) return null;
   const layers = budgets.map((_, layer) => layer);
   const map = { steps: layers, layers: [0], heads: budgets[0].length };
   const bytes = budgets.flat().map((value) => Math.round(value * 254));
   return heatmap(map, bytes, {
     id: "budgets",
-    title: `${budget} of every head: layers to the right, heads downwards`,
+    title: `${budget} of every ${unit}: layers to the right${unit === "head" ? ", heads downwards" : ""}`,
     stops: DENSITY_STOPS,
     low: "little",
     high: "1: dense",
     hint: "Point at a square, or focus the picture and use the arrow keys.",
     panelName: () => "",
-    place: ({ step, head }) => `Layer ${step}, head ${head}`,
+    place: ({ step, head }) => `Layer ${step}${unit === "head" ? `, head ${head}` : ""}`,
     word: (_, { step, head }) => {
       const level = levels.indexOf(budgets[step][head]);
       const computed = level < 0 ? "" : `, density ${format(density[step][head][level], 3)}`;
@@ -78,22 +78,22 @@ function headBudgets({ budgets, budget, levels, density, loss }) {
   });
 }
 
-// Weighted error against density, a line a head, on a logarithmic scale; a dot where the head was put.
-function headCurves({ loss, density, budgets, levels }) {
+// Weighted error against density, a line a head or layer, on a logarithmic scale; a dot where it was put.
+function headCurves(tune) {
   const figure = el("figure", { id: "curves" });
   const draw = () => {
     const width = Math.min(figure.clientWidth || 900, 900);
-    figure.replaceChildren(curvePlot(loss, density, budgets, levels, width));
+    figure.replaceChildren(curvePlot(tune, width));
   };
   new ResizeObserver(draw).observe(figure);
   draw();
   return figure;
 }
 
-function curvePlot(loss, density, budgets, levels, width) {
+function curvePlot({ loss, density, budgets, levels, unit_of_budgets: unit }, width) {
   const box = { left: 58, right: width - 14, top: 34, bottom: 290 };
   const known = loss.flat(2).filter((number) => number > 0);
-  if (!known.length) return el("p", { class: "empty" }, "No head loses anything at any level.");
+  if (!known.length) return el("p", { class: "empty" }, `No ${unit} loses anything at any level.`);
   const top = Math.max(...known);
   const floor = Math.max(Math.min(...known), top * 1e-6);
   const bounds = [Math.floor(Math.log10(floor)), Math.ceil(Math.log10(top))];
@@ -106,7 +106,7 @@ function curvePlot(loss, density, budgets, levels, width) {
   const lines = loss.flatMap((heads, layer) =>
     heads.map((errors, head) => {
       const points = errors.map((_, level) => place(layer, head, level)).slice(0, -1);
-      const title = svg("title", {}, `layer ${layer}, head ${head}`);
+      const title = svg("title", {}, `layer ${layer}${unit === "head" ? `, head ${head}` : ""}`);
       return svg("path", { class: "head-curve", d: `M${points.map((point) => point.join(" ")).join("L")}` }, title);
     }),
   );
@@ -127,9 +127,9 @@ function curvePlot(loss, density, budgets, levels, width) {
       height: 340,
       viewBox: `0 0 ${width} 340`,
       role: "img",
-      "aria-label": `Weighted error against density of ${lines.length} heads; a dot is where a head was put`,
+      "aria-label": `Weighted error against density of ${lines.length} ${unit}s; a dot is where a ${unit} was put`,
     },
-    svg("text", { class: "title", x: 0, y: 14 }, "Weighted error; a dot is a head's budget"),
+    svg("text", { class: "title", x: 0, y: 14 }, `Weighted error; a dot is a ${unit}'s budget`),
     axisX(mapX, ticks(0, 1, width < 420 ? 4 : 6), { ...box, label: "Density" }),
     axisY(
       mapY,

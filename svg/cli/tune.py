@@ -56,8 +56,9 @@ _HELD_OUT = (
 @click.option("--tune-steps", type=Numbers(int), help="Steps to measure, from 0 [default: three of the sparse ones].")
 @click.option("--probe", type=click.Choice(("heads", "layers", "none")), default="layers", show_default=True,
               help="Whose effect on the prediction to measure: a forward each, for every measured step and branch.")  # fmt: skip
-@click.option("--budgets", type=click.Choice(("heads", "one")), default="heads", show_default=True,
-              help="A budget for every layer and head, or one for all, of which only the dense steps are tuned.")  # fmt: skip
+@click.option("--budgets", type=click.Choice(("heads", "layers", "one")),
+              help="Whose: of each head, of each layer, or one for all, of which only the dense steps are tuned "
+              "[default: layers for near, else heads].")  # fmt: skip
 @click.option("--keep-warmup", is_flag=True, help="Keep the dense steps as they are, instead of trying fewer.")
 @click.option(
     "--keep-refresh", is_flag=True, help="Keep refresh as it is, instead of trying 2, 4 and 8 where that saves time."
@@ -65,10 +66,10 @@ _HELD_OUT = (
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
 def tune(**options: Any) -> int:
-    """Find budgets for every layer and head that reach a target, and write them as a preset.
+    """Find budgets for every layer or head that reach a target, and write them as a preset.
 
-    Measures what each head loses at which density, spends where the error per cost is largest, searches the target on
-    videos, verifies it on held-out prompts, and compares with one budget for all heads. The same command goes on after
+    Measures what each layer or head loses at which density, spends where the error per cost is largest, searches the target on
+    videos, verifies it on held-out prompts, and compares with one budget for all. The same command goes on after
     a kill. Exit code 1 if the target was not reached.
 
     \b
@@ -144,7 +145,7 @@ def _plan(options: dict[str, Any]) -> Any:
         probe=options["probe"],
         rounds=options["rounds"],
         control=not options["no_control"],
-        budgets=options["budgets"],
+        budgets=options["budgets"] or job.config.tuned_by,
         keep_warmup=options["keep_warmup"],
         keep_refresh=options["keep_refresh"],
     )

@@ -73,11 +73,13 @@ class MethodConfig:
     )
     # The setting that decides how much is computed, and the field that holds each head's own; None: there is none.
     # A method that has both can be tuned: at which levels of the budget heads are measured, ascending, the last one 1
-    # (all of the map), and from which of them on single heads are tried, far enough from dense to be seen above rounding.
+    # (all of the map), and from which of them on single heads are tried, far enough from dense to be seen above rounding;
+    # and whose budgets are tuned where nothing is said: "heads", or "layers" where a layer shares its own out to its heads.
     budget_field: ClassVar[str | None] = None
     head_field: ClassVar[str | None] = None
     levels: ClassVar[tuple[float, ...]] = ()
     probed_level: ClassVar[float] = 0.0
+    tuned_by: ClassVar[str] = "heads"
 
     warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
     warmup_noise: float | None = setting(
@@ -189,6 +191,11 @@ class MethodConfig:
         """
         table = getattr(self, self.head_field) if self.head_field else None
         return None if table is None else table[layer]
+
+    @property
+    def always_computed(self) -> float:
+        """The part of a budget that is spent whatever it is."""
+        return 0.0
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer's budgets ask for all of its map, which dense attention computes without planning."""

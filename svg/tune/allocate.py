@@ -1,11 +1,12 @@
-"""Spends a budget where the error per cost is largest: the optimum of a Lagrangian over the heads' curves.
+"""Spends a budget where the error per cost is largest: the optimum of a Lagrangian over the curves of heads or layers.
 
-    minimise  sum_lh weight_lh * error_lh(x_lh)   subject to   cost <= budget
-    cost = sum over layers of: dense                                    where every head has the last level
-                               plan + per_density * sum_h density_lh    otherwise
+    minimise  sum_lu weight_lu * error_lu(x_lu)   subject to   cost <= budget
+    cost = sum over layers of: dense                                    where every unit has the last level
+                               plan + per_density * sum_u density_lu    otherwise
 
-At a price of cost every head chooses for itself and every layer between its heads' choices and dense attention; what
-comes out is the least error at its own cost (Everett 1963). Heads whose next level still fits take what is left.
+A unit is a head, or a layer. At a price of cost every unit chooses for itself and every layer between its units' choices
+and dense attention; what comes out is the least error at its own cost (Everett 1963). Units whose next level still fits
+take what is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .curves import Curves
+from .curves import Curves, typical
 
 _BISECTIONS = 60
 
@@ -26,7 +27,7 @@ class Cost:
 
     Args:
         plan: of a sparse call, whatever it computes.
-        per_density: of one head at density 1.
+        per_density: of one unit, a head or a layer, at density 1.
         dense: of a dense call.
         unit: "seconds" or "density".
         kept: what is left of `plan` where a call takes an earlier one's map; None: not known.
@@ -44,7 +45,7 @@ class Cost:
         return replace(self, plan=self.kept + (self.plan - self.kept) / refresh)
 
     def of_layers(self, density: np.ndarray) -> np.ndarray:
-        """Cost of each layer, [L], at densities [L, H]; a layer at density 1 in every head runs dense."""
+        """Cost of each layer, [L], at densities [L, U]; a layer at density 1 in every unit runs dense."""
         sparse = self.plan + self.per_density * density.sum(1)
         return np.where((density == 1).all(1), self.dense, sparse)
 
@@ -54,24 +55,26 @@ class Problem:
     """Curves in one currency of error, and what things cost.
 
     Args:
-        curves: of the heads.
-        weight: float64 [L, H], how much a head's error matters.
+        curves: of heads or layers.
+        weight: float64 [L, U], how much a unit's error matters.
         cost: of a call.
         free: bool [L], layers that may be sparse at all; the others run dense.
+        allowed: bool [n], levels that may be chosen; None: all. Dense attention may be where it is no dearer.
     """
 
     curves: Curves
     weight: np.ndarray
     cost: Cost
     free: np.ndarray
+    allowed: np.ndarray | None = None
 
     @property
     def error(self) -> np.ndarray:
-        """Weighted error float64 [L, H, n]."""
+        """Weighted error float64 [L, U, n]."""
         return self.curves.error * self.weight[:, :, None]
 
     def total(self, choice: np.ndarray) -> tuple[float, float]:
-        """Cost as a share of dense attention in every layer, and weighted error, of a choice int64 [L, H]."""
+        """Cost as a share of dense attention in every layer, and weighted error, of a choice int64 [L, U]."""
         density, error = (_pick(x, choice) for x in (self.curves.density, self.error))
         # The last level is dense by definition, also where a lower one happens to compute everything.
         density = np.where(choice == len(self.curves.levels) - 1, 1.0, np.minimum(density, 1 - 1e-9))
@@ -80,23 +83,25 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A level for every head.
+    """A level for every unit.
 
     Args:
-        choice: int64 [L, H], index into the levels.
+        choice: int64 [L, U], index into the levels.
         levels: the levels.
         cost: share of what dense attention in every layer costs.
         error: weighted.
+        heads: of a unit.
     """
 
     choice: np.ndarray
     levels: tuple[float, ...]
     cost: float
     error: float
+    heads: int = 1
 
     def table(self) -> tuple[tuple[float, ...], ...]:
         """Budgets [layers][heads], as a config takes them."""
-        return tuple(tuple(self.levels[index] for index in row) for row in self.choice)
+        return tuple(tuple(self.levels[index] for index in np.repeat(row, self.heads)) for row in self.choice)
 
 
 def at_price(problem: Problem, price: float) -> Allocation:
@@ -112,11 +117,16 @@ def at_price(problem: Problem, price: float) -> Allocation:
     Source: Everett, Generalized Lagrange Multiplier Method (Operations Research 11, 1963), theorem 1.
     """
     cost, curves = problem.cost, problem.curves
-    score = problem.error + price * cost.per_density * curves.density  # [L, H, n]
+    score = problem.error + price * cost.per_density * curves.density  # [L, U, n]
+    if problem.allowed is not None:
+        score = np.where(problem.allowed, score, np.inf)
     choice = score.argmin(-1)
     sparse = price * cost.plan + score.min(-1).sum(1)
     # An error of exactly nothing at price 0 is worth any cost: a tie then goes to the sparse side.
-    dense = ~problem.free | (price * cost.dense < sparse) | (choice == len(curves.levels) - 1).all(1)
+    better = price * cost.dense < sparse
+    if problem.allowed is not None and not problem.allowed[-1]:
+        better = cost.dense <= cost.of_layers(_pick(curves.density, choice))
+    dense = ~problem.free | better | (choice == len(curves.levels) - 1).all(1)
     choice[dense] = len(curves.levels) - 1
     return _allocation(problem, choice)
 
@@ -148,8 +158,25 @@ def within(problem: Problem, budget: float) -> Allocation:
     return _fill(problem, found, budget)
 
 
+def bounded(problem: Problem, budget: float, always: float, factor: float) -> Problem:
+    """The same problem with levels near the one that all units could have at that cost.
+
+    Curves of a few prompts exaggerate how much units differ: what a table may do is bounded.
+
+    Args:
+        problem: curves, weights and costs.
+        budget: cost, as a share of dense attention in every layer.
+        always: the part of a level that is spent whatever it is.
+        factor: >= 1, by how much the rest of a level may differ from that of one for all.
+    """
+    rest = uniform_value(problem, budget) - always
+    levels = np.array(problem.curves.levels) - always
+    allowed = (levels * factor >= rest) & (levels <= rest * factor)
+    return replace(problem, allowed=allowed)
+
+
 def uniform_cost(problem: Problem, value: float) -> float:
-    """What one value for all heads costs, as a share of dense attention in every layer, read off the curves."""
+    """What one value for all units costs, as a share of dense attention in every layer, read off the curves."""
     levels = problem.curves.levels
     density = np.apply_along_axis(lambda row: np.interp(value, levels, row), -1, problem.curves.density)
     density = np.minimum(density, 1 - 1e-9)
@@ -158,7 +185,7 @@ def uniform_cost(problem: Problem, value: float) -> float:
 
 
 def uniform_value(problem: Problem, cost: float) -> float:
-    """The value for all heads that costs so much; the lowest or highest level where none does."""
+    """The value for all units that costs so much; the lowest or highest level where none does."""
     low, high = problem.curves.levels[0], problem.curves.levels[-1]
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -201,16 +228,16 @@ def fit_cost(rows: list[dict[str, Any]], dense_seconds: list[float], on_gpu: boo
 
 
 def weights_of(curves: Curves, effects: list[dict[str, Any]], probe: float | None) -> np.ndarray:
-    """How much a head's error matters: the change of the model's prediction for each unit of it.
+    """How much the error of a head or layer matters: the change of the model's prediction for each unit of it.
 
     Args:
-        curves: of the heads.
+        curves: of heads or layers.
         effects: of `svg.tune.calibrate`: {"layer", "heads", "effect"} each, effect being the squared relative change of
             the prediction when these heads alone are at the probed level.
         probe: that level, or None without effects.
 
     Returns:
-        float64 [L, H]; 1 everywhere without effects.
+        float64 [L, U]; 1 everywhere without effects. Of layers it is the geometric mean of the effects, as of the errors.
     """
     weight = np.ones(curves.error.shape[:2])
     if not effects:
@@ -218,15 +245,16 @@ def weights_of(curves: Curves, effects: list[dict[str, Any]], probe: float | Non
     level = curves.levels.index(probe)
     weight[:] = np.nan
     for layer, heads in {(row["layer"], tuple(row["heads"])) for row in effects}:
-        own = [row["effect"] for row in effects if (row["layer"], tuple(row["heads"])) == (layer, heads)]
-        lost = curves.error[layer, list(heads), level].sum()
+        own = np.array([row["effect"] for row in effects if (row["layer"], tuple(row["heads"])) == (layer, heads)])
+        units = sorted({head // curves.heads for head in heads})
+        lost = curves.error[layer, units, level].sum()
         if lost > 0:
-            weight[layer, list(heads)] = np.mean(own) / lost
+            weight[layer, units] = (own.mean() if curves.heads == 1 else typical(own)) / lost
     return np.where(np.isnan(weight), np.nanmean(weight), weight)
 
 
 def _fill(problem: Problem, found: Allocation, budget: float) -> Allocation:
-    """Spend what is left, one head at a time, where a unit of cost removes most error."""
+    """Spend what is left, one unit at a time, where a unit of cost removes most error."""
     curves, whole = problem.curves, len(problem.curves) * problem.cost.dense
     error, blocked = problem.error, np.zeros(found.choice.shape, dtype=bool)
     while True:
@@ -235,22 +263,24 @@ def _fill(problem: Problem, found: Allocation, budget: float) -> Allocation:
         spent = spent * problem.cost.per_density / whole
         gained = _pick(error, found.choice) - _pick(error, after)
         fits = (gained > 0) & (found.cost + spent <= budget) & ~blocked & problem.free[:, None]
+        if problem.allowed is not None:
+            fits &= problem.allowed[after]
         if not fits.any():
             return found
         rate = np.where(fits, gained / np.maximum(spent, 1e-12), -1.0)
-        head = np.unravel_index(rate.argmax(), rate.shape)
+        unit = np.unravel_index(rate.argmax(), rate.shape)
         choice = found.choice.copy()
-        choice[head] = after[head]
+        choice[unit] = after[unit]
         there = _allocation(problem, choice)
         if there.cost > budget:  # its layer would become dense
-            blocked[head] = True
+            blocked[unit] = True
         else:
             found = there
 
 
 def _allocation(problem: Problem, choice: np.ndarray) -> Allocation:
     cost, error = problem.total(choice)
-    return Allocation(choice, problem.curves.levels, cost, error)
+    return Allocation(choice, problem.curves.levels, cost, error, problem.curves.heads)
 
 
 def _pick(values: np.ndarray, choice: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from ..config import DenseConfig, MethodConfig
 from ..engine.records import ObservedAttention
 from ..engine.state import RunState, device_name
 from ..recordings.record import RecordedCall
-from .curves import Handed, bare, measure_call, probed_level
+from .curves import Handed, bare, measure_call, probed_level, row_of
 
 PROBES = ("heads", "layers", "none")
 
@@ -28,6 +28,7 @@ def calibrate(
     steps: list[int],
     probe: str,
     on_step: Callable[[StepProgress], None],
+    budgets: str = "heads",
 ) -> dict[str, Any]:
     """Run a pipeline dense and measure every layer in chosen steps, both branches.
 
@@ -40,6 +41,7 @@ def calibrate(
         probe: whose effect on the prediction to measure: "heads" (a forward for each head, layer, step and branch),
             "layers" (for each layer, step and branch) or "none".
         on_step: told about every step.
+        budgets: whose budgets are measured: "heads", or "layers" and "one", where a layer's is one.
 
     Returns:
         dict that json takes: rows (of `measure_call`), effects (of `_Probe`), dense_seconds, num_layers, heads, tokens
@@ -60,9 +62,9 @@ def calibrate(
             raise ValueError("transformers must have the same layers to share per-head budgets: tune them apart")
         for name, transformer in transformers_of(pipe).items():
             state = states[name]
-            state.observer = _Observer(state, config, levels, steps, rows)
+            state.observer = _Observer(state, config, levels, steps, budgets, rows)
             if probe != "none":
-                effect = _Probe(state, config, levels, steps, probe, effects)
+                effect = _Probe(state, config, levels, steps, probe, budgets, effects)
                 handles.append(transformer.register_forward_hook(effect, with_kwargs=True))
         generate(pipe, request, on_step)
         state = next(state for state in states.values() if state.records)
@@ -91,10 +93,11 @@ class _Observer:
         config: MethodConfig,
         levels: tuple[float, ...],
         steps: list[int],
+        budgets: str,
         rows: list[dict[str, Any]],
     ):
         self._state, self._config, self._levels = state, config, levels
-        self._steps, self._rows, self._handed = set(steps), rows, Handed()
+        self._steps, self._budgets, self._rows, self._handed = set(steps), budgets, rows, Handed()
 
     def __call__(self, seen: ObservedAttention) -> None:
         state = self._state
@@ -102,7 +105,7 @@ class _Observer:
             return
         call = RecordedCall.of(state, seen.layer)
         tensors = (seen.q, seen.k, seen.v, seen.text_mask)
-        self._rows.append(measure_call(call, *tensors, self._config, self._levels, self._handed))
+        self._rows.append(measure_call(call, *tensors, self._config, self._levels, self._handed, self._budgets))
 
 
 class _Probe:
@@ -119,9 +122,11 @@ class _Probe:
         levels: tuple[float, ...],
         steps: list[int],
         probe: str,
+        budgets: str,
         effects: list[dict[str, Any]],
     ):
-        self._state, self._steps, self._probe, self._effects = state, set(steps), probe, effects
+        self._state, self._steps, self._effects = state, set(steps), effects
+        self._probe, self._budgets = probe, budgets
         self._config, self._level = bare(config), probed_level(config, levels)
         self._fixed = [is_fixed(config, layer, state.num_layers) for layer in range(state.num_layers)]
 
@@ -154,9 +159,10 @@ class _Probe:
         return [(layer, [head]) for layer in layers for head in heads]
 
     def _alone(self, layer: int, heads: list[int]) -> MethodConfig:
-        table = [[1.0] * self._state.records[-1].density.shape[1] for _ in self._fixed]
-        for head in heads:
-            table[layer][head] = self._level
+        count = self._state.records[-1].density.shape[1]
+        table = [[1.0] * count for _ in self._fixed]
+        for head, level in zip(heads, row_of(self._level, len(heads), self._budgets)):
+            table[layer][head] = level
         return dataclasses.replace(self._config, **{str(self._config.head_field): table})
 
 

@@ -1,8 +1,9 @@
-"""Every head's error against its density: measured call by call on q, k, v, averaged into curves."""
+"""Error against density of every head or layer: measured call by call on q, k, v, averaged into curves."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from ..recordings.record import RecordedCall
 from ..recordings.sweep import dense_rows
 
 BUSY_CYCLES = 8_000_000  # about 4 ms: more than the host takes to queue a call
-MEASURED = 3  # how: what a journal has of another number is measured again
+MEASURED = 4  # how: what a journal has of another number is measured again
+LEAST_ERROR = 1e-12  # in averages of logarithms: what rounding leaves
 HANDED_BYTES = 4 << 30  # of what a step's first branch hands on, all layers and levels together
 # Settings of a whole run, of which one call knows nothing, and what they are in it.
 _OF_A_RUN = {
@@ -36,19 +38,23 @@ _OF_A_RUN = {
 
 @dataclass(frozen=True)
 class Curves:
-    """What every head loses and computes at every level, means over the measured calls.
+    """What every unit loses and computes at every level, means over the measured calls.
+
+    A unit is a head, or a whole layer (U = 1) whose heads share a budget.
 
     Args:
         levels: values of the method's budget, ascending, the last one 1.
-        error: float64 [L, H, n], squared error of the head's output / squared output of its layer; 0 at the last level.
-        density: float64 [L, H, n]; 1 at the last level.
+        error: float64 [L, U, n], squared error of the unit's output / squared output of its layer; 0 at the last level.
+        density: float64 [L, U, n]; 1 at the last level.
         measured: bool [L], layers that were measured; the others' errors are 0.
+        heads: of a unit.
     """
 
     levels: tuple[float, ...]
     error: np.ndarray
     density: np.ndarray
     measured: np.ndarray
+    heads: int = 1
 
     def __len__(self) -> int:
         return len(self.error)  # layers
@@ -92,6 +98,7 @@ def measure_call(
     config: MethodConfig,
     levels: tuple,
     handed: Handed | None = None,
+    budgets: str = "heads",
 ) -> dict[str, Any]:
     """Measure one call at every level but the last.
 
@@ -104,6 +111,7 @@ def measure_call(
         config: the method's settings; its warm-up and per-head budgets play no part.
         levels: values of the method's budget, the last one 1.
         handed: what branches of a step leave to each other; None: every call is measured by itself.
+        budgets: "heads" where each head spends a budget of its own, else the layer's is one.
 
     Returns:
         step, layer, branch, transformer; density and error [n - 1][H] as in Curves; seconds [n - 1] of the call, where
@@ -119,8 +127,7 @@ def measure_call(
     settings = state.config
 
     def spend(level: float) -> None:
-        """Budgets of heads, which may be spent otherwise than one that all heads share."""
-        table = ((level,) * q.shape[1],) * call.num_layers
+        table = (row_of(level, q.shape[1], budgets),) * call.num_layers
         state.config = dataclasses.replace(settings, **{str(config.head_field): table})
 
     spend(levels[0])
@@ -161,26 +168,50 @@ def measure_call(
     return {"step": call.step, "layer": call.layer, "branch": call.branch, "transformer": call.transformer, **rows}
 
 
-def curves_of(rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers: int) -> Curves:
+def curves_of(
+    rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers: int, budgets: str = "heads"
+) -> Curves:
     """Average measured calls.
 
     Args:
         rows: of `measure_call`, all at the same levels.
         levels: these levels.
         num_layers: L.
+        budgets: "heads" for curves of heads, else of layers; how the calls were measured.
 
     Returns:
-        The curves.
+        The curves. A layer's error is the geometric mean of its calls', so that no single prompt or step decides.
     """
     heads = len(rows[0]["error"][0])
-    error, density = np.zeros((num_layers, heads, len(levels))), np.ones((num_layers, heads, len(levels)))
+    units = heads if budgets == "heads" else 1
+    error, density = np.zeros((num_layers, units, len(levels))), np.ones((num_layers, units, len(levels)))
     measured = np.zeros(num_layers, dtype=bool)
     for layer in sorted({row["layer"] for row in rows}):
         own = [row for row in rows if row["layer"] == layer]
-        error[layer, :, :-1] = np.mean([row["error"] for row in own], 0).T
-        density[layer, :, :-1] = np.mean([row["density"] for row in own], 0).T
+        lost, spent = (np.array([row[name] for row in own]) for name in ("error", "density"))  # [calls, n - 1, H]
+        if budgets != "heads":
+            lost, spent = typical(lost.sum(-1, keepdims=True))[None], spent.mean(-1, keepdims=True)
+        error[layer, :, :-1], density[layer, :, :-1] = lost.mean(0).T, spent.mean(0).T
         measured[layer] = True
-    return Curves(tuple(levels), error, density, measured)
+    return Curves(tuple(levels), error, density, measured, heads // units)
+
+
+def typical(errors: np.ndarray) -> np.ndarray:
+    """Geometric mean over the first dimension, of errors that may be 0."""
+    return np.exp(np.log(np.maximum(errors, LEAST_ERROR)).mean(0))
+
+
+def row_of(level: float, heads: int, budgets: str) -> tuple[float, ...]:
+    """A layer's row of a table of budgets.
+
+    Args:
+        level: of all heads.
+        heads: H.
+        budgets: "heads": each head spends its own. Equal ones a method may spend together, as one, so that the last is
+            the next number below; else they are equal.
+    """
+    last = math.nextafter(level, 0.0) if budgets == "heads" and level < 1 else level
+    return (level,) * (heads - 1) + (last,)
 
 
 def probed_level(config: MethodConfig, levels: tuple[float, ...]) -> float:

@@ -1,4 +1,4 @@
-"""Lines of settings from little to all: one budget for all heads, or each head its own, at a number of dense steps."""
+"""Lines of settings from little to all: one budget for all, or one of each head or layer, at a number of dense steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from ..config import MethodConfig
 from ..config.base import count
-from .allocate import Problem, uniform_cost, uniform_value, within
+from .allocate import Allocation, Problem, bounded, uniform_cost, uniform_value, within
+
+_FACTOR = 3.0  # by how much a layer's budget may differ from one for all
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ def refreshes_to_try(problem: Problem, config: MethodConfig, steps: Steps) -> li
     return [calls for calls in (2, 4, 8) if calls <= steps.total - steps.dense]
 
 
-def heads_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
-    """Per-head budgets after a number of dense steps.
+def table_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
+    """Budgets of heads or layers after a number of dense steps.
 
     Args:
         problem: curves, weights and costs.
@@ -103,14 +105,19 @@ def heads_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:
     """
     config = _after(config, steps)
 
+    def spend(share: float) -> Allocation:
+        if problem.curves.heads == 1:
+            return within(problem, share)
+        return within(bounded(problem, share, config.always_computed, _FACTOR), share)
+
     def at(cost: float) -> MethodConfig:
-        return dataclasses.replace(config, **{str(config.head_field): within(problem, steps.share(cost)).table()})
+        return dataclasses.replace(config, **{str(config.head_field): spend(steps.share(cost)).table()})
 
     return Line(
         "tuned",
         steps.dense,
         at,
-        (steps.whole(within(problem, 0.0).cost), 1.0),
+        (steps.whole(spend(0.0).cost), 1.0),
         steps.whole(0.0),
         getattr(config, "refresh", None),
     )

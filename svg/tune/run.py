@@ -1,4 +1,4 @@
-"""`svg tune`: measure heads, spend a budget on them, search for the target on videos, verify on videos never seen."""
+"""`svg tune`: measure heads or layers, spend a budget on them, search for the target on videos, verify on videos never seen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
 from .curves import MEASURED, curves_of, probed_level
 from .levels import levels_for
-from .lines import Line, Steps, dense_steps, dense_steps_to_try, heads_line, one_budget_line, refreshes_to_try, sharing
+from .lines import Line, Steps, dense_steps, dense_steps_to_try, one_budget_line, refreshes_to_try, sharing, table_line
 from .preset import write_preset
 from .reach import Reach, Trial, cost_at
 from .search import Target
@@ -56,12 +56,14 @@ class Plan:
         probe: "heads", "layers" or "none", see `svg.tune.calibrate`.
         rounds: settings of each family, and number of dense steps, that are tried on videos in one search.
         control: whether held-out videos get a control.
-        budgets: "heads" for budgets of their own, or "one" for all heads, of which only the dense steps are tuned.
-        keep_warmup: whether the config's dense steps stay as they are; else fewer are tried with per-head budgets.
+        budgets: "heads" for one of each head, "layers" of each layer, or "one" for all, of which only the dense steps
+            are tuned.
+        keep_warmup: whether the config's dense steps stay as they are; else fewer are tried.
         keep_refresh: whether `refresh` stays as it is; else more calls that share a map are tried.
 
     Raises:
-        ValueError: prompts missing or in both sets, a step out of range, or nothing that could be sparse.
+        ValueError: prompts missing or in both sets, a step out of range, nothing that could be sparse, or a probe of heads
+            whose budgets are not their own.
     """
 
     job: Job
@@ -99,6 +101,10 @@ class Plan:
         if not set(self.measured_steps) <= set(self.sparse_steps):
             raise ValueError(
                 f"--tune-steps must be among the sparse steps, {self.sparse_steps[0]} to {total - 1}, got {self.steps}"
+            )
+        if self.probe == "heads" and self.budgets != "heads":
+            raise ValueError(
+                f"--probe must be layers or none with --budgets {self.budgets}, got heads: or take --budgets heads"
             )
         if getattr(config, "tuned_for", None) is not None or getattr(config, str(config.head_field)) is not None:
             raise ValueError(
@@ -182,17 +188,18 @@ class Tuner:
         return result
 
     def _calibrations(self) -> list[dict[str, Any]]:
-        """What heads lose on every prompt, measured or read from the journal."""
+        """What heads or layers lose on every prompt, measured or read from the journal."""
         journal, plan, found = Journal(self._out / "curves", VERSION), self._plan, []
         with journal.locked():
             records, notes = journal.read()
             self._notes += notes
-            options = {"levels": self._levels, "steps": plan.measured_steps, "probe": plan.probe}
+            whose = "heads" if plan.budgets == "heads" else "layers"  # one for all is spent by layers, too
+            options = {"levels": self._levels, "steps": plan.measured_steps, "probe": plan.probe, "budgets": whose}
             cells = [cell for cell in self._search.dense if cell.generation["seed"] == plan.seeds[0]]
             for number, cell in enumerate(cells, 1):
                 name = _digest({**options, "cell": cell.id, "method": self._config.to_dict(), "measured": MEASURED})
                 if name not in records:
-                    self._display.stage(f"measuring heads on prompt {number} of {len(cells)}")
+                    self._display.stage(f"measuring {whose} on prompt {number} of {len(cells)}")
                     record = to_json(self._worker().calibrate(cell, self._config, **options))
                     journal.write(name, record, [])
                     records[name] = record
@@ -202,8 +209,9 @@ class Tuner:
     def _problem(self, found: list[dict[str, Any]]) -> Problem:
         rows, effects, dense = ([x for one in found for x in one[key]] for key in ("rows", "effects", "dense_seconds"))
         num_layers = found[0]["num_layers"]
-        curves = curves_of(rows, self._levels, num_layers)
+        curves = curves_of(rows, self._levels, num_layers, self._plan.budgets)
         cost, notes = fit_cost(rows, dense, self._on_gpu)
+        cost = dataclasses.replace(cost, per_density=cost.per_density * curves.heads)
         self._notes += notes
         free = np.array([not is_fixed(self._config, layer, num_layers) for layer in range(num_layers)])
         return Problem(curves, weights_of(curves, effects, probed_level(self._config, self._levels)), cost, free)
@@ -224,9 +232,9 @@ class Tuner:
         config = self._config
         if refresh is not None and refresh != getattr(config, "refresh", None):
             problem, config = sharing(problem, config, refresh)
-        if self._plan.budgets == "heads":
-            return heads_line(problem, config, steps)
-        return one_budget_line(problem, config, steps, "tuned")
+        if self._plan.budgets == "one":
+            return one_budget_line(problem, config, steps, "tuned")
+        return table_line(problem, config, steps)
 
     def _searched(self, line: Line, spent: float) -> Trial:
         return self._try(self._search, line, spent)
@@ -311,6 +319,7 @@ class Tuner:
             "versions": versions(),
             "target": dataclasses.asdict(self._plan.target),
             "method": self._config.to_dict(),
+            "budgets": self._plan.budgets,
             "model": {"name": self._plan.job.model, "fingerprint": self._place["mark"]},
             "tokens": tokens,
             "device": device,
@@ -368,10 +377,13 @@ class Tuner:
 
     def _source(self, winner: dict[str, Any]) -> str:
         steps, total = dense_steps(winner["dense_steps"]), self._plan.job.request.steps
+        budgets = "one budget"
+        if winner["config"].get(str(self._config.head_field)) is not None:
+            budgets = f"budgets of {self._plan.budgets}"
         shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
         return (
             f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on {len(self._plan.held_out)} "
-            f"held-out prompts at density {winner['density']:.3f}, {winner['family']} budgets after {steps} of {total}{shared}. "
+            f"held-out prompts at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "
             f"{self._command}"
         )
 

@@ -11,6 +11,7 @@ from svg.tune.allocate import (
     Cost,
     Problem,
     at_price,
+    bounded,
     fit_cost,
     uniform_cost,
     uniform_value,
@@ -18,7 +19,7 @@ from svg.tune.allocate import (
     within,
 )
 from svg.tune.curves import Curves
-from svg.tune.lines import Steps, heads_line, refreshes_to_try, sharing
+from svg.tune.lines import Steps, refreshes_to_try, sharing, table_line
 
 LEVELS = (0.3, 0.6, 0.9, 1.0)
 BY_DENSITY = Cost(plan=0.0, per_density=1.0, dense=2.0, unit="density")
@@ -114,6 +115,54 @@ def test_never_worse_than_one_budget_for_all():
             assert within(given, cost).error <= error + 1e-12
 
 
+def layers_problem(rng, cost=BY_DENSITY, heads=3):
+    """Curves of layers, errors of which differ by more than what is bounded."""
+    levels = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
+    density = np.broadcast_to(np.array(levels), (5, 1, 7)).copy()
+    error = 10.0 ** np.arange(-3, 2)[:, None, None] * (1 - density) / density
+    return Problem(Curves(levels, error, density, np.ones(5, bool), heads), np.ones((5, 1)), cost, np.ones(5, bool))
+
+
+def test_layers_are_units():
+    given = layers_problem(np.random.default_rng(0), Cost(0.0, 3.0, 3.0, "density"))
+    found = within(given, 0.4)
+    table = np.array(found.table())
+    assert table.shape == (5, 3) and (table == table[:, :1]).all() and (np.diff(table[:, 0]) >= 0).all()
+    assert np.ptp(table) > 0.3 and found.cost == pytest.approx(table.mean()) and found.cost <= 0.4
+
+
+@pytest.mark.parametrize("budget", [0.12, 0.2, 0.3, 0.6])
+def test_a_table_stays_near_one_for_all(budget):
+    """Beyond what is always computed, a level is within the factor of the one that costs as much."""
+    given = layers_problem(np.random.default_rng(0), Cost(0.0, 3.0, 3.0, "density"))
+    found = within(bounded(given, budget, 0.05, 2.0), budget)
+    table, rest = np.array(found.table()), budget - 0.05
+    assert found.cost <= budget and (table - 0.05 >= rest / 2 - 1e-9).all() and (table - 0.05 <= rest * 2 + 1e-9).all()
+    free = within(given, budget)
+    assert free.error <= found.error <= given.total(np.full((5, 1), np.searchsorted(given.curves.levels, budget) - 1))[1]
+
+
+def test_bounded_tables_are_dense_where_that_is_no_dearer():
+    dear = Cost(plan=2.9, per_density=3.0, dense=3.0, unit="seconds")
+    given = layers_problem(np.random.default_rng(0), dear)
+    assert (within(bounded(given, 0.1, 0.05, 2.0), 0.1).choice == 6).all()
+
+
+def test_a_line_of_layers_is_bounded():
+    given = layers_problem(np.random.default_rng(0), Cost(0.0, 3.0, 3.0, "density"))
+    line = table_line(given, NearConfig(granule=32), Steps(total=10, dense=2))
+    table = np.array(line.config(0.2 + 0.8 * 0.2).head_budget) - 1 / 32
+    assert table.shape == (5, 3) and 1 < table.max() / table.min() <= 9
+    assert table.max() <= 3 * (0.2 - 1 / 32) and line.bounds[0] == pytest.approx(0.2 + 0.8 * 0.1)
+
+
+def test_weights_of_layers():
+    error = np.array([[[0.2, 0.1, 0.0]], [[0.3, 0.2, 0.0]]])
+    curves = Curves((0.3, 0.6, 1.0), error, np.ones((2, 1, 3)), np.ones(2, bool), heads=2)
+    effects = [{"layer": 0, "heads": [0, 1], "effect": e} for e in (0.01, 1.0)]
+    assert weights_of(curves, effects, 0.6) == pytest.approx(np.array([[1.0], [1.0]]))  # the other gets the mean
+
+
 def rows(plan, per_density, branch="cond", calls=4):
     for _ in range(calls):
         density = [[share, share + 0.1] for share in (0.1, 0.3, 0.6)]
@@ -154,8 +203,8 @@ def test_more_calls_share_only_where_that_saves_time():
     assert refreshes_to_try(given, NearConfig(refresh=2), steps) == refreshes_to_try(given, SVG1Config(), steps) == []
     cheaper, config = sharing(given, NearConfig(), 4)
     assert (cheaper.cost.plan, config.refresh) == (pytest.approx(0.2), 4)
-    assert heads_line(cheaper, config, steps).bounds[0] < heads_line(given, NearConfig(), steps).bounds[0]
-    assert str(heads_line(cheaper, config, steps)) == "2 dense steps, refresh 4"
+    assert table_line(cheaper, config, steps).bounds[0] < table_line(given, NearConfig(), steps).bounds[0]
+    assert str(table_line(cheaper, config, steps)) == "2 dense steps, refresh 4"
 
 
 def test_weights_are_effect_for_each_unit_of_error():

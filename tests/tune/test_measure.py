@@ -16,7 +16,7 @@ from svg.recordings.record import RecordedCall
 from svg.tune import curves
 from svg.tune.allocate import Cost, Problem, uniform_cost, within
 from svg.tune.calibrate import calibrate
-from svg.tune.curves import Handed, curves_of, measure_call
+from svg.tune.curves import Handed, curves_of, measure_call, row_of, typical
 
 LAYOUT = TokenLayout(4, 6, 8)
 SVG1 = SVG1Config(block_size=4, sample_rows=192)  # every row: kinds are the same in every call
@@ -70,22 +70,23 @@ NEAR = NearConfig(granule=8, rows=16, cluster_tokens=16, query_cluster_tokens=32
 NEAR_LEVELS = (0.3, 0.5, 1.0)
 
 
-def branches(handed):
+def branches(handed, budgets="heads"):
     """The rows of two guidance branches of a step, whose queries and keys differ."""
     return [
-        measure_call(dataclasses.replace(call(0), branch=branch), *heads(seed), None, NEAR, NEAR_LEVELS, handed)
+        measure_call(dataclasses.replace(call(0), branch=branch), *heads(seed), None, NEAR, NEAR_LEVELS, handed, budgets)
         for seed, branch in enumerate(("cond", "uncond"))
     ]
 
 
-def test_branches_share_what_they_share_in_a_run():
-    rows = branches(Handed())
+@pytest.mark.parametrize("budgets", ["heads", "layers"])
+def test_branches_share_what_they_share_in_a_run(budgets):
+    rows = branches(Handed(), budgets)
     for index, level in enumerate(NEAR_LEVELS[:-1]):
         own = dataclasses.replace(NEAR, warmup_steps=0.0, warmup_layers=0.0, early=0.0)
         state = RunState(own, 3)
         for step in (1, 2):  # the second one begins from clusters, as measured
             for seed, row in enumerate(rows):
-                state.config = dataclasses.replace(own, head_budget=[[level] * 4] * 3)
+                state.config = dataclasses.replace(own, head_budget=[row_of(level, 4, budgets)] * 3)
                 state.begin_forward(step, 4, row["branch"], LAYOUT)
                 q, k, v = heads(seed)
                 out = attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0).transpose(1, 2)
@@ -95,7 +96,7 @@ def test_branches_share_what_they_share_in_a_run():
                     assert row["error"][index] == pytest.approx(lost.tolist(), rel=0.02)
                     assert row["density"][index] == pytest.approx(state.records[-1].density.mean(0).tolist())
     assert rows[0]["density"] == rows[1]["density"]
-    alone = branches(None)
+    alone = branches(None, budgets)
     assert alone[0]["error"] == rows[0]["error"] and np.sum(alone[1]["error"]) < np.sum(rows[1]["error"])
 
 
@@ -133,10 +134,26 @@ def test_heads_are_measured_with_budgets_of_their_own():
     q, k, v = heads(0)
     row = measure_call(call(0), q, k, v, None, NEAR, NEAR_LEVELS)
     assert np.ptp(row["density"], axis=1).max() < 0.02
-    state = RunState(dataclasses.replace(NEAR, warmup_steps=0.0, warmup_layers=0.0, budget=0.5), 3)
-    state.begin_forward(1, 4, "cond", LAYOUT)
-    attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0)
+    own = dataclasses.replace(NEAR, warmup_steps=0.0, warmup_layers=0.0, early=0.0, budget=0.5)
+    state = RunState(own, 3)
+    for step in (1, 2):  # the second one begins from clusters, as measured
+        state.begin_forward(step, 4, "cond", LAYOUT)
+        attend(*(x.transpose(1, 2) for x in (q, k, v)), state, 0)
     assert np.ptp(state.records[-1].density.numpy()) > 0.05
+    layers = measure_call(call(0), q, k, v, None, NEAR, NEAR_LEVELS, budgets="layers")
+    assert layers["density"][1] == pytest.approx(state.records[-1].density.mean(0).tolist())
+
+
+def test_curves_of_layers():
+    """Errors of heads are added up; no single call that loses much decides."""
+    calls = [[[0.01, 0.03], [0.0, 0.0]], [[0.5, 0.5], [0.1, 0.1]]]  # [levels][heads]
+    rows = [{"layer": 1, "error": error, "density": [[0.1, 0.3], [0.4, 0.4]]} for error in calls]
+    curves = curves_of(rows, NEAR_LEVELS, 2, "layers")
+    assert curves.error.shape == (2, 1, 3) and curves.heads == 2 and curves.measured.tolist() == [False, True]
+    assert curves.error[1, 0] == pytest.approx([0.2, (1e-12 * 0.2) ** 0.5, 0.0])
+    assert curves.density[1, 0] == pytest.approx([0.2, 0.4, 1.0])
+    assert curves_of(rows, NEAR_LEVELS, 2).error[1, :, 0] == pytest.approx([0.255, 0.265])
+    assert typical(np.array([0.0, 0.0])) > 0
 
 
 def losses(config, layers):

@@ -67,7 +67,7 @@ def test_dense_steps_belong_to_the_search(undisturbed):
     assert {t["dense_steps"] for t in found["trials"] if t["family"] == "uniform"} == {1} and found["steps"] == 3
     assert {t["dense_steps"] for t in found["trials"] if t["family"] == "tuned"} == {1, 0}
     dense = found["tuned"]["dense_steps"]
-    assert found["winner"] == "tuned" and f"budgets after {dense} dense step" in load_preset(out / "tuned.yaml").source
+    assert found["winner"] == "tuned" and f"budgets of heads after {dense} dense step" in load_preset(out / "tuned.yaml").source
     config = load_preset(out / "tuned.yaml").config("svg2")
     assert [config.is_warmup(step, 3, 2, 3) for step in range(3)] == [step < dense for step in range(3)]
     for trial in found["trials"]:  # what is predicted counts dense steps, as what is measured does

@@ -66,6 +66,7 @@ class NearConfig(GuardedConfig):
     head_field: ClassVar[str | None] = "head_budget"
     levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
     probed_level: ClassVar[float] = 0.1  # near what long videos end with
+    tuned_by: ClassVar[str] = "layers"  # one threshold gives each head what it needs in this very call
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
     early: float = 0.5
@@ -110,6 +111,11 @@ class NearConfig(GuardedConfig):
             )
         check_max_drift(self)
         check_head_table(self)
+
+    @property
+    def always_computed(self) -> float:
+        """The means' share."""
+        return 1 / self.granule
 
     def for_branches_apart(self) -> NearConfig:
         """These settings where each guidance branch runs in a process of its own, and chooses for itself."""
