@@ -316,7 +316,7 @@ def _linears_and_gpus() -> Iterator[Case]:
         yield Case("gpus", (*base, f"--gpus={value}"), ("gpus",), value)
     for words in (("--split", "x"), ("--split", "branches"), ("--split", "branches", "--gpus", "3"),
                   ("--split", "branches", "--gpus", "2", "--guidance", "1"), ("--gpus", "2", "--device", "cuda:0"),
-                  ("--split", "branches", "--gpus", "2", "--guidance", "nan"), ("--split", "x", "--gpus", "2")):  # fmt: skip
-        yield Case("gpus", (*base, *words), ("split", "device"), words[-1])
+                  ("--split", "branches", "--gpus", "2", "--guidance", "nan"), ("--gpus", "2", "--split", "x")):  # fmt: skip
+        yield Case("gpus", (*base, *words), ("split", "device", "guidance"), words[-1])
     for value in ("nan", "0", "-1", "inf", "x", ""):
         yield Case("numbers", (*BASES["adapt-linears"], f"--max-error={value}"), ("max-error", "max_error"), value)
