@@ -168,9 +168,7 @@ def measure_call(
     return {"step": call.step, "layer": call.layer, "branch": call.branch, "transformer": call.transformer, **rows}
 
 
-def curves_of(
-    rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers: int, budgets: str = "heads"
-) -> Curves:
+def curves_of(rows: list[dict[str, Any]], levels: tuple[float, ...], num_layers: int, budgets: str = "heads") -> Curves:
     """Average measured calls.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from svg.pipelines.model_files import locate_model, read_rules
 
@@ -21,12 +22,18 @@ def levels_for(job: Job) -> tuple[float, ...]:
         The method's levels without those that are too low for so short a video, the last one 1.
 
     Raises:
-        ValueError: warm-up keeps every layer dense, or no level fits the size.
+        ValueError: warm-up keeps every layer dense, the video is shorter than `min_tokens`, or no level fits the size.
     """
     rules, config = read_rules(locate_model(job.model), job.revision), job.config
     layers = rules.layers()
     if layers is not None and all(is_fixed(config, layer, layers) for layer in range(layers)):
         raise ValueError(f"warmup_layers must leave a layer of {layers} sparse, got {config.warmup_layers}: lower it")
+    tokens = math.prod(rules.tokens(job.request))
+    if tokens < config.min_tokens:
+        raise ValueError(
+            f"min_tokens must be at most the video's {tokens:,} tokens, got {config.min_tokens:,}: all its attention is "
+            f"dense, and there is nothing to tune; lower it, or take a larger video"
+        )
 
     def check(level: float) -> None:
         at_level = dataclasses.replace(config, warmup_steps=0.0, **{str(config.budget_field): level})

@@ -139,7 +139,9 @@ def test_a_table_stays_near_one_for_all(budget):
     table, rest = np.array(found.table()), budget - 0.05
     assert found.cost <= budget and (table - 0.05 >= rest / 2 - 1e-9).all() and (table - 0.05 <= rest * 2 + 1e-9).all()
     free = within(given, budget)
-    assert free.error <= found.error <= given.total(np.full((5, 1), np.searchsorted(given.curves.levels, budget) - 1))[1]
+    assert (
+        free.error <= found.error <= given.total(np.full((5, 1), np.searchsorted(given.curves.levels, budget) - 1))[1]
+    )
 
 
 def test_bounded_tables_are_dense_where_that_is_no_dearer():

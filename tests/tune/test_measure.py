@@ -73,7 +73,9 @@ NEAR_LEVELS = (0.3, 0.5, 1.0)
 def branches(handed, budgets="heads"):
     """The rows of two guidance branches of a step, whose queries and keys differ."""
     return [
-        measure_call(dataclasses.replace(call(0), branch=branch), *heads(seed), None, NEAR, NEAR_LEVELS, handed, budgets)
+        measure_call(
+            dataclasses.replace(call(0), branch=branch), *heads(seed), None, NEAR, NEAR_LEVELS, handed, budgets
+        )
         for seed, branch in enumerate(("cond", "uncond"))
     ]
 

@@ -67,7 +67,10 @@ def test_dense_steps_belong_to_the_search(undisturbed):
     assert {t["dense_steps"] for t in found["trials"] if t["family"] == "uniform"} == {1} and found["steps"] == 3
     assert {t["dense_steps"] for t in found["trials"] if t["family"] == "tuned"} == {1, 0}
     dense = found["tuned"]["dense_steps"]
-    assert found["winner"] == "tuned" and f"budgets of heads after {dense} dense step" in load_preset(out / "tuned.yaml").source
+    assert (
+        found["winner"] == "tuned"
+        and f"budgets of heads after {dense} dense step" in load_preset(out / "tuned.yaml").source
+    )
     config = load_preset(out / "tuned.yaml").config("svg2")
     assert [config.is_warmup(step, 3, 2, 3) for step in range(3)] == [step < dense for step in range(3)]
     for trial in found["trials"]:  # what is predicted counts dense steps, as what is measured does
@@ -197,6 +200,7 @@ def test_a_speed_up_and_svg1(arguments, here, capsys):
         (["--min-psnr", "30", "--prompt", "a red ball moves right"], "none twice"),
         (["--min-psnr", "30", "--tune-steps", "0"], "--tune-steps must be among the sparse steps, 1 to 2, got [0]"),
         (["--min-psnr", "30", "--set", "warmup_steps=1.0"], "warmup_steps must leave a step of 3 sparse, got 1.0"),
+        (["--min-psnr", "30", "--set", "min_tokens=5000"], "min_tokens must be at most the video's"),
         (["--min-psnr", "30", "--set", "topp=3"], "unknown key 'topp'"),
         (["--min-psnr", "30", "--method", "dense"], "Invalid value for '--method'"),
         (["--min-psnr", "30", "--set", "head_top_p=[[1,1],[1,1],[1,1]]"], "must have no per-head budgets yet"),
