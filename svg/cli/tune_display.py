@@ -43,7 +43,7 @@ class ConsoleDisplay:
 
 def print_tuning(console: Console, result: dict[str, Any], out: str) -> None:
     """Print what was reached on held-out videos and at which cost, and where the preset is."""
-    table = Table(title=f"{len(result['prompts']['held-out'])} held-out prompts", title_justify="left")
+    table = Table(title=f"held-out prompts: {len(result['prompts']['held-out'])}", title_justify="left")
     for heading in ("", "target", "dense steps", "density", "attention, s", "PSNR, dB", "LPIPS"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = {

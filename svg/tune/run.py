@@ -371,7 +371,7 @@ class Tuner:
         if best is uniform:
             lost = "cost more than" if tuned["met"] else "missed the target and lost to"
             self._notes.append(
-                f"what was tuned {lost} one budget for all heads as it is without: the preset holds the latter"
+                f"what was tuned {lost} one budget for all heads after the method's own dense steps: the preset holds that one"
             )
         return best
 
@@ -382,8 +382,8 @@ class Tuner:
             budgets = f"budgets of {self._plan.budgets}"
         shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
         return (
-            f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on {len(self._plan.held_out)} "
-            f"held-out prompts at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "
+            f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on held-out prompts "
+            f"({len(self._plan.held_out)}) at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "
             f"{self._command}"
         )
 
