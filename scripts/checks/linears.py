@@ -26,9 +26,17 @@ from svg.kernels import (
     residual_modulate,
     residual_modulate_reference,
 )
+from svg.kernels.linears import (
+    int8_rows_matmul,
+    int8_rows_matmul_reference,
+    quantize_int8_rows,
+    quantize_int8_rows_reference,
+)
+from svg.kernels.linears.int8_rows import hopper
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDTHS = (48, 1000, 3072, 5120, 13824, 24576)
+SIDES = ((5120, 5120), (1536, 8960), (336, 1536), (13824, 5120), (5120, 1008))
 TOKENS = 75_600
 
 
@@ -38,7 +46,15 @@ def main() -> None:
     results = {**machine, "checks": [], "results": {}}
     save = saving(args.out, results)
     with torch.inference_mode():
-        checks = [check_rows, check_bad_rows, check_product, check_modulation, check_activations, check_waiting]
+        checks = [
+            check_rows,
+            check_bad_rows,
+            check_product,
+            check_int8_rows,
+            check_modulation,
+            check_activations,
+            check_waiting,
+        ]
         judge_all(checks, results["checks"], save)
         if not args.no_timing:
             for key, value in timings():
@@ -99,6 +115,30 @@ def check_product() -> Iterator[Check]:
                 yield f"product {dtype} {K} x {N} {'fast' if fast else 'exact'} sums", error, 0.015 if fast else 0.003
             exact = x.double() @ weight.double().T + bias.double()
             yield f"product {dtype} {K} x {N}: quantisation", apart(fp8_linear(rows, columns, bias), exact), 0.045
+
+
+def check_int8_rows() -> Iterator[Check]:
+    """Both kernels of the product: of few rows, and of many, odd in number, with sides that fill no tile."""
+    for dtype in DTYPES[:2]:
+        for M, K, N in (
+            (odd(), 256, 256),
+            (odd(), 320, 96),
+            (1, 1536, 8960),
+            *((odd(6000, 9000), K, N) for K, N in SIDES),
+        ):
+            x, weight = torch.randn(M, K, device=DEVICE).to(dtype), torch.randn(N, K, device=DEVICE).to(dtype)
+            x = x * torch.logspace(-3, 3, M, device=DEVICE).to(dtype)[:, None]
+            rows, wanted = quantize_int8_rows(x), quantize_int8_rows_reference(x)
+            name = f"rotated {dtype} {M} x {K} x {N}"
+            yield f"{name}: values differ", unequal(rows, wanted), 0.01
+            yield f"{name}: scales apart", apart(rows.scale, wanted.scale), 1e-5
+            columns = quantize_int8_rows(weight)
+            for bias in (torch.randn(N, device=DEVICE).to(dtype), None):
+                out, same = int8_rows_matmul(rows, columns, bias), int8_rows_matmul_reference(rows, columns, bias)
+                kernel = "Hopper" if hopper.supports(rows, columns) else "Triton"
+                yield f"{name}: {kernel}'s product", apart(out / rows.scale[:, None], same / rows.scale[:, None]), 0.003
+                again = int8_rows_matmul(rows, columns, bias)
+                yield f"{name}: {kernel}'s two runs", (out != again).sum(), 0
 
 
 def check_modulation() -> Iterator[Check]:

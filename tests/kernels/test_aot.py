@@ -29,14 +29,14 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
     "_cut_kernel", "_pool_kernel", "_normalizers_kernel", "_scores_kernel", "_floors_kernel", "_histogram_kernel", "_counts_kernel",
     "_ties_kernel", "_lists_kernel", "_sums_kernel", "_density_kernel", "_quantize_rows_kernel", "_activate_kernel", "_quantize_blocks_kernel", "_int8_matmul_kernel",
-    "_quantize_int8_rows_kernel", "_int8_rows_matmul_kernel", "_add_rows_kernel",
+    "_quantize_int8_rows_kernel", "_int8_rows_matmul_kernel", "_hopper_int8_rows_matmul_kernel", "_add_rows_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.
 SPILLS = {
     "_int8_matmul_kernel": 16, "_hopper_granules_int8_kernel": 112, "_quantize_granules_kernel": 8,
     "_hopper_attention_kernel": 8, "_hopper_quantised_kernel": 88, "_hopper_sparse_quantised_kernel": 64, "_hopper_training_kernel": 24,
-    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8,
+    "_hopper_query_gradient_kernel": 120, "_hopper_granules_kernel": 32, "_floors_kernel": 8, "_hopper_assign_kernel": 40, "_hopper_assign_few_kernel": 8, "_hopper_int8_rows_matmul_kernel": 48,
 }  # fmt: skip
 ON_TENSOR_CORES = {
     "_attention_kernel",
@@ -109,7 +109,8 @@ def test_quantised_products_run_in_8_bits(arch):
 
 @archs
 def test_linears_run_in_int8(arch):
-    for kernel in ("_int8_matmul_kernel", "_int8_rows_matmul_kernel"):
+    own = ["_hopper_int8_rows_matmul_kernel"] if arch == 90 else []
+    for kernel in ("_int8_matmul_kernel", "_int8_rows_matmul_kernel", *own):
         rows = [row for row in compiled(arch) if row["kernel"] == kernel]
         assert len(rows) == 3 and all(row["instructions"] == [INT8[arch]] for row in rows), rows
 

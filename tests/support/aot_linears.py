@@ -3,6 +3,7 @@
 import torch
 
 from svg.kernels import activate, gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
+from svg.kernels.common import target
 from svg.kernels.linears import add_rows, int8_matmul, int8_rows_matmul, quantize_blocks, quantize_int8_rows
 
 
@@ -14,7 +15,9 @@ def linears(fp8):
     """
     yield "elementwise", lambda: elementwise(fp8)
     yield "linears int8", int8
-    yield "linears int8-rows", int8_rows
+    yield "linears int8-rows", lambda: int8_rows(248)
+    if target.arch(None) == 90:
+        yield "linears int8-rows specialised", lambda: int8_rows(256)
 
 
 def elementwise(fp8):
@@ -48,7 +51,8 @@ def int8():
     int8_matmul(columns, columns)
 
 
-def int8_rows():
+def int8_rows(outputs):
+    """Hopper's kernel takes outputs that are a multiple of 16."""
     for width in (5120, 1536, 13824):  # of Wan 14B and 1.3B
-        x, weight = torch.zeros(200, width).bfloat16(), torch.zeros(256, width).bfloat16()
-        int8_rows_matmul(quantize_int8_rows(x), quantize_int8_rows(weight), torch.zeros(256).bfloat16())
+        x, weight = torch.zeros(200, width).bfloat16(), torch.zeros(outputs, width).bfloat16()
+        int8_rows_matmul(quantize_int8_rows(x), quantize_int8_rows(weight), torch.zeros(outputs).bfloat16())

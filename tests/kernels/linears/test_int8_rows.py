@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from svg.kernels import fp8_linear, quantize_rows
+from svg.kernels import QuantizedRows, fp8_linear, quantize_rows
+from svg.kernels.common import target
 from svg.kernels.linears import (
     int8_rows_matmul,
     int8_rows_matmul_reference,
     quantize_int8_rows,
     quantize_int8_rows_reference,
 )
-from svg.kernels.linears.int8_rows import hadamard, rotation_width
+from svg.kernels.linears.int8_rows import hadamard, hopper, rotation_width
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -61,3 +62,20 @@ def test_a_third_of_the_error_of_fp8_and_hardly_more_with_outliers():
     x[:, 77] *= 30  # a channel of outliers
     exact = x.double() @ weight.double().T
     assert error(int8(), exact) < 0.02
+
+
+@pytest.mark.skipif(not hopper.LOADABLE, reason="Gluon cannot be loaded")
+@pytest.mark.parametrize(
+    "M, K, N, arch, takes",
+    [(75_600, 5120, 5120, 90, True), (2112, 320, 3072, 90, True), (2112, 320, 2816, 90, False),
+     (75_600, 5120, 5112, 90, False), (75_600, 328, 5120, 90, False), (75_600, 5120, 5120, 100, False)],
+)  # fmt: skip
+def test_which_products_hopper_takes(M, K, N, arch, takes, monkeypatch):
+    """Sides of 16 bytes, and a tile of 192 x 256 for every multiprocessor."""
+    monkeypatch.setattr(target, "arch", lambda device: arch)
+    monkeypatch.setattr(target, "sm_count", lambda device: 132)
+    rows, columns = (
+        QuantizedRows(torch.empty(n, K, dtype=torch.int8, device="meta"), torch.empty(n, device="meta"), torch.bfloat16)
+        for n in (M, N)
+    )
+    assert hopper.supports(rows, columns) == takes
