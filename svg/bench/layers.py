@@ -52,7 +52,8 @@ def bench_layers(bench, layouts: dict[str, TokenLayout]) -> None:
             for key, variant in _variants(load_preset(preset).config("near")).items():
                 state = begun(variant, layout)
                 attention.set_processor(spec.processor(original, state, 0))
-                linears = quantize_linears(layer, linears_of(layer, attention, variant.linears))
+                names = linears_of(layer, attention, variant.linears)
+                linears = quantize_linears(layer, names, variant.linear_precision)
                 changed = fuse(layer.modules()) if variant.fused else []
                 ms = median_ms(call, 3, 2)
                 error = ((_output(call) - exact).norm() / exact.norm()).item()
@@ -79,6 +80,8 @@ def _variants(near: MethodConfig) -> dict[str, MethodConfig]:
         "bf16/speedup_fused_only": DenseConfig(fused=True),
         "speedup": both,
         "speedup_map_reused": replace(both, refresh=1 << 20),
+        "int8_rows/speedup": replace(both, linear_precision="int8-rows"),
+        "int8_rows/speedup_map_reused": replace(both, linear_precision="int8-rows", refresh=1 << 20),
         "speedup_attention_only": replace(both, linears="none"),
         "speedup_feed_forward": replace(both, linears="feed_forward"),
         "speedup_linears_only": DenseConfig(fused=True, linears="all"),
