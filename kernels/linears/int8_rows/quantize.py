@@ -95,8 +95,9 @@ def _quantize_int8_rows_kernel(
     offs = tl.arange(0, PARTS)[:, None] * SIDE + side[None, :]
     h = tl.load(rotation + side[:, None] * SIDE + side[None, :])
     size: tl.constexpr = SIDE**-0.5
-    for row in range(tl.program_id(0) * ROWS, tl.minimum(tl.program_id(0) * ROWS + ROWS, M)):
-        row = row.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for i in range(tl.minimum(M - first, ROWS)):
+        row = first + i
         y = tl.load(x + row * stride_x + offs, mask=offs < K, other=0.0)
         y = tl.dot(y, h) * size
         finite = tl.abs(y) < float("inf")
