@@ -15,9 +15,9 @@ def linears(fp8):
     """
     yield "elementwise", lambda: elementwise(fp8)
     yield "linears int8", int8
-    yield "linears int8-rows", lambda: int8_rows(248)
+    yield "linears int8-rows", lambda: int8_rows(256)
     if target.arch(None) == 90:
-        yield "linears int8-rows specialised", lambda: int8_rows(256)
+        yield "linears int8-rows unaligned", lambda: int8_rows(248)
 
 
 def elementwise(fp8):
