@@ -10,13 +10,14 @@ from functools import cache
 import torch
 
 from ...common import target
-from ...common.numbers import INT8_MAX, SMALLEST, TINY
+from ...common.numbers import INT8_MAX, INT_AS_FLOAT, SMALLEST, TINY
 from ...common.target import tl, triton
-from ...quantize.tokens import round_to_int8
-from ..rows import DTYPES, MAX_WIDTH, QuantizedRows, warps
+from ..rows import DTYPES, QuantizedRows
 
 WIDEST = 128  # of a Hadamard matrix
-ROWS = 8  # of a program, which reads the matrix once: it is three times as large as a row
+PAIRS = 64  # of a row and one of its parts, of a matrix's side, that are rotated at a time
+WARPS = 4
+STAGES = 3
 
 
 def rotation_width(width: int) -> int:
@@ -36,6 +37,11 @@ def hadamard(side: int, device: torch.device) -> torch.Tensor:
     return found
 
 
+def parts_at_a_time(total: int) -> int:
+    """Parts of a row that are rotated together: many, so that rows in flight stay in the cache, of which few are none."""
+    return next(n for n in (16, 8, 4, 2, 1) if -total % n <= 0.05 * total)
+
+
 def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
     """INT8 values of the rotated last dim, with one scale a row.
 
@@ -47,7 +53,7 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
 
     Raises:
         TypeError: a dtype that is not supported.
-        NotImplementedError: on the Triton path, of 16-bit inputs, rows wider than 32768, or a gradient would be needed.
+        NotImplementedError: on the Triton path, a gradient would be needed.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be fp16, bf16 or fp32, got {x.dtype}: convert it")
@@ -55,22 +61,19 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
     # A tile of the kernel's product has 16 rows and columns at least; in fp32 it would spill, and exceed the shared memory.
     if not target.use_triton(x) or rotation_width(width) < 16 or x.dtype == torch.float32:
         return quantize_int8_rows_reference(x)
-    if width > MAX_WIDTH:
-        raise NotImplementedError(
-            f"quantize_int8_rows takes rows of at most {MAX_WIDTH} numbers, got {width}: stay in 16 bits"
-        )
     target.refuse_gradients("quantize_int8_rows", x)
     flat = x.reshape(-1, width)
     flat = flat if flat.stride(-1) == 1 else flat.contiguous()
     values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     side = rotation_width(width)
-    rotation = hadamard(side, x.device).to(x.dtype)
+    rotation, parts = hadamard(side, x.device).to(x.dtype), parts_at_a_time(width // side)
+    rows = PAIRS // parts
     if len(flat):
         with target.on_device(x):
-            _quantize_int8_rows_kernel[(triton.cdiv(len(flat), ROWS),)](
-                flat, rotation, values, scale, flat.stride(0), len(flat), K=width, SIDE=side, ROWS=ROWS,
-                PARTS=max(16, triton.next_power_of_2(width // side)), num_warps=max(4, warps(width)), num_stages=1,
+            _quantize_int8_rows_kernel[(triton.cdiv(len(flat), rows),)](
+                flat, rotation, values, scale, flat.stride(0), len(flat), K=width, SIDE=side, PARTS=parts, ROWS=rows,
+                num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
     return QuantizedRows(values, scale, x.dtype)
 
@@ -78,11 +81,11 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
 def quantize_int8_rows_reference(x: torch.Tensor) -> QuantizedRows:
     """Specification of `quantize_int8_rows` in plain torch; same arguments and result."""
     side = rotation_width(x.shape[-1])
-    wide = (x.float().unflatten(-1, (-1, side)) @ hadamard(side, x.device)).flatten(-2) * side**-0.5
-    largest = wide.abs().amax(-1)
+    wide = (x.float().unflatten(-1, (-1, side)) @ hadamard(side, x.device)).flatten(-2)
+    largest = wide.abs().amax(-1) * side**-0.5
     largest = torch.where(largest <= SMALLEST, 1.0, largest)
     limit = torch.full_like(largest, INT8_MAX.value)
-    levels = (wide * (limit / largest)[..., None]).round().nan_to_num(0).clamp(-127, 127)
+    levels = (wide * (limit / largest * side**-0.5)[..., None]).round().nan_to_num(0).clamp(-127, 127)
     scale = torch.where(largest.isfinite(), largest / limit, torch.nan)
     return QuantizedRows(levels.to(torch.int8).contiguous(), scale.contiguous(), x.dtype)
 
@@ -91,19 +94,35 @@ def quantize_int8_rows_reference(x: torch.Tensor) -> QuantizedRows:
 def _quantize_int8_rows_kernel(
     x, rotation, values, scale, stride_x, M, K: tl.constexpr, SIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
+    """ROWS rows, PARTS matrices of each at a time, twice: for the largest number, then to round."""
+    TOTAL: tl.constexpr = K // SIDE
     side = tl.arange(0, SIDE)
-    offs = tl.arange(0, PARTS)[:, None] * SIDE + side[None, :]
     h = tl.load(rotation + side[:, None] * SIDE + side[None, :])
+    pair = tl.arange(0, ROWS * PARTS)
+    row, part = tl.program_id(0).to(tl.int64) * ROWS + pair // PARTS, pair % PARTS
+    inside = row < M
+    start = x + row * stride_x + part * SIDE
+    bits = tl.zeros([ROWS * PARTS], tl.int32)
+    for first in range(0, TOTAL, PARTS):
+        mask = (inside & (first + part < TOTAL)) if TOTAL % PARTS else inside
+        y = tl.dot(tl.load(start[:, None] + (first * SIDE + side)[None, :], mask=mask[:, None], other=0.0), h)
+        # As integers, NaN is above infinity, and infinity above all numbers.
+        bits = tl.maximum(bits, tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
+    bits = tl.max(bits.reshape(ROWS, PARTS), 1)
     size: tl.constexpr = SIDE**-0.5
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    for i in range(tl.minimum(M - first, ROWS)):
-        row = first + i
-        y = tl.load(x + row * stride_x + offs, mask=offs < K, other=0.0)
-        y = tl.dot(y, h) * size
-        finite = tl.abs(y) < float("inf")
-        largest = tl.max(tl.max(tl.where(finite, tl.abs(y), float("inf")), 1), 0)
-        largest = tl.where(largest > TINY, largest, 1.0)
-        inverse = tl.div_rn(tl.zeros_like(largest) + INT8_MAX, largest)
-        tl.store(values + row * K + offs, round_to_int8(y, inverse), mask=offs < K)
-        step = tl.div_rn(largest, tl.zeros_like(largest) + INT8_MAX)
-        tl.store(scale + row, tl.where(largest < float("inf"), step, float("nan")))
+    largest = bits.to(tl.float32, bitcast=True) * size
+    largest = tl.where(largest > TINY, largest, 1.0)
+    limit = tl.zeros_like(largest) + INT8_MAX
+    inverse = tl.div_rn(limit, largest) * size
+    step = tl.where(bits < 0x7F800000, tl.div_rn(largest, limit), float("nan"))
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(scale + rows, step, mask=rows < M)
+    inverse = (inverse[:, None] + tl.zeros([ROWS, PARTS], tl.float32)).reshape(ROWS * PARTS)[:, None]
+    to = values + row * K + part * SIDE
+    for first in range(0, TOTAL, PARTS):
+        mask = (inside & (first + part < TOTAL)) if TOTAL % PARTS else inside
+        place = (first * SIDE + side)[None, :]
+        y = tl.dot(tl.load(start[:, None] + place, mask=mask[:, None], other=0.0), h)
+        # The last eight bits of the sum are the nearest integer; those of a row without a scale are anything.
+        rounded = (y * inverse + INT_AS_FLOAT).to(tl.int32, bitcast=True)
+        tl.store(to[:, None] + place, rounded.to(tl.int8), mask=mask[:, None])
