@@ -51,6 +51,7 @@ class LayerState:
         step: what this step's forwards of the layer share, whichever their branch; empty at the first of them, and None
             where the step before had one branch only.
         halves: whether the halves of the batch are the guidance branches of the same samples.
+        widest: the method's settings in the run's first sparse step, which computes most, or None.
         signature: what the cache was made for.
     """
 
@@ -63,6 +64,7 @@ class LayerState:
     cache: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] | None = None
     halves: bool = False
+    widest: MethodConfig | None = None
     signature: tuple | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
@@ -270,7 +272,7 @@ class RunState:
             self._layers[key] = LayerState(index, self.branch, seed, self.name, self._decisions)
         found = self._layers[key]
         found.deal(self.peers)
-        found.halves = self.forward.halves
+        found.halves, found.widest = self.forward.halves, self._widest
         found.step = None if self._alone else self._step.setdefault(index, {})
         return found
 
@@ -296,6 +298,12 @@ class RunState:
         if self._settings is None:
             self._settings = self.scheduled.at_step(self.step, self.num_steps)
         return self._settings
+
+    @property
+    def _widest(self) -> MethodConfig:
+        """What is scheduled for the first sparse step of the run."""
+        first = min(count(self.scheduled.warmup_steps, self.num_steps), self.num_steps - 1)
+        return self.scheduled.at_step(first, self.num_steps)
 
     def generator(self, layer: int, device: torch.device | str) -> torch.Generator:
         """Private generator of a layer and the current branch; its draws never touch the global one."""

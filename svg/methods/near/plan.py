@@ -248,7 +248,7 @@ def steady(
     """
     config = config.of_layer(state.layer)
     if _of_other_branch(state, config, text_mask) is not None:
-        return Steady(config.rounded_up(state.layer))
+        return Steady(_roughly(config, state))
     names = ("k_centroids", "q_centroids") if config.query_order == "clusters" else ("k_centroids",)
     if config.max_drift is not None or any(name not in state.cache for name in names):
         return None
@@ -259,7 +259,15 @@ def steady(
     else:
         share = exact_share(torch.tensor(own), config, layout)
         state.cache[SHARE] = torch.as_tensor(share, dtype=torch.float32).to(q.device, non_blocking=True)
-    return Steady(config.rounded_up(state.layer))
+    return Steady(_roughly(config, state))
+
+
+def _roughly(config: NearConfig, state: LayerState) -> NearConfig:
+    """A layer's settings with a coarser budget, which all steps of a run have, so that one graph serves them."""
+    steps = [config]
+    if isinstance(state.widest, NearConfig):
+        steps.append(state.widest.of_layer(state.layer))
+    return max((step.rounded_up(state.layer) for step in steps), key=lambda step: step.budget)
 
 
 def _of_other_branch(state: LayerState, config: NearConfig, text_mask: Tensor | None) -> Chosen | None:
@@ -273,7 +281,7 @@ def _of_other_branch(state: LayerState, config: NearConfig, text_mask: Tensor | 
 
 def _decided_by(state: LayerState, config: NearConfig) -> tuple:
     # A budget changes with the step, not within one, and captured calls know it roughly.
-    return config.rounded_up(state.layer), state.signature, None if state.peers is None else state.peers.deal
+    return _roughly(config, state), state.signature, None if state.peers is None else state.peers.deal
 
 
 def _select(
