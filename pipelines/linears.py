@@ -27,6 +27,7 @@ from svg.kernels.linears import (
     quantize_blocks,
     quantize_int8_rows,
 )
+from svg.kernels.linears.int8_rows import hopper
 from svg.kernels.linears.rows import MAX_WIDTH
 
 from .linears_file import read_linears
@@ -393,13 +394,14 @@ def _computing(device: torch.device) -> torch.device:
 
 
 def best_precision(transformer: nn.Module) -> str:
-    """What "auto" stands for: FP8 where the GPU has it, whose speed is measured, else rotated INT8 rows.
+    """What "auto" stands for: rotated INT8 rows, but FP8 where they have no kernel as fast: on all GPUs with FP8 but Hopper.
 
     Args:
         transformer: the transformer, on the device that it runs on or in CPU memory before that.
     """
     device = _computing(next(transformer.parameters()).device)
-    return "fp8" if target.has_fp8(device) else "int8-rows"
+    slower = device.type != "cuda" or not hopper.is_there(device)
+    return "fp8" if target.has_fp8(device) and slower else "int8-rows"
 
 
 def restore_linears(transformer: nn.Module, names: Iterable[str]) -> None:

@@ -57,7 +57,7 @@ class MethodConfig:
             The first and last block, cross-attention, modulation and all outside of blocks stay in 16.
         linear_precision: theirs: "fp8" (compute capability 8.9); "int8-rows", rotated, with a third of FP8's error; "int8" in
             blocks of 128 x 128, those of inputs that hold outliers with 16 bits; or "auto": what a file
-            was measured in, else FP8 where the GPU has it, and int8-rows where it hasn't.
+            was measured in, else int8-rows on Hopper, where they are as fast as FP8, and where there is no FP8; else FP8.
         linear_warmup: whether these linears stay in 16 bits in the steps that a sparse method keeps dense, where errors grow
             longest; their 16-bit weights are on the device beside those in 8 bits until then.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def video_order(layout: TokenLayout, order: str) -> Tensor:
         order: "rowmajor" (as they are: frame, row, column) or "hilbert".
 
     Returns:
-        int64 [V] on the CPU, sorted -> original index from 0.
+        int64 [V] on the CPU, sorted -> original index from 0; not to be written to, as all layers of a run share it.
 
     Raises:
         ValueError: an unknown order.
@@ -28,7 +30,12 @@ def video_order(layout: TokenLayout, order: str) -> Tensor:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if order == "rowmajor":
         return torch.arange(layout.video_tokens)
-    axes = (torch.arange(n) for n in (layout.frames, layout.height, layout.width))
+    return _along_hilbert(layout.frames, layout.height, layout.width)
+
+
+@lru_cache(maxsize=4)
+def _along_hilbert(*grid: int) -> Tensor:
+    axes = (torch.arange(n) for n in grid)
     place = torch.cartesian_prod(*axes).view(-1, 3).T  # [3, V]
     return hilbert_index(place).argsort()
 

@@ -122,7 +122,7 @@ def test_a_sample_does_not_depend_on_the_others():
     assert torch.allclose(alone(slice(0, 2))[:1], alone(slice(0, 1)), atol=1e-6)
 
 
-@pytest.mark.parametrize(("warm_up", "first", "last"), [(0.0, 0.8, 0.28), (0.2, 0.49, 0.38)])
+@pytest.mark.parametrize(("warm_up", "first", "last"), [(0.0, 0.85, 0.26), (0.2, 0.7, 0.26)])
 def test_early_steps_compute_more_and_the_mean_is_kept(warm_up, first, last):
     config = NearConfig(budget=0.4, **(COLD | {"warmup_steps": warm_up, "early": 0.5}))
     dense = round(warm_up * 10)
@@ -140,8 +140,14 @@ def test_early_steps_compute_more_and_the_mean_is_kept(warm_up, first, last):
     assert first - 0.1 < early <= budgets[0] and last - 0.1 < late <= budgets[-1]
 
 
+def test_few_steps_have_the_same_budget():
+    config = NearConfig(budget=0.4, early=0.5)
+    assert all(config.at_step(step, 8) is config for step in range(8))
+    assert config.at_step(2, 9).budget > config.budget > config.at_step(8, 9).budget
+
+
 def test_early_steps_compute_everything_at_most_and_every_budget_has_a_schedule():
-    for budget, steps in ((0.07, 4), (0.25, 50), (0.9, 50), (1.0, 3)):
+    for budget, steps in ((0.07, 9), (0.25, 50), (0.9, 50), (1.0, 12)):
         config = NearConfig(budget=budget, **(COLD | {"early": 0.9}))
         budgets = [config.at_step(step, steps).budget for step in range(steps)]
         assert max(budgets) <= 1 and min(budgets) > 1 / 16

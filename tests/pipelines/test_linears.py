@@ -10,6 +10,7 @@ from torch import nn
 import svg
 from svg.config import DenseConfig, Sage2Config
 from svg.kernels import fp8_linear_reference, quantize_rows_reference
+from svg.kernels.linears.int8_rows import hopper
 from svg.pipelines import linears, loading
 from svg.pipelines.linear_guard import LinearGuard
 from svg.pipelines.linears import QuantizedLinear, find_linears, quantize_linears, restore_linears
@@ -138,6 +139,16 @@ def test_what_auto_stands_for(load, monkeypatch):
     assert precisions(svg.accelerate(pipe, DenseConfig(linears="feed_forward"))) == {"fp8"}
     monkeypatch.setattr(linears.target, "has_fp8", lambda device: False)
     assert precisions(svg.accelerate(load("wan"), DenseConfig(linears="all"))) == {"int8-rows"}
+
+
+@pytest.mark.skipif(not hopper.LOADABLE, reason="Gluon cannot be loaded")
+@pytest.mark.parametrize(
+    "arch, precision", [(80, "int8-rows"), (89, "fp8"), (90, "int8-rows"), (100, "fp8"), (120, "fp8")]
+)
+def test_what_auto_stands_for_on_gpus(arch, precision, monkeypatch):
+    monkeypatch.setattr(linears, "_computing", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(linears.target, "arch", lambda device: arch)
+    assert linears.best_precision(nn.Linear(16, 16)) == precision
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -114,8 +114,8 @@ def test_a_summary_says_when_every_step_was_sparse_and_when_none_was(load, run):
 
 
 def test_budgets_that_fall_over_the_steps_begin_where_the_noise_ends():
-    config = NearConfig(warmup_noise=0.95, early=0.5).on_schedule(noise_of(flow(8.0, 8)))
-    assert config.at_step(2, 8) is config and config.at_step(3, 8).budget > config.budget  # three are dense
+    config = NearConfig(warmup_noise=0.95, early=0.5).on_schedule(noise_of(flow(8.0, 12)))
+    assert config.at_step(3, 12) is config and config.at_step(4, 12).budget > config.budget  # four are dense
 
 
 def test_noise_that_nobody_tells_is_asked_for(load):

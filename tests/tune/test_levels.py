@@ -12,7 +12,7 @@ from svg.tune.levels import levels_for
 
 
 def job(model, config, height, width, frames):  # noqa: F811
-    request = GenerationRequest(prompt="-", height=height, width=width, num_frames=frames, steps=4)
+    request = GenerationRequest(prompt="-", height=height, width=width, num_frames=frames, steps=12)
     return SimpleNamespace(model=str(model), revision=None, config=config, request=request)
 
 

@@ -19,6 +19,11 @@ REGISTERS = 160
 GROUP = 8  # rows of tiles that run together, so that they share columns in the cache
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether a device is one that the kernel is for."""
+    return LOADABLE and target.arch(device) == 90
+
+
 def supports(x: QuantizedRows, weight: QuantizedRows) -> bool:
     """Whether the kernel takes a product: on Hopper, of sides that tensor descriptors can have, a tile or more a multiprocessor.
 
@@ -27,7 +32,7 @@ def supports(x: QuantizedRows, weight: QuantizedRows) -> bool:
         weight: rows of a weight [N, K].
     """
     (N, K), device = weight.shape, x.values.device
-    if not LOADABLE or target.arch(device) != 90 or K % 16 or N % 16:
+    if not is_there(device) or K % 16 or N % 16:
         return False
     return _tiles(x.scale.numel(), N) >= target.sm_count(device)
 

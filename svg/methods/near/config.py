@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, count, integer, setting, share
+from ...config.base import FEW_STEPS, PRECISIONS, GuardedConfig, check_max_drift, choice, count, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
 
 QUERY_ORDERS = ("clusters", "hilbert")
@@ -15,7 +15,7 @@ GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (16, 32, 64, 128)
 POOLS = (1, 2, 4, 8)
 COARSE = 2.0  # ratio of one coarse budget to the next, beyond the means
-DECAY = 0.12  # of the steps, in which the share that goes to early ones falls by a factor e
+DECAY = 0.2  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class NearConfig(GuardedConfig):
 
     Args:
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
-        early: share of what is computed exactly that goes to the steps by how early they are, in [0, 1): it falls by a
-            factor e every 12 % of the steps, warm-up counted, so that a run without warm-up gains most. The mean over
-            the sparse steps stays `budget`.
+        early: share of what is computed exactly that goes to the sparse steps by how early they are, in [0, 1): it falls
+            by a factor e every 20 % of the steps. The mean over the sparse steps stays `budget`. In eight steps and fewer
+            all have the same: there the last ones change the video as much as the first.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 16, 32, 64 or 128; fewer than 128 run on a slower kernel, and are for
             short videos.
@@ -66,10 +66,10 @@ class NearConfig(GuardedConfig):
     head_field: ClassVar[str | None] = "head_budget"
     levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
     probed_level: ClassVar[float] = 0.1  # near what long videos end with
-    tuned_by: ClassVar[str] = "layers"  # one threshold gives each head what it needs in this very call
+    tuned_by: ClassVar[str] = "one"  # its threshold gives heads and layers what they need in this very call
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
-    early: float = 0.5
+    early: float = 0.6
     granule: int = 16
     rows: int = 128
     floor: float = 0.25
@@ -102,7 +102,7 @@ class NearConfig(GuardedConfig):
             integer(self, name, least=1)
         if self.early == 1:
             raise ValueError(
-                "early must be below 1, or nothing is left for the last steps, got 1: 0.5 is the usual choice"
+                "early must be below 1, or nothing is left for the last steps, got 1: 0.6 is the usual choice"
             )
         if self.budget <= 1 / self.granule:
             raise ValueError(
@@ -138,9 +138,9 @@ class NearConfig(GuardedConfig):
             Settings that do not depend on the step any more.
         """
         dense = count(self.warmup_steps, num_steps)
-        if self.early == 0 or step < dense:
+        if self.early == 0 or step < dense or num_steps <= FEW_STEPS:
             return self
-        return _scaled(self, *_shares(dense, num_steps), step - dense)
+        return _scaled(self, _shares(dense, num_steps), step - dense)
 
     def of_layer(self, layer: int) -> NearConfig:
         """The settings of one layer: where its heads have one budget, they share a threshold as without a table.
@@ -184,17 +184,16 @@ def _rounded_up(config: NearConfig, own: tuple[float, ...] | None) -> NearConfig
 
 
 @lru_cache(maxsize=64)
-def _shares(dense: int, num_steps: int) -> tuple[float, tuple[float, ...]]:
-    """How much of `early` is left after the dense steps, and how it is shared among the sparse ones, whose mean is 1."""
-    left = [math.exp(-step / (DECAY * num_steps)) for step in range(dense, num_steps)]
+def _shares(dense: int, num_steps: int) -> tuple[float, ...]:
+    """How `early` is shared among the sparse steps, whose mean is 1."""
+    left = [math.exp(-step / (DECAY * num_steps)) for step in range(num_steps - dense)]
     mean = sum(left) / len(left)
-    return left[0], tuple(share / mean for share in left)
+    return tuple(share / mean for share in left)
 
 
 @lru_cache(maxsize=256)
-def _scaled(config: NearConfig, left: float, shares: tuple[float, ...], index: int) -> NearConfig:
-    means = 1 / config.granule
-    early = config.early * left
+def _scaled(config: NearConfig, shares: tuple[float, ...], index: int) -> NearConfig:
+    means, early = 1 / config.granule, config.early
     if config.budget < 1 and shares[0] > 1:  # the first step computes everything at most
         early = min(early, ((1 - means) / (config.budget - means) - 1) / (shares[0] - 1))
     factor = 1 - early + early * shares[index]
