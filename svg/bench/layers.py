@@ -83,9 +83,9 @@ def _variants(near: MethodConfig) -> dict[str, MethodConfig]:
         "fp8/speedup": replace(both, linear_precision="fp8"),
         "fp8/speedup_map_reused": replace(both, linear_precision="fp8", refresh=1 << 20),
         "speedup_attention_only": replace(both, linears="none"),
-        "speedup_feed_forward": replace(both, linears="feed_forward"),
-        "speedup_linears_only": DenseConfig(fused=True, linears="all"),
-        "speedup_linears_without_fusion": DenseConfig(fused=False, linears="all"),
+        "fp8/speedup_feed_forward": replace(both, linears="feed_forward", linear_precision="fp8"),
+        "fp8/speedup_linears_only": DenseConfig(fused=True, linears="all", linear_precision="fp8"),
+        "fp8/speedup_linears_without_fusion": DenseConfig(fused=False, linears="all", linear_precision="fp8"),
     }
 
 

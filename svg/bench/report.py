@@ -42,7 +42,11 @@ GOALS = {
     "layer/hunyuan_720p/bf16/speedup": (">=", 3.2),
     "layer/wan14b_720p/speedup": (">=", 3.2),
     "layer/hunyuan_720p/speedup": (">=", 4.2),
-    **{f"linear/fp8/M75600/wan14b/{name}/speedup": (">=", 1.55) for name in ("qkv", "out", "up", "down")},
+    **{
+        f"linear/{precision}/M75600/wan14b/{name}/speedup": (">=", 1.55)
+        for precision in ("fp8", "int8-rows")
+        for name in ("qkv", "out", "up", "down")
+    },
 }
 
 

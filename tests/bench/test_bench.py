@@ -64,7 +64,7 @@ def test_every_section_runs_and_every_goal_is_measured(small, video):
     assert {
         "block_sparse/bf16/S144/density0.25/clusters/recall",
         "layer/wan14b_720p/bf16/speedup_fused_only",
-        "layer/hunyuan_720p/speedup_linears_only",
+        "layer/hunyuan_720p/fp8/speedup_linears_only",
         "layer/hunyuan_720p/error",
         "linear/fp8/M144/hunyuan/proj_out/exact_sums/speedup",
         "linear/int8-rows/M144/hunyuan/proj_out/speedup",
