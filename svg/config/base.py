@@ -171,12 +171,13 @@ class MethodConfig:
         dense = 0 if most is None else sum(level > most for level in noise)
         return replace(self, warmup_noise=None, few_steps_noise=None, warmup_steps=dense / len(noise))
 
-    def at_step(self, step: int, num_steps: int) -> MethodConfig:
+    def at_step(self, step: int, num_steps: int, tokens: tuple[int, int] | None = None) -> MethodConfig:
         """The settings in one step of a run; a method whose budget depends on the step gives others.
 
         Args:
             step: index of the step, from 0.
             num_steps: steps of the run.
+            tokens: of the video, and in all; None: not known.
         """
         return self
 

@@ -296,14 +296,17 @@ class RunState:
     def settings(self) -> MethodConfig:
         """What is scheduled for the current step: made once a forward, not once a call."""
         if self._settings is None:
-            self._settings = self.scheduled.at_step(self.step, self.num_steps)
+            self._settings = self._at_step(self.step)
         return self._settings
 
     @property
     def _widest(self) -> MethodConfig:
         """What is scheduled for the first sparse step of the run."""
         first = min(count(self.scheduled.warmup_steps, self.num_steps), self.num_steps - 1)
-        return self.scheduled.at_step(first, self.num_steps)
+        return self._at_step(first)
+
+    def _at_step(self, step: int) -> MethodConfig:
+        return self.scheduled.at_step(step, self.num_steps, (self.layout.video_tokens, self.layout.total_tokens))
 
     def generator(self, layer: int, device: torch.device | str) -> torch.Generator:
         """Private generator of a layer and the current branch; its draws never touch the global one."""

@@ -154,6 +154,17 @@ def test_early_steps_compute_everything_at_most_and_every_budget_has_a_schedule(
         assert sum(budgets) / steps == pytest.approx(budget)
 
 
+@pytest.mark.parametrize("text", [0, 40, 200])
+def test_late_steps_keep_what_text_and_means_take(text):
+    """What early steps get is of what is left: a budget that a run can keep, each of its steps can."""
+    layout = TokenLayout(9, 16, 16, text, "last" if text else "none")
+    config = NearConfig(budget=0.3, **(COLD | {"early": 0.9}))
+    steps = [config.at_step(step, 20, (layout.video_tokens, layout.total_tokens)) for step in range(20)]
+    assert sum(one.budget for one in steps) / 20 == pytest.approx(0.3)
+    shares = [exact_share(one.budget, one, layout) for one in steps]  # raises where nothing is left
+    assert shares[0] > 3 * shares[-1] > 0
+
+
 def test_early_steps_of_heads_with_budgets_of_their_own():
     config = NearConfig(head_budget=[[0.3, 1.0]], **(COLD | {"early": 0.5}))
     tables = [config.at_step(step, 10).head_budget[0] for step in range(10)]

@@ -17,7 +17,7 @@ def job(model, config, height, width, frames):  # noqa: F811
 
 
 def test_levels_that_a_video_is_too_short_for_are_left_out(model):  # noqa: F811
-    assert levels_for(job(model, NearConfig(), 96, 112, 13)) == NearConfig.levels[4:]
+    assert levels_for(job(model, NearConfig(), 96, 112, 13)) == NearConfig.levels[3:]
     assert levels_for(job(model, NearConfig(early=0.0), 64, 64, 9)) == NearConfig.levels[1:]
     assert levels_for(job(model, SVG1Config(), 32, 48, 9)) == SVG1Config.levels
     # Means of larger granules cost less, so that lower levels are there.

@@ -127,12 +127,22 @@ class NearConfig(GuardedConfig):
             table = ((1.0 if all(min(row) == 1 for row in table) else 0.5,),)
         return replace(self, budget=1.0, early=0.0, warmup_steps=0.0, head_budget=table)
 
-    def at_step(self, step: int, num_steps: int) -> NearConfig:
+    def pairs_in_any_case(self, video: int, total: int) -> int:
+        """Pairs of a head's map that are computed whatever the budget: those with means, with text, and with a last granule.
+
+        Args:
+            video: tokens of the video.
+            total: tokens in all.
+        """
+        return total**2 - video**2 + video * (math.ceil(video / self.granule) + video % self.granule)
+
+    def at_step(self, step: int, num_steps: int, tokens: tuple[int, int] | None = None) -> NearConfig:
         """The settings with the budgets of one step: more at first, where errors grow longest.
 
         Args:
             step: index of the step, from 0.
             num_steps: steps of the run, the dense ones counted.
+            tokens: of the video, and in all; None: a long video without text.
 
         Returns:
             Settings that do not depend on the step any more.
@@ -140,7 +150,8 @@ class NearConfig(GuardedConfig):
         dense = count(self.warmup_steps, num_steps)
         if self.early == 0 or step < dense or num_steps <= FEW_STEPS:
             return self
-        return _scaled(self, _shares(dense, num_steps), step - dense)
+        fixed = self.always_computed if tokens is None else self.pairs_in_any_case(*tokens) / tokens[1] ** 2
+        return _scaled(self, _shares(dense, num_steps), step - dense, fixed)
 
     def of_layer(self, layer: int) -> NearConfig:
         """The settings of one layer: where its heads have one budget, they share a threshold as without a table.
@@ -160,11 +171,6 @@ class NearConfig(GuardedConfig):
             Settings without budgets of single heads, whose budget is that of the heads' mean or a little more.
         """
         return _rounded_up(self, self.head_budgets(layer))
-
-    def _exact(self, value: float, factor: float) -> float:
-        """A budget whose share beyond the means is multiplied."""
-        means = 1 / self.granule
-        return value if value >= 1 or value <= means else min(1.0, means + (value - means) * factor)
 
 
 @lru_cache(maxsize=256)
@@ -192,12 +198,17 @@ def _shares(dense: int, num_steps: int) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=256)
-def _scaled(config: NearConfig, shares: tuple[float, ...], index: int) -> NearConfig:
-    means, early = 1 / config.granule, config.early
-    if config.budget < 1 and shares[0] > 1:  # the first step computes everything at most
-        early = min(early, ((1 - means) / (config.budget - means) - 1) / (shares[0] - 1))
+def _scaled(config: NearConfig, shares: tuple[float, ...], index: int, fixed: float) -> NearConfig:
+    """Budgets whose share beyond what is computed in any case is multiplied by a step's."""
+    early = config.early
+    if fixed < config.budget < 1 and shares[0] > 1:  # the first step computes everything at most
+        early = min(early, ((1 - fixed) / (config.budget - fixed) - 1) / (shares[0] - 1))
     factor = 1 - early + early * shares[index]
     table = config.head_budget
     if table is not None:
-        table = tuple(tuple(config._exact(value, factor) for value in row) for row in table)
-    return replace(config, budget=config._exact(config.budget, factor), head_budget=table, early=0.0)
+        table = tuple(tuple(_exact(value, factor, fixed) for value in row) for row in table)
+    return replace(config, budget=_exact(config.budget, factor, fixed), head_budget=table, early=0.0)
+
+
+def _exact(value: float, factor: float, fixed: float) -> float:
+    return value if value >= 1 or value <= fixed else min(1.0, fixed + (value - fixed) * factor)

@@ -336,7 +336,7 @@ def exact_share(budget: Share, config: NearConfig, layout: TokenLayout) -> Share
     granules, groups = math.ceil(video / size), math.ceil(video / config.rows)
     # Text counts without padding: the worst case, and known without reading the prompts' lengths from the device. A last
     # granule of fewer keys is in every list. The last row group may be short: as if its list were a long one.
-    fixed = (total**2 - video**2) + video * (granules + video % size)
+    fixed = config.pairs_in_any_case(video, total)
     pairs = granules * size * groups * config.rows
     if isinstance(budget, Tensor):
         share = (budget.double() * total**2 - fixed) / pairs
