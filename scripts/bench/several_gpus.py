@@ -188,9 +188,10 @@ def fast_configs(family: str) -> dict[str, MethodConfig]:
     }
 
 
-def speed(bench: Bench, family: str, forwards: int) -> None:
+def speed(bench: Bench, family: str, forwards: int, depth: int) -> None:
     """Seconds of a forward on one GPU and on all, with the exchange's share and how unlike the ranks' work is."""
     stack: Stack = STACKS[family]
+    stack = dataclasses.replace(stack, layers={name: depth * number for name, number in stack.layers.items()})
     grid = TINY_GRID if bench.tiny else stack.grid
     transformer = stack.make(str(bench.device), bench.dtype, *((3, 32) if bench.tiny else ()))
     arguments = stack.arguments(transformer, grid, str(bench.device), bench.dtype)
@@ -224,6 +225,7 @@ def speed(bench: Bench, family: str, forwards: int) -> None:
             "attention_alone": single[name]["attention"],
             "all_seconds": [rank["all"] for rank in ranks],
             "stack": stack.size,
+            "layers": stack.layers,
         }
         bench.note("speed", f"{family}/{name}", row)
     if bench.device.type == "cuda":
@@ -296,6 +298,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="correct,speed,sweep")
     parser.add_argument("--forwards", type=int, default=5)
+    parser.add_argument(
+        "--depth", type=int, default=1,
+        help="times as many layers where speed is measured: what every rank does once a forward, embedding and the last layer, weighs less",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="small stacks on CPUs over gloo")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -304,7 +310,7 @@ def main() -> None:
     for family in FAMILIES if "correct" in parts else ():
         check(bench, family)
     for family in FAST if "speed" in parts else ():
-        speed(bench, family, args.forwards)
+        speed(bench, family, args.forwards, args.depth)
     dist.barrier()
     rank, ranks = bench.rank, bench.ranks
     dist.destroy_process_group()

@@ -113,7 +113,8 @@ def check_budgets(config: MethodConfig, tokens: tuple[int, int, int], steps: int
 
     every_layer = replace(config, warmup_layers=0.0)
     sparse = [step for step in range(steps) if not every_layer.is_warmup(step, steps, 0, 1)]
-    for budget in sorted({config.at_step(step, steps, (math.prod(tokens),) * 2).budget for step in sparse}):
+    video = math.prod(tokens)
+    for budget in sorted({config.at_step(step, steps, (video, video)).budget for step in sparse}):
         exact_share(budget, config, TokenLayout(*tokens))
 
 
