@@ -287,7 +287,10 @@ def test_nan_from_the_vae(models, generate, tmp_path, capsys):
 def test_interrupt_leaves_nothing(models, tmp_path, ending):
     command = [sys.executable, "-m", "svg.cli", "generate", "a ball", "--model", models / "wan", "--out", "out"]
     size = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "5000"]
-    run = subprocess.Popen([*command, *size], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*command, *size], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL),  # the tests may run under nohup
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
