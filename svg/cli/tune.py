@@ -58,7 +58,7 @@ _HELD_OUT = (
               help="Whose effect on the prediction to measure: a forward each, for every measured step and branch.")  # fmt: skip
 @click.option("--budgets", type=click.Choice(("heads", "layers", "one")),
               help="Whose: of each head, of each layer, or one for all, of which only the dense steps are tuned "
-              "[default: layers for near, else heads].")  # fmt: skip
+              "[default: one for near, else heads].")  # fmt: skip
 @click.option("--keep-warmup", is_flag=True, help="Keep the dense steps as they are, instead of trying fewer.")
 @click.option(
     "--keep-refresh", is_flag=True, help="Keep refresh as it is, instead of trying 2, 4 and 8 where that saves time."

@@ -26,12 +26,12 @@ def rotation_width(width: int) -> int:
 
 
 @cache
-def hadamard(side: int, device: torch.device) -> torch.Tensor:
-    """A Hadamard matrix of ones and minus ones, symmetric: fp32 [side, side], a power of two.
+def hadamard(side: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A Hadamard matrix of ones and minus ones, symmetric: [side, side], a power of two.
 
     Source: Sylvester's construction; rotation before quantising as in QuaRot (arXiv 2404.00456).
     """
-    found = torch.ones(1, 1, device=device)
+    found = torch.ones(1, 1, device=device, dtype=dtype)
     while len(found) < side:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return found
@@ -67,7 +67,7 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
     values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     side = rotation_width(width)
-    rotation, parts = hadamard(side, x.device).to(x.dtype), parts_at_a_time(width // side)
+    rotation, parts = hadamard(side, x.device, x.dtype), parts_at_a_time(width // side)
     rows = PAIRS // parts
     if len(flat):
         with target.on_device(x):
