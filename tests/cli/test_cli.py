@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_pipelines import saver
 
 from svg.cli import cli, main
+from svg.config import NearConfig, SVG2Config
 from svg.eval.video import read_video, write_video
 from svg.generate.run_job import RESULTS
 
@@ -323,6 +324,12 @@ def test_help_of_generate_names_every_option(capsys):
     for option in ("--model", "--method", "--density", "--top-p", "--budget", "--preset", "--offload", "--image"):
         assert option in out
     assert main(["--version"]) == 0 and "0.1.0" in capsys.readouterr().out
+
+
+def test_help_of_tune_names_what_it_tunes_of_near(capsys):
+    assert main(["tune", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"default: {NearConfig.tuned_by} for near, else {SVG2Config.tuned_by}" in words
 
 
 def test_presets(capsys):
