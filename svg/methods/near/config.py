@@ -15,7 +15,7 @@ GRANULES = (8, 16, 32, 64)
 GRANULE_ROWS = (16, 32, 64, 128)
 POOLS = (1, 2, 4, 8)
 COARSE = 2.0  # ratio of one coarse budget to the next, beyond the means
-DECAY = 0.2  # of the steps, in which the share that goes to early ones falls by a factor e
+DECAY = 0.15  # of the steps, in which the share that goes to early ones falls by a factor e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,10 @@ class NearConfig(GuardedConfig):
 
     Args:
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
-        early: share of what is computed exactly that goes to the sparse steps by how early they are, in [0, 1): it falls
-            by a factor e every 20 % of the steps. The mean over the sparse steps stays `budget`. In eight steps and fewer
-            all have the same: there the last ones change the video as much as the first.
+        early: share of what is computed exactly that a run without dense steps gives to its steps by how early they are, in
+            [0, 1): it falls by a factor e every 15 % of the steps. Dense steps take theirs away, and of the others the mean
+            stays `budget`. In eight steps and fewer all have the same: there the last ones change the video as much as the
+            first.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 16, 32, 64 or 128; fewer than 128 run on a slower kernel, and are for
             short videos.
@@ -69,7 +70,7 @@ class NearConfig(GuardedConfig):
     tuned_by: ClassVar[str] = "one"  # its threshold gives heads and layers what they need in this very call
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
-    early: float = 0.6
+    early: float = 0.75
     granule: int = 16
     rows: int = 128
     floor: float = 0.25
@@ -102,7 +103,7 @@ class NearConfig(GuardedConfig):
             integer(self, name, least=1)
         if self.early == 1:
             raise ValueError(
-                "early must be below 1, or nothing is left for the last steps, got 1: 0.6 is the usual choice"
+                "early must be below 1, or nothing is left for the last steps, got 1: 0.75 is the usual choice"
             )
         if self.budget <= 1 / self.granule:
             raise ValueError(
@@ -151,7 +152,7 @@ class NearConfig(GuardedConfig):
         if self.early == 0 or step < dense or num_steps <= FEW_STEPS:
             return self
         fixed = self.always_computed if tokens is None else self.pairs_in_any_case(*tokens) / tokens[1] ** 2
-        return _scaled(self, _shares(dense, num_steps), step - dense, fixed)
+        return _scaled(self, dense, num_steps, step, fixed)
 
     def of_layer(self, layer: int) -> NearConfig:
         """The settings of one layer: where its heads have one budget, they share a threshold as without a table.
@@ -189,25 +190,28 @@ def _rounded_up(config: NearConfig, own: tuple[float, ...] | None) -> NearConfig
     return replace(config, budget=min(1.0, means + COARSE**steps), head_budget=None, tuned_for=None, early=0.0)
 
 
-@lru_cache(maxsize=64)
-def _shares(dense: int, num_steps: int) -> tuple[float, ...]:
-    """How `early` is shared among the sparse steps, whose mean is 1."""
-    left = [math.exp(-step / (DECAY * num_steps)) for step in range(num_steps - dense)]
-    mean = sum(left) / len(left)
-    return tuple(share / mean for share in left)
-
-
 @lru_cache(maxsize=256)
-def _scaled(config: NearConfig, shares: tuple[float, ...], index: int, fixed: float) -> NearConfig:
-    """Budgets whose share beyond what is computed in any case is multiplied by a step's."""
-    early = config.early
-    if fixed < config.budget < 1 and shares[0] > 1:  # the first step computes everything at most
-        early = min(early, ((1 - fixed) / (config.budget - fixed) - 1) / (shares[0] - 1))
-    factor = 1 - early + early * shares[index]
+def _scaled(config: NearConfig, dense: int, num_steps: int, step: int, fixed: float) -> NearConfig:
+    """The budgets of a sparse step, whose share beyond what is computed in any case is multiplied."""
+    most = (1 - fixed) / (config.budget - fixed) if fixed < config.budget < 1 else 1.0
+    factor = _factors(config.early, dense, num_steps, most)[step - dense]
     table = config.head_budget
     if table is not None:
         table = tuple(tuple(_exact(value, factor, fixed) for value in row) for row in table)
     return replace(config, budget=_exact(config.budget, factor, fixed), head_budget=table, early=0.0)
+
+
+@lru_cache(maxsize=64)
+def _factors(early: float, dense: int, num_steps: int, most: float) -> list[float]:
+    """How much of the mean each sparse step gets: falling, at most so much."""
+    falls = [math.exp(-step / (DECAY * num_steps)) for step in range(num_steps)]
+    mean = sum(falls) / num_steps
+    weights = [1 - early + early * fall / mean for fall in falls[dense:]]
+    full, scale = 0, len(weights) / sum(weights)
+    while full < len(weights) - 1 and scale * weights[full] > most:  # steps that compute everything
+        full += 1
+        scale = (len(weights) - full * most) / sum(weights[full:])
+    return [most] * full + [scale * weight for weight in weights[full:]]
 
 
 def _exact(value: float, factor: float, fixed: float) -> float:
