@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from svg.kernels.common import target
 from svg.kernels.common.sums import sums_of
 
-from .config import GuardedConfig, MethodConfig
+from .config import GuardedConfig, MethodConfig, Sage2Config
 from .engine import residual
 from .engine.execute import is_emulated
 from .engine.guard import GuardOutcome, guarded
@@ -75,23 +76,21 @@ def attend_uncompiled(
     if not state.records:
         state.check_tuned(q.shape[1], q.device)
     timer = Timer(q.device) if state.timing else None
-    dense = config.is_dense(layer) or state.is_warmup(layer) or layout.total_tokens < config.min_tokens
-    precision: str | None = None
-    if not dense:
-        precision, dense = _precision(config, state, layer, q.device)
+    settings, precision, dense = _settings(state, layer, q.device)
     kind, plan, outcome, reused = None, None, None, False
-    if dense or precision is None:
+    if precision is None:
         if config.check_finite:
             state.watch(layer, sums_of(q, k, v))
         density = torch.ones(q.shape[:2])
         out = dense_attention(q, k, v, key_mask(layout, text_mask), dense_backend or config.dense_backend)
-        if residual.is_due(state, layer):
-            _keep_residual(q, k, v, out, state, layer, text_mask)
     else:
-        called = _planned(q, k, v, state, layer, precision, text_mask, config.check_finite)
+        called = _planned(q, k, v, state, layer, settings, precision, text_mask, config.check_finite)
         out, density, kind, reused, outcome, plan = called[:6]
-        out = residual.add(state, layer, out)
         precision = None if precision == "native" else precision
+    if not dense:
+        out = residual.add(state, layer, out)
+    elif residual.is_due(state, layer):
+        _keep_residual(q, k, v, out, state, layer, text_mask)
     if timer is not None:
         timer.stop()
     if state.peers is not None:
@@ -117,18 +116,39 @@ attend = _not_compiled(attend_uncompiled)
 def _keep_residual(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: RunState, layer: int, text_mask: Tensor | None
 ) -> None:
-    precision, dense = _precision(state.config, state, layer, q.device)
-    if not dense:
-        residual.keep(state, layer, out, _planned(q, k, v, state, layer, precision, text_mask, watch=False).out)
+    precision = _precision(state, layer, q.device)
+    if precision is not None:
+        called = _planned(q, k, v, state, layer, state.settings, precision, text_mask, watch=False)
+        residual.keep(state, layer, out, called.out)
 
 
-def _precision(config: MethodConfig, state: RunState, layer: int, device: torch.device) -> tuple[str, bool]:
-    """What a method computes a call in, and whether dense attention runs in its place."""
+def _settings(state: RunState, layer: int, device: torch.device) -> tuple[MethodConfig, str | None, bool]:
+    """Whose plan a call follows, its precision (None: dense attention in the inputs' runs), and whether all is computed."""
+    config = state.config
+    if config.is_dense(layer) or state.layout.total_tokens < config.min_tokens:
+        return config, None, True
+    if not state.is_warmup(layer):
+        precision = _precision(state, layer, device)
+        return state.settings, precision, precision is None
+    precision = getattr(config, "warmup_precision", "native")
+    if precision == "native":
+        return config, None, True
+    return _dense_in(precision, config.seed, getattr(config, "tolerance", GuardedConfig.tolerance)), precision, True
+
+
+def _precision(state: RunState, layer: int, device: torch.device) -> str | None:
+    """What the method computes a call in; None: dense attention runs in its place."""
+    config = state.config
     choose = getattr(planner(config), "precision_of", None)
     if choose is None:
-        return getattr(config, "precision", "native"), False
+        return getattr(config, "precision", "native")
     found = choose(config, state, layer, device)
-    return found, found == "native"
+    return None if found == "native" else found
+
+
+@cache
+def _dense_in(precision: str, seed: int, tolerance: float) -> MethodConfig:
+    return Sage2Config(precision=precision, seed=seed, tolerance=tolerance)
 
 
 class Called(NamedTuple):
@@ -159,11 +179,12 @@ def _planned(
     v: Tensor,
     state: RunState,
     layer: int,
+    settings: MethodConfig,
     precision: str,
     text_mask: Tensor | None,
     watch: bool,
 ) -> Called:
-    config, layout, settings = state.config, state.layout, state.settings
+    config, layout = state.config, state.layout
     if precision != "native":
         target.refuse_gradients(f"{config.method} attention in fewer bits", q, k, v)
     elif target.use_triton(q):

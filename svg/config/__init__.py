@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .base import DENSE_BACKENDS, ORDERS, PRECISIONS, DenseConfig, GuardedConfig, MethodConfig
+from .base import DENSE_BACKENDS, ORDERS, PRECISIONS, DenseConfig, GuardedConfig, MethodConfig, SparseConfig
 from .tuned import TunedFor
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ __all__ = [
     "Sage2PlusConfig",
     "Sage3Config",
     "SpargeConfig",
+    "SparseConfig",
     "TunedFor",
     "config_from_dict",
 ]

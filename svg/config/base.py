@@ -14,6 +14,7 @@ ORDERS = ("hilbert", "rowmajor")  # of a video's tokens
 LINEARS = ("none", "feed_forward", "all")  # of a transformer's blocks, in 8 bits
 LINEAR_PRECISIONS = ("auto", "fp8", "int8-rows", "int8")
 PRECISIONS = ("native", "int8-fp8", "int8-fp8-acc16", "int8-fp16")  # of a sparse method
+WARMUP_PRECISIONS = ("native", "int8-fp8", "int8-fp16")  # of its dense calls
 
 
 def setting(default: Any, *, flag: type | None = None, help: str = "", sweep: str = "") -> Any:
@@ -238,9 +239,6 @@ class DenseConfig(MethodConfig):
 class GuardedConfig(MethodConfig):
     """What every method that may compute in fewer bits has.
 
-    A sparse method's precision is "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute capability 8.9),
-    "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
-
     Args:
         guard: compute a head again without quantisation, in the same call, where its sums are not finite or left the
             range of the quantised values, or its probed rows are over the tolerance; the report counts such heads.
@@ -259,6 +257,26 @@ class GuardedConfig(MethodConfig):
         number(self, "tolerance")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance must be > 0, got {self.tolerance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(GuardedConfig):
+    """What every sparse method has.
+
+    Args:
+        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute capability
+            8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe mode).
+        warmup_precision: of dense attention in the steps and layers that stay dense as a warm-up: "native", "int8-fp8" or
+            "int8-fp16", as sage2 computes it. On Hopper a dense call in 8 bits takes about half the time.
+    """
+
+    precision: str = "native"
+    warmup_precision: str = "native"
+
+    def __post_init__(self):
+        super().__post_init__()
+        choice(self, "precision", PRECISIONS)
+        choice(self, "warmup_precision", WARMUP_PRECISIONS)
 
 
 def count(share: float, total: int) -> int:

@@ -179,7 +179,7 @@ def test_precisions_from_a_file(tmp_path, make_qkv, make_state):
     state = make_state(Sage2Config(layers=str(path)), VIDEO)
     for layer in (0, 1):
         attend(*make_qkv(VIDEO), state, layer)
-    assert [record.precision for record in state.records] == ["int8-fp16", "native"] and state.records[1].dense
+    assert [record.precision for record in state.records] == ["int8-fp16", None] and state.records[1].dense
     with pytest.raises(ValueError, match="layers must have transformer layer 2"):
         attend(*make_qkv(VIDEO), state, 2)
     with pytest.raises(ValueError, match="which is not there; make one with `svg adapt`"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from ...config.base import FEW_STEPS, PRECISIONS, GuardedConfig, check_max_drift, choice, count, integer, setting, share
+from ...config.base import FEW_STEPS, SparseConfig, check_max_drift, choice, count, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
 
 QUERY_ORDERS = ("clusters", "hilbert")
@@ -19,7 +19,7 @@ DECAY = 0.15  # of the steps, in which the share that goes to early ones falls b
 
 
 @dataclass(frozen=True, kw_only=True)
-class NearConfig(GuardedConfig):
+class NearConfig(SparseConfig):
     """Near-lossless: small groups of keys are computed exactly where their means would err most; means are all the rest.
 
     Keys are ordered by k-means and cut into granules of a fixed size. For every group of query rows the error that each
@@ -52,8 +52,6 @@ class NearConfig(GuardedConfig):
         refresh: calls of a layer that share orders and lists at most, >= 1; means are always fresh.
         max_drift: with refresh, choose anew also where queries or keys would be further from those of the choice, as a
             share of their spread, > 0, or None: however far they are.
-        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), or "int8-fp16" (P V in 16 bits: the safe mode). Dense attention stays native.
         head_budget: each head's own budget, [layers][heads], or None; a layer whose heads all have 1 runs dense, and heads of a
             layer that all have the same share one threshold, as without a table.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
@@ -84,7 +82,6 @@ class NearConfig(GuardedConfig):
     share_branches: bool = True
     refresh: int = 1
     max_drift: float | None = None
-    precision: str = "native"
     head_budget: tuple[tuple[float, ...], ...] | None = None
     tuned_for: TunedFor | None = None
 
@@ -98,7 +95,6 @@ class NearConfig(GuardedConfig):
         choice(self, "rows", GRANULE_ROWS)
         choice(self, "pool", POOLS)
         choice(self, "query_order", QUERY_ORDERS)
-        choice(self, "precision", PRECISIONS)
         for name in ("cluster_tokens", "query_cluster_tokens", "first_iterations", "iterations", "refresh"):
             integer(self, name, least=1)
         if self.early == 1:

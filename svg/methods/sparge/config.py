@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from ...config.base import ORDERS, PRECISIONS, GuardedConfig, choice, number, setting, share
+from ...config.base import ORDERS, SparseConfig, choice, number, setting, share
 from ...documents import shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpargeConfig(GuardedConfig):
+class SpargeConfig(SparseConfig):
     """SpargeAttn: blocks of neighbouring tokens, and for each block of queries the key blocks that their means predict.
 
     Exactly one of topk, cdf and thresholds decides how much is kept; without any, topk is 0.5.
@@ -25,9 +25,6 @@ class SpargeConfig(GuardedConfig):
             8-bit precisions only. None: never.
         attention_sink: always keep the first key block.
         order: in which the video's tokens are cut into blocks: "hilbert" (along a curve in space and time), "rowmajor".
-        precision: of the sparse attention: "native" (the inputs'), "int8-fp8" (Q K^T in INT8, P V in FP8; compute
-            capability 8.9), "int8-fp8-acc16" (the same, summed in fp16), or "int8-fp16" (P V in 16 bits: the safe
-            mode). Dense attention stays native.
 
     Source: SpargeAttn (arXiv 2502.18137), section 3.
     """
@@ -47,7 +44,6 @@ class SpargeConfig(GuardedConfig):
     pv_threshold: float | None = None
     attention_sink: bool = False
     order: str = "hilbert"
-    precision: str = "native"
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,7 +63,6 @@ class SpargeConfig(GuardedConfig):
         if not isinstance(self.attention_sink, bool):
             raise TypeError(f"attention_sink must be true or false, got {shown(self.attention_sink)}")
         choice(self, "order", ORDERS)
-        choice(self, "precision", PRECISIONS)
         self._check_pv_threshold()
         self._check_thresholds()
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...config.base import PRECISIONS, GuardedConfig, choice, integer, setting, share
+from ...config.base import SparseConfig, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVG1Config(GuardedConfig):
+class SVG1Config(SparseConfig):
     """Sparse VideoGen: every head is spatial or temporal, decided online from sampled query rows.
 
     Args:
         density: target for the computed share of the S x S map, everything counted, in (0, 1].
         sample_rows: video query rows profiled per call, >= 1.
         block_size: keys in a block of the map, >= 1; a block holds twice as many queries.
-        precision: of the sparse attention, one of PRECISIONS; `GuardedConfig` says what they are.
         head_density: each head's own density, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
@@ -35,7 +34,6 @@ class SVG1Config(GuardedConfig):
     )
     sample_rows: int = 64
     block_size: int = 64
-    precision: str = "native"
     head_density: tuple[tuple[float, ...], ...] | None = None
     tuned_for: TunedFor | None = None
 
@@ -44,5 +42,4 @@ class SVG1Config(GuardedConfig):
         share(self, "density", zero=False)
         integer(self, "sample_rows", least=1)
         integer(self, "block_size", least=1)
-        choice(self, "precision", PRECISIONS)
         check_head_table(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from ...config.base import PRECISIONS, GuardedConfig, check_max_drift, choice, integer, setting, share
+from ...config.base import SparseConfig, check_max_drift, choice, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
 from ...documents import shown
 
@@ -13,7 +13,7 @@ SELECTIONS = ("clusters", "tiles")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVG2Config(GuardedConfig):
+class SVG2Config(SparseConfig):
     """Sparse VideoGen2: queries and keys are clustered; a query cluster keeps the key clusters holding top_p of its mass.
 
     Args:
@@ -31,7 +31,6 @@ class SVG2Config(GuardedConfig):
             share of their spread, > 0 (see `svg.methods.reuse`), or None: however far they are.
         compensate: approximate every skipped block by one key: the block's mean, weighted by its number of keys. These
             keys stay in the inputs' precision.
-        precision: of the sparse attention, one of PRECISIONS; `GuardedConfig` says what they are.
         head_top_p: each head's own top_p, [layers][heads], or None; a layer whose heads all have 1 runs dense.
         tuned_for: what the settings were tuned on and are refused elsewhere, or None.
 
@@ -55,7 +54,6 @@ class SVG2Config(GuardedConfig):
     refresh: int = 1
     max_drift: float | None = None
     compensate: bool = False
-    precision: str = "native"
     head_top_p: tuple[tuple[float, ...], ...] | None = None
     tuned_for: TunedFor | None = None
 
@@ -64,7 +62,6 @@ class SVG2Config(GuardedConfig):
         choice(self, "selection", SELECTIONS)
         share(self, "top_p", zero=False)
         share(self, "min_k_ratio")
-        choice(self, "precision", PRECISIONS)
         if not isinstance(self.compensate, bool):
             raise TypeError(f"compensate must be true or false, got {shown(self.compensate)}")
         for name in ("num_q_clusters", "num_k_clusters", "first_iterations", "iterations", "refresh"):
