@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from svg.config import METHODS, MethodConfig, NearConfig, config_from_dict
 from svg.documents import shown
+from svg.kernels.common import target
+from svg.methods.near.levels import LEVELS, level_settings
 
-LEVELS = ("quality", "balanced", "fast")
 # Below this many tokens a GPU is done with dense attention before sparse attention has planned: whole calls of svg2 at
 # density 0.25 against cuDNN on an H100 take 3.2 times as long at 7,200 tokens and 0.88 times at 18,000 (`svg bench scale`).
 DENSE_BELOW = 16_384
 TOO_SHORT = 1024  # on a CPU, where nothing is faster: means and text alone would be most of the map
 FEW_STEPS_NOISE = 0.9  # in runs of few steps: docs/lab/near.md
-# Share of the attention map that is computed, by word.
-_BUDGETS = {"quality": 0.4, "balanced": 0.25, "fast": 0.15}
 _SUFFIXES = tuple(f":{method}" for method in METHODS)
 
 
@@ -50,7 +51,21 @@ def resolve(config: MethodConfig | dict | str | None) -> MethodConfig:
 
 def _level(level: str) -> MethodConfig:
     short = DENSE_BELOW if torch.cuda.is_available() else TOO_SHORT
-    return NearConfig(budget=_BUDGETS[level], min_tokens=short, few_steps_noise=FEW_STEPS_NOISE)
+    return NearConfig(**settings_of(level, "auto"), min_tokens=short, few_steps_noise=FEW_STEPS_NOISE)
+
+
+def settings_of(level: str, device: str) -> dict[str, Any]:
+    """What a word changes on a device.
+
+    Args:
+        level: one of LEVELS.
+        device: "auto" (the current GPU, if there is one), "cpu", "cuda" or "cuda:<index>".
+
+    Returns:
+        Fields of NearConfig.
+    """
+    gpu = level == "fast" and device != "cpu" and torch.cuda.is_available()  # nothing else asks, and so starts, CUDA
+    return level_settings(level, gpu and target.has_fp8(torch.device("cuda" if device == "auto" else device)))
 
 
 def _preset(text: str) -> MethodConfig:

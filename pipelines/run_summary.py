@@ -25,7 +25,7 @@ class RunSummary:
         dense_steps: of them, those in which every call was dense.
         attention_share: share of the transformer's time that attention took.
         attention_speedup: a dense call's time over a sparse one's, both means of this very run; None where one kind is
-            missing, as without a warm-up.
+            missing, as without a warm-up, or dense calls are in 8 bits.
         speedup: estimated speed-up of the transformer over a run in which every call takes what this run's dense ones
             took; None as before.
         recomputed: heads that the guard computed again, as a share of those it watched; None without a guard.
@@ -99,6 +99,8 @@ def summary(pipe: Any) -> RunSummary:
     parts = [part for part in found["transformers"].values() if part["calls"]["total"]]
     seconds = sum(part["transformer_seconds"] for part in parts)
     attention, as_dense, speedup = _attention(parts)
+    if found["config"].get("warmup_precision", "native") != "native":  # this run's dense calls are no baseline
+        as_dense, speedup = None, None
     density = _weighted(parts, "all_calls", "total")
     assert density is not None  # some call was recorded
     whole = None

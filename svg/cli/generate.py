@@ -14,6 +14,7 @@ import click
 from ..config import METHODS
 from ..config.run import DTYPES, OFFLOADS
 from ..generate.several_gpus import check_gpus, last_words, quiet, rank, start
+from ..methods.near.levels import LEVELS
 from ..methods.registry import method_flags
 from .options import (
     device_option,
@@ -55,6 +56,11 @@ _GENERATION_FLAGS = (
     type=click.Choice(tuple(METHODS)),
     metavar="NAME",
     help=f"Of {', '.join(METHODS)} [default: near, or svg2 where a preset has no near].",
+)
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    help="Of near: two fifths of the attention, the preset's quarter, or a quarter with fewer dense steps, in 8 bits.",
 )
 @method_options
 @settings_option

@@ -20,7 +20,7 @@ OPTIONS = {
     "Target": ("--min-psnr", "--max-lpips", "--target-speedup", "--worst"),
     "Model": ("--model", "--revision", "--variant", "--preset", "--lora"),
     "Method": (
-        *("--method", "--methods", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
+        *("--method", "--methods", "--level", "--budget", "--budgets", "--density", "--top-p", "--num-q-clusters"),
         *("--num-k-clusters", "--topk", "--cdf", "--thresholds", "--order", "--attention-sink", "--warmup-steps"),
         "--warmup-noise",
         *("--warmup-layers", "--dense-backend", "--linears", "--max-error", "--set", "--cache", "--caches"),

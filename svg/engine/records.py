@@ -59,7 +59,7 @@ class AttentionRecord(NamedTuple):
         branch: guidance branch.
         density: float [B, H], computed share of the map.
         kind: int [B, H], 0 spatial and 1 temporal, or None for methods without head kinds.
-        dense: whether the call ran dense attention.
+        dense: whether the call computed everything because its step or layer stays dense.
         timer: the call's timer, read or not, or None when timing is off.
         precision: what attention was quantised to, or None where it was not.
         emulated: whether that precision's numbers were computed by wider units.

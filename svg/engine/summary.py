@@ -173,7 +173,7 @@ def _seconds(records: list[AttentionRecord]) -> dict[str, float] | None:
 
 
 def _quantized(records: list[AttentionRecord], safer: dict[int, int]) -> dict[str, Any] | None:
-    quantised = [record for record in records if record.precision is not None and not record.dense]
+    quantised = [record for record in records if record.precision is not None]
     if not quantised:
         return None
     groups = _group(quantised, quantised, lambda record: record.precision)

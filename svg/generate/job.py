@@ -94,6 +94,7 @@ def resolve(
     model: str | None,
     method: str | None,
     settings: dict[str, Any],
+    level: str | None = None,
     generation: dict[str, Any],
     **rest: Any,
 ) -> Job:
@@ -104,6 +105,7 @@ def resolve(
         model: hub id or directory; None: the preset's, or the bundled model.
         method: one of METHODS; None: near, or svg2 where the preset has no near.
         settings: fields of the method's config, those that are given.
+        level: one of near's LEVELS, whose settings take the preset's place; None: the preset's.
         generation: prompt, negative_prompt, true_cfg, seed, image (a path) and the preset's generation keys; None means
             not given.
         rest: the other fields of Job.
@@ -129,6 +131,8 @@ def resolve(
     chosen = _preset(preset, model)
     if method is None:
         method = "near" if chosen is None or "near" in chosen.methods else "svg2"
+    if level is not None and method != "near":
+        raise ValueError(f"--level must come with --method near, got {method}: leave one of them out")
     given = {key: value for key, value in generation.items() if value is not None}
     values = {**_defaults(chosen), **given}
     missing = [key for key in _SIZE if key not in values]
@@ -145,7 +149,7 @@ def resolve(
     locate_model(model)
     if rest.get("cache") is not None:
         parse_cache(rest["cache"])
-    config = _config(chosen, method, settings)
+    config = _config(chosen, method, settings, _of_level(level, rest["device"]))
     if rest.get("split") == "branches":
         config = config.for_branches_apart()
     _check_model(config, model)
@@ -254,12 +258,20 @@ def _defaults(preset: Preset | None) -> dict[str, Any]:
     return {key: getattr(preset.generation, key) for key in _GENERATION}
 
 
-def _config(preset: Preset | None, method: str, settings: dict[str, Any]) -> MethodConfig:
+def _of_level(level: str | None, device: str) -> dict[str, Any]:
+    if level is None:
+        return {}
+    from svg.pipelines.choose import settings_of  # needs torch, which asks what the device computes in
+
+    return settings_of(level, device)
+
+
+def _config(preset: Preset | None, method: str, settings: dict[str, Any], level: dict[str, Any]) -> MethodConfig:
     if "method" in settings:
         raise ValueError(
             f"--set must name a setting of method {method}, got method={shown(settings['method'])}: use --method"
         )
-    base = preset.config(method).to_dict() if preset else {"method": method}
+    base = (preset.config(method).to_dict() if preset else {"method": method}) | level
     rivals = METHODS[method].rivals if method in METHODS else ()
     if any(settings.get(name) is not None for name in rivals):
         base = {name: value for name, value in base.items() if name not in rivals}

@@ -46,6 +46,11 @@ WRONG = [
     ("other", {}, "model must be one of WanPipeline"),
     ("damaged", {}, "model_index.json with one JSON object"),
     ("nowhere/", {}, "which does not exist"),
+    (
+        "wan",
+        {"level": "fast", "method": "svg2"},
+        "--level must come with --method near, got svg2: leave one of them out",
+    ),
     ("wan", {"lora": "no.safetensors"}, "--lora must be an existing file"),
     ("wan", {}, "model must be complete and in safetensors"),
 ]

@@ -6,13 +6,27 @@ import pytest
 import torch
 
 import svg
-from svg.pipelines.choose import DENSE_BELOW, LEVELS, resolve
+from svg.kernels.common import target
+from svg.methods.near.levels import LEVELS, level_settings
+from svg.pipelines.choose import DENSE_BELOW, resolve, settings_of
 
 
-def test_a_word_is_near_with_its_budget():
-    budgets = [resolve(level).budget for level in LEVELS]
-    assert budgets == sorted(budgets, reverse=True) and all(resolve(level).method == "near" for level in LEVELS)
-    assert resolve(None) == resolve("balanced")
+def test_a_word_is_near_with_its_settings():
+    quality, balanced, fast = map(resolve, LEVELS)
+    assert quality.budget > balanced.budget == fast.budget == svg.NearConfig().budget
+    assert fast.warmup_steps == 0.1 < balanced.warmup_steps == quality.warmup_steps
+    assert resolve(None) == balanced
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "native"), ((8, 9), "int8-fp8"), ((9, 0), "int8-fp8")])
+def test_fast_is_in_8_bits_where_the_gpu_has_fp8(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(target, "arch", lambda device: 10 * capability[0] + capability[1])
+    fast = resolve("fast")
+    assert fast.precision == fast.warmup_precision == precision and (fast.linears == "all") == (precision != "native")
+    assert {resolve(level).precision for level in ("quality", "balanced")} == {"native"}
+    assert ("precision" in settings_of("fast", "cuda:0")) == (precision != "native")
+    assert settings_of("fast", "cpu") == {"warmup_steps": 0.1, "residual": 0.0}
 
 
 def test_short_sequences_stay_dense_on_a_gpu(monkeypatch):
@@ -68,3 +82,17 @@ def test_summary_has_fields_text_and_html(load, run, caplog):
     assert found._repr_html_().startswith("<table>") and "svg2" in found._repr_html_()
     levels = [record.levelname for record in caplog.records if record.name == "svg"]
     assert levels == ["INFO", "WARNING"] and "3 layers, top_p=0.3" in caplog.records[0].getMessage()
+
+
+def test_a_warm_up_in_8_bits_is_no_baseline_of_a_run(load, run):
+    options = {"method": "near", "budget": 0.9, "granule": 8, "warmup_steps": 0.5}
+    for precision, known in (("native", True), ("int8-fp8", False)):
+        pipe = svg.accelerate(load("wan"), options | {"warmup_precision": precision})
+        run(pipe)
+        found = svg.summary(pipe)
+        assert found.dense_steps and (found.attention_speedup is not None) == known == (found.speedup is not None)
+
+
+def test_an_unknown_level_is_refused():
+    with pytest.raises(ValueError, match="level must be one of quality, balanced, fast, got 'best'"):
+        level_settings("best", fp8=True)

@@ -8,8 +8,9 @@ import svg
 from svg.config import NearConfig, SVG1Config
 from svg.configs import load_preset, preset_names
 from svg.generate.job import _config as job_config
+from svg.methods.near.levels import LEVELS
 from svg.pipelines.attach import attached
-from svg.pipelines.choose import FEW_STEPS_NOISE, LEVELS, resolve
+from svg.pipelines.choose import FEW_STEPS_NOISE, resolve, settings_of
 from svg.pipelines.position import noise_of
 
 
@@ -94,7 +95,10 @@ def test_words_and_presets_of_near_have_it_unless_a_warmup_is_asked_for():
         ({"warmup_steps": 0.5}, None),
         ({"warmup_noise": 0.5}, None),
     ):
-        assert job_config(presets[0], "near", given).few_steps_noise == left
+        assert job_config(presets[0], "near", given, {}).few_steps_noise == left
+    fast = job_config(load_preset("wan2.1-t2v-1.3b-480p"), "near", {"warmup_layers": 0.0}, settings_of("fast", "cpu"))
+    assert (fast.warmup_steps, fast.residual, fast.few_steps_noise) == (0.1, 0.0, FEW_STEPS_NOISE)
+    assert job_config(presets[0], "near", {"warmup_steps": 0.5}, settings_of("fast", "cpu")).warmup_steps == 0.5
 
 
 def test_a_pipeline_of_few_steps_warms_up_by_noise(load, run):
