@@ -16,7 +16,7 @@ from svg.kernels.common import target
 from svg.kernels.common.sums import sums_of
 
 from .config import GuardedConfig, MethodConfig, Sage2Config
-from .engine import residual
+from .engine import first_calls, residual
 from .engine.execute import is_emulated
 from .engine.guard import GuardOutcome, guarded
 from .engine.layout import TokenLayout
@@ -72,11 +72,15 @@ def attend_uncompiled(
     if not 0 <= layer < state.num_layers:
         raise ValueError(f"layer must be in [0, {state.num_layers}), got {layer}")
     _check(q, k, v, layout, text_mask)
+    if state.compiling is None:
+        state.compiling = first_calls.begin(state, q, k, v, text_mask, attend_uncompiled)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     if not state.records:
         state.check_tuned(q.shape[1], q.device)
-    timer = Timer(q.device) if state.timing else None
     settings, precision, dense = _settings(state, layer, q.device)
+    if state.compiling and precision is not None:
+        first_calls.finish(state.compiling)
+    timer = Timer(q.device) if state.timing else None
     kind, plan, outcome, reused = None, None, None, False
     if precision is None:
         if config.check_finite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -130,9 +131,11 @@ class RunState:
         replays: calls that were captured in CUDA graphs.
         safer: how many times a layer took the next safer precision, by layer.
         told: whether a slow path was warned of; it outlives runs.
+        compiling: threads that compile what the first calls launch, or None before these; it outlives runs.
     """
 
     told = False
+    compiling: list[Future] | None = None
 
     def __init__(self, config: MethodConfig, num_layers: int, name: str = "transformer"):
         if num_layers < 1:

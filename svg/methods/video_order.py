@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
+
+from svg.kernels.common.constants import constant
 
 from ..config.base import ORDERS
 from ..engine.layout import TokenLayout
@@ -33,7 +33,7 @@ def video_order(layout: TokenLayout, order: str) -> Tensor:
     return _along_hilbert(layout.frames, layout.height, layout.width)
 
 
-@lru_cache(maxsize=4)
+@constant(maxsize=4)
 def _along_hilbert(*grid: int) -> Tensor:
     axes = (torch.arange(n) for n in grid)
     place = torch.cartesian_prod(*axes).view(-1, 3).T  # [3, V]

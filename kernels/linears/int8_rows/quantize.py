@@ -5,11 +5,10 @@ H is block-diagonal: Hadamard matrices of 128, which spread an outlier over its 
 bits after the leading one: without outliers that is a third of FP8's error.
 """
 
-from functools import cache
-
 import torch
 
 from ...common import target
+from ...common.constants import constant
 from ...common.numbers import INT8_MAX, INT_AS_FLOAT, SMALLEST, TINY
 from ...common.target import tl, triton
 from ..rows import DTYPES, QuantizedRows
@@ -25,7 +24,7 @@ def rotation_width(width: int) -> int:
     return min(width & -width, WIDEST)
 
 
-@cache
+@constant()
 def hadamard(side: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A Hadamard matrix of ones and minus ones, symmetric: [side, side], a power of two.
 

@@ -13,12 +13,12 @@ Source: SpargeAttn (arXiv 2502.18137), section 3.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from svg.kernels.common.constants import constant
 from svg.kernels.selection.sparge import block_statistics, sparge_block_map
 
 from ...engine.layout import TokenLayout
@@ -114,7 +114,7 @@ class VideoBlocks(NamedTuple):
     k_sizes: Tensor
 
 
-@lru_cache(maxsize=8)
+@constant(maxsize=8)
 def video_blocks(layout: TokenLayout, order: str, device: torch.device) -> VideoBlocks:
     """Order and blocks of a video grid, computed on the CPU and moved once.
 
@@ -126,9 +126,8 @@ def video_blocks(layout: TokenLayout, order: str, device: torch.device) -> Video
     Returns:
         The blocks.
     """
-    with torch.inference_mode(False):
-        curve = None if order == "rowmajor" else video_order(layout, order).to(device, torch.int32)
-        return VideoBlocks(curve, *(block_sizes(layout.video_tokens, size).to(device) for size in (Q_BLOCK, K_BLOCK)))
+    curve = None if order == "rowmajor" else video_order(layout, order).to(device, torch.int32)
+    return VideoBlocks(curve, *(block_sizes(layout.video_tokens, size).to(device) for size in (Q_BLOCK, K_BLOCK)))
 
 
 def block_sizes(tokens: int, block: int) -> Tensor:

@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from svg.kernels.common.constants import constant
 from svg.kernels.selection.probe import probe_attention
 
 from ...engine.layout import TokenLayout
@@ -181,12 +182,11 @@ def rows_at(video_tokens: int, drawn: Tensor) -> Tensor:
     return starts + (drawn * lengths).long()
 
 
-@lru_cache(maxsize=4)
+@constant(maxsize=4)
 def _stretches(tokens: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Starts and lengths of equal stretches, int64 [count]."""
-    with torch.inference_mode(False):
-        edges = torch.arange(count + 1) * tokens // count
-        return edges[:-1].to(device), edges.diff().to(device)
+    edges = torch.arange(count + 1) * tokens // count
+    return edges[:-1].to(device), edges.diff().to(device)
 
 
 def row_masks(maps: BandMaps, rows: Tensor, layout: TokenLayout, block_size: int) -> Tensor:
@@ -273,10 +273,9 @@ def band_maps(
     )
 
 
-@lru_cache(maxsize=4)
+@constant(maxsize=4)
 def _shared_maps(layout: TokenLayout, densities: tuple[float, ...], block_size: int, device: torch.device) -> BandMaps:
-    with torch.inference_mode(False):
-        return _maps_of_all(layout, densities, block_size, device)
+    return _maps_of_all(layout, densities, block_size, device)
 
 
 def _maps_of_all(
@@ -307,7 +306,7 @@ def _density_index(densities: tuple[float, ...], config: SVG1Config, state: Laye
     return state.cache["density_index"]
 
 
-@lru_cache(maxsize=4)
+@constant(maxsize=4)
 def band_grid(layout: TokenLayout, block_size: int, device: torch.device) -> BandGrid:
     """Orders, blocks and band areas of a video grid, computed on the CPU and moved once.
 
@@ -319,34 +318,33 @@ def band_grid(layout: TokenLayout, block_size: int, device: torch.device) -> Ban
     Returns:
         The grid's tables.
     """
-    with torch.inference_mode(False):
-        video, sink = layout.video_tokens, layout.tokens_per_frame
-        index = torch.arange(video)
-        token_major = index.view(layout.frames, sink).T.reshape(-1)
-        order = torch.stack([index, token_major])  # [2, V], coordinate -> token
-        coordinate = order.argsort(-1)  # [2, V], token -> coordinate
-        band = torch.stack([row[row >= sink] for row in order])  # [2, V - sink], keys without the sink
-        k_order = torch.cat([index[:sink].expand(2, -1), band], -1)
-        q_sizes, k_sizes = _split(video, Q_BLOCKS * block_size), _split(video - sink, block_size)
-        q_ends, k_ends = q_sizes.cumsum(0), k_sizes.cumsum(0)
-        q_range = torch.stack([q_ends - q_sizes, q_ends - 1])
-        k_coordinate = coordinate.gather(-1, band)  # ascending
-        k_range = torch.stack([k_coordinate[:, k_ends - k_sizes], k_coordinate[:, k_ends - 1]])
-        k_block = torch.zeros_like(order)
-        k_block.scatter_(-1, band, (torch.arange(video - sink) // block_size + 1).expand(2, -1))
-        area = torch.stack([_area(q_range, k_range[:, kind], q_sizes, k_sizes, video) for kind in (SPATIAL, TEMPORAL)])
-        k_sizes = torch.cat([torch.tensor([sink]), k_sizes])
-        return BandGrid(
-            order.to(device, torch.int32),
-            k_order.to(device, torch.int32),
-            (coordinate // (Q_BLOCKS * block_size)).to(device),
-            k_block.to(device),
-            q_sizes.to(device, torch.int32),
-            k_sizes.to(device, torch.int32),
-            q_range.to(device, torch.int32),
-            k_range.to(device, torch.int32),
-            area.to(device),
-        )
+    video, sink = layout.video_tokens, layout.tokens_per_frame
+    index = torch.arange(video)
+    token_major = index.view(layout.frames, sink).T.reshape(-1)
+    order = torch.stack([index, token_major])  # [2, V], coordinate -> token
+    coordinate = order.argsort(-1)  # [2, V], token -> coordinate
+    band = torch.stack([row[row >= sink] for row in order])  # [2, V - sink], keys without the sink
+    k_order = torch.cat([index[:sink].expand(2, -1), band], -1)
+    q_sizes, k_sizes = _split(video, Q_BLOCKS * block_size), _split(video - sink, block_size)
+    q_ends, k_ends = q_sizes.cumsum(0), k_sizes.cumsum(0)
+    q_range = torch.stack([q_ends - q_sizes, q_ends - 1])
+    k_coordinate = coordinate.gather(-1, band)  # ascending
+    k_range = torch.stack([k_coordinate[:, k_ends - k_sizes], k_coordinate[:, k_ends - 1]])
+    k_block = torch.zeros_like(order)
+    k_block.scatter_(-1, band, (torch.arange(video - sink) // block_size + 1).expand(2, -1))
+    area = torch.stack([_area(q_range, k_range[:, kind], q_sizes, k_sizes, video) for kind in (SPATIAL, TEMPORAL)])
+    k_sizes = torch.cat([torch.tensor([sink]), k_sizes])
+    return BandGrid(
+        order.to(device, torch.int32),
+        k_order.to(device, torch.int32),
+        (coordinate // (Q_BLOCKS * block_size)).to(device),
+        k_block.to(device),
+        q_sizes.to(device, torch.int32),
+        k_sizes.to(device, torch.int32),
+        q_range.to(device, torch.int32),
+        k_range.to(device, torch.int32),
+        area.to(device),
+    )
 
 
 def half_widths(grid: BandGrid, layout: TokenLayout, density: float, visible: Tensor) -> Tensor:
