@@ -111,7 +111,9 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
     for name in chosen:
-        measure(pipe, known[name], dataclasses.replace(request, steps=3))  # a dense step and two sparse ones compile all
+        measure(
+            pipe, known[name], dataclasses.replace(request, steps=3)
+        )  # a dense step and two sparse ones compile all
         steps = args.dense_steps if name.startswith("dense") and args.dense_steps else args.steps
         row = measure(pipe, known[name], dataclasses.replace(request, steps=steps))
         scaled = {key: row[key] * args.steps / steps for key in ("transformer_seconds", "attention_seconds")}

@@ -32,6 +32,7 @@ OPTIONS = {
     "Search": (
         "--keep-warmup",
         "--keep-refresh",
+        "--keep-granule",
         "--rounds",
         "--tune-steps",
         "--probe",

@@ -63,6 +63,7 @@ _HELD_OUT = (
 @click.option(
     "--keep-refresh", is_flag=True, help="Keep refresh as it is, instead of trying 2, 4 and 8 where that saves time."
 )
+@click.option("--keep-granule", is_flag=True, help="Keep near's granule as it is, instead of trying larger ones.")
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
 def tune(**options: Any) -> int:
@@ -148,4 +149,5 @@ def _plan(options: dict[str, Any]) -> Any:
         budgets=options["budgets"] or job.config.tuned_by,
         keep_warmup=options["keep_warmup"],
         keep_refresh=options["keep_refresh"],
+        keep_granule=options["keep_granule"],
     )

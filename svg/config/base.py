@@ -81,6 +81,9 @@ class MethodConfig:
     levels: ClassVar[tuple[float, ...]] = ()
     probed_level: ClassVar[float] = 0.0
     tuned_by: ClassVar[str] = "heads"
+    tuned_too: ClassVar[tuple[str, tuple[Any, ...]] | None] = (
+        None  # another setting that a tuning tries, and its values
+    )
 
     warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
     warmup_noise: float | None = setting(

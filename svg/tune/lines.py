@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import MethodConfig
 from ..config.base import count
@@ -24,6 +25,7 @@ class Line:
         bounds: least and largest cost of a run.
         floor: the part of it that dense steps cost.
         refresh: calls of a layer that share a map; None where the method has no such setting.
+        other: value of the setting that the method has tuned too, where it is not the given one.
     """
 
     family: str
@@ -32,9 +34,11 @@ class Line:
     bounds: tuple[float, float]
     floor: float
     refresh: int | None = None
+    other: tuple[str, Any] | None = None
 
     def __str__(self) -> str:
-        return dense_steps(self.dense_steps) + (f", refresh {self.refresh}" if (self.refresh or 1) > 1 else "")
+        shared = f", refresh {self.refresh}" if (self.refresh or 1) > 1 else ""
+        return dense_steps(self.dense_steps) + shared + (f", {self.other[0]} {self.other[1]}" if self.other else "")
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,30 @@ def refreshes_to_try(problem: Problem, config: MethodConfig, steps: Steps) -> li
     if problem.cost.kept is None or getattr(config, "refresh", None) != 1:
         return []
     return [calls for calls in (2, 4, 8) if calls <= steps.total - steps.dense]
+
+
+def others_to_try(config: MethodConfig) -> list[tuple[str, Any]]:
+    """Larger values of the setting that a method has tuned too, from the next one on.
+
+    Args:
+        config: the settings that stay.
+    """
+    name, values = config.tuned_too or ("", ())
+    return [(name, value) for value in values if value > getattr(config, name)]
+
+
+def with_other(line: Line, other: tuple[str, Any]) -> Line:
+    """The same line with another value of that setting; what a run costs is told as if it had the given one.
+
+    Args:
+        line: settings along a line.
+        other: the setting's name and value.
+    """
+
+    def at(cost: float) -> MethodConfig:
+        return dataclasses.replace(line.config(cost), **{other[0]: other[1]})
+
+    return dataclasses.replace(line, config=at, other=other)
 
 
 def table_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:

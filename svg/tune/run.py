@@ -25,7 +25,18 @@ from .allocate import Problem, fit_cost, uniform_cost, weights_of
 from .calibrate import is_fixed
 from .curves import MEASURED, curves_of, probed_level
 from .levels import levels_for
-from .lines import Line, Steps, dense_steps, dense_steps_to_try, one_budget_line, refreshes_to_try, sharing, table_line
+from .lines import (
+    Line,
+    Steps,
+    dense_steps,
+    dense_steps_to_try,
+    one_budget_line,
+    others_to_try,
+    refreshes_to_try,
+    sharing,
+    table_line,
+    with_other,
+)
 from .preset import write_preset
 from .reach import Reach, Trial, cost_at
 from .search import Target
@@ -60,6 +71,7 @@ class Plan:
             are tuned.
         keep_warmup: whether the config's dense steps stay as they are; else fewer are tried.
         keep_refresh: whether `refresh` stays as it is; else more calls that share a map are tried.
+        keep_granule: whether `granule`, which `near` has, stays as it is; else larger ones are tried.
 
     Raises:
         ValueError: prompts missing or in both sets, a step out of range, nothing that could be sparse, or a probe of heads
@@ -78,6 +90,7 @@ class Plan:
     budgets: str = "heads"
     keep_warmup: bool = False
     keep_refresh: bool = False
+    keep_granule: bool = False
 
     def __post_init__(self):
         config, total = self.job.config, self.job.request.steps
@@ -174,7 +187,8 @@ class Tuner:
             start = own.whole(uniform_cost(problem, getattr(self._config, str(self._config.budget_field))))
             uniform = one_budget_line(problem, self._config, own, "uniform")
             reach = Reach(plan.target, plan.rounds, self._searched, self._verified, self._cost, self._display.stage)
-            more = (partial(self._sharing_lines, problem), partial(self._lines_of_fewer_dense_steps, problem))
+            stages = (self._sharing_lines, self._lines_of_fewer_dense_steps, self._lines_of_others)
+            more = (partial(stage, problem) for stage in stages)
             tuned = self._tuned_line(problem, own, getattr(self._config, "refresh", None))
             best = {"tuned": reach.best([tuned], start, *more), "uniform": reach.best([uniform], start)}
             equal = self._at_equal_cost(uniform, best["tuned"][0])
@@ -228,6 +242,11 @@ class Tuner:
         numbers = dense_steps_to_try(self._config, total, self._plan.keep_warmup)[1:]
         return [self._tuned_line(problem, Steps(total, number), best.refresh) for number in numbers]
 
+    def _lines_of_others(self, problem: Problem, best: Line) -> list[Line]:
+        """Lines with another value of what the method has tuned too, for as many dense steps and shared maps."""
+        line = self._tuned_line(problem, Steps(self._plan.job.request.steps, best.dense_steps), best.refresh)
+        return [] if self._plan.keep_granule else [with_other(line, other) for other in others_to_try(self._config)]
+
     def _tuned_line(self, problem: Problem, steps: Steps, refresh: int | None) -> Line:
         config = self._config
         if refresh is not None and refresh != getattr(config, "refresh", None):
@@ -256,11 +275,12 @@ class Tuner:
             "videos": "held-out" if stage is self._verify else "search",
             "dense_steps": line.dense_steps,
             "refresh": line.refresh,
+            **({line.other[0]: line.other[1]} if line.other else {}),
             "spent": spent,
             "value": self._plan.target.of(cells, dense, self._on_gpu),
             "density": _mean([cell["density"]["all_calls"] for cell in cells]),
-            "attention_seconds": _mean([cell["seconds"]["attention"] for cell in cells]),
-            "dense_attention_seconds": _mean([cell["seconds"]["attention"] for cell in dense]),
+            "attention_seconds": _least_seconds(cells),
+            "dense_attention_seconds": _least_seconds(dense),
             "psnr": _mean([float(cell["quality"]["psnr"]["mean"]) for cell in cells]),
             "lpips": _mean([cell["quality"]["lpips"]["mean"] for cell in cells]),
             "config": config.to_dict(),
@@ -381,6 +401,8 @@ class Tuner:
         if winner["config"].get(str(self._config.head_field)) is not None:
             budgets = f"budgets of {self._plan.budgets}"
         shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
+        other = (self._config.tuned_too or ("",))[0]
+        shared += f", {other} {winner[other]}" if other in winner else ""
         return (
             f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on held-out prompts "
             f"({len(self._plan.held_out)}) at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "
@@ -409,6 +431,11 @@ def _words(target: Target) -> str:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _least_seconds(cells: list[dict[str, Any]]) -> float | None:
+    """Of attention: the work is the same for every video, and what else the machine did makes a time longer only."""
+    return min((one for cell in cells if (one := cell["seconds"]["attention"]) is not None), default=None)
 
 
 def _mean(values: list[float | None]) -> float | None:

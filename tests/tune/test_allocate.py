@@ -19,7 +19,7 @@ from svg.tune.allocate import (
     within,
 )
 from svg.tune.curves import Curves
-from svg.tune.lines import Steps, refreshes_to_try, sharing, table_line
+from svg.tune.lines import Steps, one_budget_line, others_to_try, refreshes_to_try, sharing, table_line, with_other
 
 LEVELS = (0.3, 0.6, 0.9, 1.0)
 BY_DENSITY = Cost(plan=0.0, per_density=1.0, dense=2.0, unit="density")
@@ -207,6 +207,16 @@ def test_more_calls_share_only_where_that_saves_time():
     assert (cheaper.cost.plan, config.refresh) == (pytest.approx(0.2), 4)
     assert table_line(cheaper, config, steps).bounds[0] < table_line(given, NearConfig(), steps).bounds[0]
     assert str(table_line(cheaper, config, steps)) == "2 dense steps, refresh 4"
+
+
+def test_larger_granules_are_tried_and_leave_the_rest_of_a_line():
+    given, steps = problem(np.random.default_rng(1), BY_TIME), Steps(total=7, dense=2)
+    assert others_to_try(NearConfig()) == [("granule", 32), ("granule", 64)] and others_to_try(SVG1Config()) == []
+    assert others_to_try(NearConfig(granule=64)) == []
+    line = one_budget_line(given, NearConfig(refresh=2), steps, "tuned")
+    other = with_other(line, ("granule", 64))
+    assert other.config(0.5) == replace(line.config(0.5), granule=64) and other.bounds == line.bounds
+    assert str(other) == "2 dense steps, refresh 2, granule 64"
 
 
 def test_weights_are_effect_for_each_unit_of_error():
