@@ -96,8 +96,13 @@ def test_words_and_presets_of_near_have_it_unless_a_warmup_is_asked_for():
         ({"warmup_noise": 0.5}, None),
     ):
         assert job_config(presets[0], "near", given, {}).few_steps_noise == left
-    fast = job_config(load_preset("wan2.1-t2v-1.3b-480p"), "near", {"warmup_layers": 0.0}, settings_of("fast", "cpu"))
-    assert (fast.warmup_steps, fast.residual, fast.few_steps_noise) == (0.1, 0.0, FEW_STEPS_NOISE)
+    fast = job_config(load_preset("wan2.1-t2v-1.3b-480p"), "near", {}, settings_of("fast", "cpu"))
+    assert (fast.warmup_steps, fast.warmup_layers, fast.residual, fast.few_steps_noise) == (
+        0.1,
+        0.0,
+        0.0,
+        FEW_STEPS_NOISE,
+    )
     assert job_config(presets[0], "near", {"warmup_steps": 0.5}, settings_of("fast", "cpu")).warmup_steps == 0.5
 
 

@@ -15,7 +15,7 @@ def level_settings(level: str, fp8: bool) -> dict[str, Any]:
 
     Args:
         level: "quality" (two fifths of the attention), "balanced" (nothing: a quarter), or "fast": a quarter after half as
-            many dense steps, and where the device has FP8 attention and linears in 8 bits, those of dense steps too.
+            many dense steps and in all layers, and where the device has FP8 all attention and the sparse steps' linears in 8 bits.
         fp8: whether the device computes in FP8, which 8 bits are faster with.
 
     Returns:
@@ -33,4 +33,4 @@ def level_settings(level: str, fp8: bool) -> dict[str, Any]:
         return {"budget": 0.4}
     if level == "balanced":
         return {}
-    return {"warmup_steps": 0.1, "residual": 0.0} | (_IN_8_BITS if fp8 else {})
+    return {"warmup_steps": 0.1, "warmup_layers": 0.0, "residual": 0.0} | (_IN_8_BITS if fp8 else {})
