@@ -114,18 +114,19 @@ def compile_together(launches: list[Noted], device: torch.device) -> list[Future
 @contextmanager
 def _noting(noted: list[Noted]) -> Iterator[None]:
     """Note this thread's launches instead of making them; those of other threads are made."""
-    here, run = threading.get_ident(), JITFunction.run
+    jit: Any = JITFunction
+    here, run = threading.get_ident(), jit.run
 
     def note(kernel, *args, grid, warmup, **kwargs):
         if threading.get_ident() != here:
             return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
         noted.append(Noted(kernel, tuple(map(_without_data, args)), {k: _without_data(v) for k, v in kwargs.items()}))
 
-    JITFunction.run = note
+    jit.run = note
     try:
         yield
     finally:
-        JITFunction.run = run
+        jit.run = run
 
 
 def _without_data(value: Any) -> Any:

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def constant(maxsize: int | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def constant(maxsize: int | None = None) -> Callable[[F], F]:
     """`functools.lru_cache` for what holds tensors: they are real ones, which autograd may see, whoever asks first.
 
     Args:
@@ -22,12 +22,14 @@ def constant(maxsize: int | None = None) -> Callable[[Callable[P, R]], Callable[
             return torch.arange(length, device=device)
     """
 
-    def wrap(make: Callable[P, R]) -> Callable[P, R]:
+    def wrap(make: F) -> F:
+        @lru_cache(maxsize=maxsize)
         @wraps(make)
-        def outside_of_modes(*args: P.args, **kwargs: P.kwargs) -> R:
+        def outside_of_modes(*args: Any, **kwargs: Any) -> Any:
             with torch.inference_mode(False), unset_fake_temporarily():
                 return make(*args, **kwargs)
 
-        return lru_cache(maxsize=maxsize)(outside_of_modes)
+        kept: Any = outside_of_modes
+        return kept
 
     return wrap
