@@ -18,7 +18,7 @@ from ..config.base import MethodConfig, count
 from .state import RunState
 
 _log = logging.getLogger("svg")
-_begun: set[tuple] = set()  # for which shapes and methods this process has compiled
+_begun: set[tuple] = set()  # for which shapes and settings this process has compiled
 
 
 def begin(state: RunState, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, attend: Callable) -> list[Future]:
@@ -35,8 +35,7 @@ def begin(state: RunState, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | 
     """
     if not q.is_cuda or state.config.method == "dense" or not target.use_triton(q):
         return []
-    config = state.config
-    key = (config.method, getattr(config, "precision", ""), state.layout, q.shape, q.stride(), q.dtype, q.device)
+    key = (state.config, state.layout, q.shape, q.stride(), q.dtype, q.device)
     if key in _begun:
         return []
     _begun.add(key)
