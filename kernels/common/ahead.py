@@ -106,9 +106,14 @@ def compile_together(launches: list[Noted], device: torch.device) -> list[Future
     """
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "svg-compile")
     try:
-        return [pool.submit(launch.compile, device) for launch in launches]
+        return [pool.submit(_compile, launch, device) for launch in launches]
     finally:
         pool.shutdown(wait=False)
+
+
+def _compile(launch: Noted, device: torch.device) -> None:
+    if threading.main_thread().is_alive():  # else the program ends, and waits for what has begun alone
+        launch.compile(device)
 
 
 @contextmanager

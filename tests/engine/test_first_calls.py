@@ -12,7 +12,7 @@ import torch
 
 from svg.config import NearConfig
 from svg.engine import first_calls
-from svg.kernels.common import target
+from svg.kernels.common import ahead, target
 
 pytestmark = [pytest.mark.skipif(target.INTERPRETED or not target.HAS_TRITON, reason="nothing is compiled")]
 PROGRAM = Path(__file__).parents[1] / "support" / "ahead_run.py"
@@ -51,6 +51,21 @@ def test_a_run_of_dense_steps_alone_compiles_nothing(tmp_path):
 def test_a_cpu_has_nothing_to_compile(make_qkv, make_state, layout):
     q, k, v = make_qkv(layout)
     assert first_calls.begin(make_state(NearConfig(), layout), q, k, v, None, None) == []
+
+
+def test_a_program_that_ends_does_not_wait_for_what_has_not_begun(monkeypatch):
+    class Over:
+        is_alive = staticmethod(lambda: False)
+
+    compiled = []
+    launch = ahead.Noted(None, (), {})
+    monkeypatch.setattr(ahead.Noted, "compile", lambda self, device: compiled.append(device))
+    cpu = torch.device("cpu")
+    first_calls.finish(ahead.compile_together([launch], cpu))
+    assert compiled == [cpu]
+    monkeypatch.setattr(ahead.threading, "main_thread", Over)
+    first_calls.finish(ahead.compile_together([launch], cpu))
+    assert compiled == [cpu]
 
 
 def test_a_call_that_depends_on_contents_compiles_as_it_runs(monkeypatch, make_state, layout):
