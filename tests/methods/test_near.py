@@ -140,6 +140,17 @@ def test_early_steps_compute_more_and_the_mean_is_kept(warm_up, first, last):
     assert first - 0.1 < early <= budgets[0] and last - 0.1 < late <= budgets[-1]
 
 
+@pytest.mark.parametrize("refresh", [2, 3, 50])
+def test_steps_that_share_lists_have_the_mean_of_their_budgets(refresh):
+    config = NearConfig(budget=0.4, refresh=refresh, **(COLD | {"warmup_steps": 0.2}))
+    alone = [dataclasses.replace(config, refresh=1).at_step(step, 20).budget for step in range(4, 20)]
+    shared = [config.at_step(step, 20).budget for step in range(4, 20)]
+    for first in range(0, 16, refresh):
+        group = alone[first : first + refresh]
+        assert shared[first : first + refresh] == pytest.approx([sum(group) / len(group)] * len(group))
+    assert sum(shared) / 16 == pytest.approx(0.4)
+
+
 def test_few_steps_have_the_same_budget():
     config = NearConfig(budget=0.4, early=0.5)
     assert all(config.at_step(step, 8) is config for step in range(8))

@@ -29,8 +29,8 @@ class NearConfig(SparseConfig):
         budget: computed share of the S x S map, the means and the text counted, in (0, 1]; 1 is dense.
         early: share of what is computed exactly that a run without dense steps gives to its steps by how early they are, in
             [0, 1): it falls by a factor e every 15 % of the steps. Dense steps take theirs away, and of the others the mean
-            stays `budget`. In eight steps and fewer all have the same: there the last ones change the video as much as the
-            first.
+            stays `budget`; steps that share lists (`refresh`) have their mean. In eight steps and fewer all have the same: there
+            the last ones change the video as much as the first.
         granule: keys that are computed, or replaced by their mean, together: 8, 16, 32 or 64.
         rows: query rows that share a list of granules: 16, 32, 64 or 128; fewer than 128 run on a slower kernel, and are for
             short videos.
@@ -194,7 +194,9 @@ def _rounded_up(config: NearConfig, own: tuple[float, ...] | None) -> NearConfig
 def _scaled(config: NearConfig, dense: int, num_steps: int, step: int, fixed: float) -> NearConfig:
     """The budgets of a sparse step, whose share beyond what is computed in any case is multiplied."""
     most = (1 - fixed) / (config.budget - fixed) if fixed < config.budget < 1 else 1.0
-    factor = _factors(config.early, dense, num_steps, most)[step - dense]
+    first = (step - dense) // config.refresh * config.refresh  # of the steps that share its lists
+    shared = _factors(config.early, dense, num_steps, most)[first : first + config.refresh]
+    factor = sum(shared) / len(shared)
     table = config.head_budget
     if table is not None:
         table = tuple(tuple(_exact(value, factor, fixed) for value in row) for row in table)
