@@ -137,7 +137,7 @@ def _settings(state: RunState, layer: int, device: torch.device) -> tuple[Method
     precision = getattr(config, "warmup_precision", "native")
     if precision == "native":
         return config, None, True
-    return _dense_in(precision, config.seed, getattr(config, "tolerance", GuardedConfig.tolerance)), precision, True
+    return _dense_in(precision, getattr(config, "tolerance", GuardedConfig.tolerance)), precision, True
 
 
 def _precision(state: RunState, layer: int, device: torch.device) -> str | None:
@@ -151,8 +151,9 @@ def _precision(state: RunState, layer: int, device: torch.device) -> str | None:
 
 
 @cache
-def _dense_in(precision: str, seed: int, tolerance: float) -> MethodConfig:
-    return Sage2Config(precision=precision, seed=seed, tolerance=tolerance)
+def _dense_in(precision: str, tolerance: float) -> MethodConfig:
+    """What plans a dense call in fewer bits; made once, as it is asked for in every call."""
+    return Sage2Config(precision=precision, tolerance=tolerance)
 
 
 class Called(NamedTuple):

@@ -2,8 +2,8 @@
 
 Random weights say nothing about quality and have no sparsity to find, so densities are forced; what is measured is time, memory and
 that every part runs at full size, after a short run that compiles. `near` has the warm-up of the 720p preset, "near fast" what the word "fast"
-changes of it; of the others no step or layer is dense, so their speed-ups are upper bounds. Steps of dense attention are all alike: `--dense-steps` runs fewer of them, and their time is
-scaled. `--layers` and a small size make a rehearsal on a CPU.
+changes of it; of the others no step or layer is dense, so their speed-ups are upper bounds. Steps of dense attention are all alike:
+`--dense-steps` runs fewer of them, and their time is scaled. `--layers` and a small size make a rehearsal on a CPU.
 
     python scripts/bench/wan.py --size 81x720x1280 --out wan-1.3b-720p.json [--methods dense,svg2]
 """
@@ -111,9 +111,8 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }  # fmt: skip
     for name in chosen:
-        measure(
-            pipe, known[name], dataclasses.replace(request, steps=3)
-        )  # a dense step and two sparse ones compile all
+        # A dense step and two sparse ones compile all: the second call of a layer has kernels of its own.
+        measure(pipe, known[name], dataclasses.replace(request, steps=3))
         steps = args.dense_steps if name.startswith("dense") and args.dense_steps else args.steps
         row = measure(pipe, known[name], dataclasses.replace(request, steps=steps))
         scaled = {key: row[key] * args.steps / steps for key in ("transformer_seconds", "attention_seconds")}

@@ -65,10 +65,8 @@ class NearConfig(SparseConfig):
     head_field: ClassVar[str | None] = "head_budget"
     levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
     probed_level: ClassVar[float] = 0.1  # near what long videos end with
-    tuned_too: ClassVar[tuple[str, tuple[int, ...]] | None] = (
-        "granule",
-        (16, 32, 64),
-    )  # few budgets are best in coarse ones
+    # Where little is computed, means are much of it: coarser granules have fewer.
+    tuned_too: ClassVar[tuple[str, tuple[int, ...]] | None] = ("granule", (16, 32, 64))
     tuned_by: ClassVar[str] = "one"  # its threshold gives heads and layers what they need in this very call
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
