@@ -16,6 +16,7 @@ from .command_line import command_line
 from .job import Job
 
 RUNS = ("dense", "accelerated", "control")  # in a report's order; they run in another
+BUSY = 2.0  # times as long for the same work, and a second more: fused passes alone save less
 
 
 def make_report(
@@ -137,6 +138,7 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
         notes.append(
             "share_branches is off: the branches are on two GPUs and choose apart, which --split sequence does not"
         )
+    notes += _busy_notes(job, report["runs"])
     notes += _quantized_notes(report["runs"].get("accelerated"))
     density = report["density"]
     if density and density["sparse_calls"] is None:
@@ -152,6 +154,23 @@ def _notes(job: Job, device: torch.device, report: dict[str, Any]) -> list[str]:
     if known and psnr["accelerated"] >= psnr["control"]:
         notes.append("the accelerated video is as close to dense as dense is on another backend")
     return notes
+
+
+def _busy_notes(job: Job, runs: dict[str, Any]) -> list[str]:
+    """That something else kept the machine busy in one of the runs: what both do alike took times that differ."""
+    if not {"dense", "accelerated"} <= runs.keys() or job.cache is not None or job.config.linears != "none":
+        return []
+    seconds = {name: runs[name]["seconds"] for name in ("dense", "accelerated")}
+    if any(one["attention"] is None for one in seconds.values()):
+        return []
+    rest = {name: one["transformer"] - one["attention"] for name, one in seconds.items()}
+    less, more = sorted(rest.values())
+    if more < BUSY * less or more - less < 1:
+        return []
+    return [
+        f"the machine was busier in one run than in the other: outside of attention the transformer took {rest['dense']:.1f} s "
+        f"dense and {rest['accelerated']:.1f} s accelerated for the same work, so speed-ups say little; run it again alone"
+    ]
 
 
 def _quantized_notes(run: dict[str, Any] | None) -> list[str]:
