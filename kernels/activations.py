@@ -1,4 +1,4 @@
-"""What stands between the two linears of a feed-forward, in one pass: activation, then FP8 rows for the second linear.
+"""What stands between the two linears of a feed-forward, in one pass: activation, then rows in 8 bits for the second linear.
 
     gelu_tanh, gelu:  y = gelu(x)                    with its tanh approximation, or exact
     geglu, swiglu:    y = x[first half] * act(x[second half])          act: exact GELU, SiLU
@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from .common import target
+from .common.activation import HALVED, KINDS, activation
 from .common.target import tl, triton
+from .linears.int8_rows import quantize_activated, quantize_int8_rows, quantize_int8_rows_reference
 from .linears.rows import MAX_WIDTH, QuantizedRows, empty_rows, quantize_rows_reference, store_quantized, warps
-
-KINDS = ("gelu_tanh", "gelu", "geglu", "swiglu")
-HALVED = ("geglu", "swiglu")
 
 
 def activate(
-    x: torch.Tensor, kind: str, *, before: torch.Tensor | None = None, fp8: bool = False
+    x: torch.Tensor, kind: str, *, before: torch.Tensor | None = None, fp8: bool = False, int8: bool = False
 ) -> torch.Tensor | QuantizedRows:
     """Activation of a feed-forward.
 
@@ -30,12 +29,13 @@ def activate(
         kind: one of KINDS.
         before: [B, S, C] of x's dtype, last dim contiguous, columns to stand before the result; or None.
         fp8: quantise the rows instead of rounding them to x's dtype.
+        int8: round them, rotate them and quantise them: see `svg.kernels.linears.quantize_int8_rows`.
 
     Returns:
-        Contiguous [B, S, C + W] (C + W / 2) of x's dtype; with `fp8` its quantised rows.
+        Contiguous [B, S, C + W] (C + W / 2) of x's dtype; with `fp8` or `int8` its quantised rows.
 
     Raises:
-        ValueError: an unknown kind, or shapes disagree.
+        ValueError: an unknown kind, shapes disagree, or both `fp8` and `int8`.
         TypeError: `before` has another dtype.
         NotImplementedError: on the Triton path, rows wider than 32768, or a gradient would be needed.
 
@@ -47,10 +47,15 @@ def activate(
     if x.dim() != 3 or (kind in HALVED and width % 2) or (before is not None and before.shape[:2] != x.shape[:2]):
         given = None if before is None else tuple(before.shape)
         raise ValueError(f"x must be [B, S, W], W even for {kind}, and before [B, S, C], got {tuple(x.shape)}, {given}")
+    if fp8 and int8:
+        raise ValueError("one of fp8 and int8 must be given, got both: drop one")
     if before is not None and before.dtype != x.dtype:
         raise TypeError(f"before must have x's dtype {x.dtype}, got {before.dtype}: convert it")
     if not target.use_triton(x):
-        return activate_reference(x, kind, before=before, fp8=fp8)
+        return activate_reference(x, kind, before=before, fp8=fp8, int8=int8)
+    if int8:
+        rows = quantize_activated(x, kind, before)
+        return quantize_int8_rows(activate(x, kind, before=before)) if rows is None else rows
     tensors = [x] if before is None else [x, before]
     target.refuse_gradients("activate", *tensors)
     if fp8:
@@ -72,7 +77,7 @@ def activate(
 
 
 def activate_reference(
-    x: torch.Tensor, kind: str, *, before: torch.Tensor | None = None, fp8: bool = False
+    x: torch.Tensor, kind: str, *, before: torch.Tensor | None = None, fp8: bool = False, int8: bool = False
 ) -> torch.Tensor | QuantizedRows:
     """Specification of `activate` in plain torch; same arguments and result (fp64 stays fp64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -83,17 +88,9 @@ def activate_reference(
         wide = F.gelu(wide, approximate="tanh" if kind == "gelu_tanh" else "none")
     if before is not None:
         wide = torch.cat([before.to(wide.dtype), wide], -1)
+    if int8:
+        return quantize_int8_rows_reference(wide.to(x.dtype))
     return dataclasses.replace(quantize_rows_reference(wide), dtype=x.dtype) if fp8 else wide.to(x.dtype)
-
-
-@triton.jit
-def _activation(x, KIND: tl.constexpr):
-    if KIND == "gelu_tanh":  # (1 + tanh z) / 2 is the sigmoid of 2 z
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif KIND == "swiglu":
-        return x * tl.sigmoid(x)
-    else:
-        return 0.5 * x * (1 + tl.erf(0.7071067811865476 * x))
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -108,9 +105,9 @@ def _activate_kernel(
     place = x + b * stride_xb + token * stride_xs + offs - FIRST
     y = tl.load(place, mask=own, other=0.0).to(tl.float32)
     if (KIND == "geglu") | (KIND == "swiglu"):
-        y = y * _activation(tl.load(place + W, mask=own, other=0.0).to(tl.float32), KIND)
+        y = y * activation(tl.load(place + W, mask=own, other=0.0).to(tl.float32), KIND)
     else:
-        y = _activation(y, KIND)
+        y = activation(y, KIND)
     if before is not None:
         copied = tl.load(before + b * stride_bb + token * stride_bs + offs, mask=offs < FIRST, other=0.0)
         y = tl.where(offs < FIRST, copied.to(tl.float32), y)

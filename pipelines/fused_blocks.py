@@ -92,7 +92,8 @@ def hunyuan_video_single_block(
         attended = torch.cat(attended, 1)
     both = self.proj_mlp(normed)
     if is_untouched(self.act_mlp):
-        both = activate(both, _gelu(self.act_mlp), before=attended, fp8=takes_rows(self.proj_out))
+        fp8, int8 = _rows_of(self.proj_out)
+        both = activate(both, _gelu(self.act_mlp), before=attended, fp8=fp8, int8=int8)
     else:
         both = torch.cat([attended, self.act_mlp(both)], 2)
     x = gate_residual(x, self.proj_out(both), gate)
@@ -110,9 +111,15 @@ def feed_forward(self, hidden_states: Tensor | QuantizedRows, *args, **kwargs) -
         [B, S, C].
     """
     kind = _activation(self)
-    if kind is None or len(hidden_states.shape) != 3 or not takes_rows(self.net[2]):
+    fp8, int8 = _rows_of(self.net[2])
+    if kind is None or len(hidden_states.shape) != 3 or not (fp8 or int8):
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return self.net[2](activate(self.net[0].proj(hidden_states), kind, fp8=True))
+    return self.net[2](activate(self.net[0].proj(hidden_states), kind, fp8=fp8, int8=int8))
+
+
+def _rows_of(linear: nn.Module) -> tuple[bool, bool]:
+    """Whether a linear takes FP8 rows, and rotated INT8 rows."""
+    return takes_rows(linear), takes_rows(linear, precision="int8-rows")
 
 
 def _activation(ffn: Any) -> str | None:
@@ -203,7 +210,7 @@ def _gains(block: Any) -> bool:
     kind = type(block)
     if kind.__name__ not in FORWARDS or not kind.__module__.startswith("diffusers."):
         return False
-    return kind.__name__ != "FeedForward" or takes_rows(block.net[-1])
+    return kind.__name__ != "FeedForward" or any(_rows_of(block.net[-1]))
 
 
 def unfuse(forwards: Iterable[FusedForward]) -> None:

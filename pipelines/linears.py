@@ -345,11 +345,16 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
-def takes_rows(*linears: Any) -> bool:
-    """Whether linears can be called with quantised rows, past whatever else would see the call."""
+def takes_rows(*linears: Any, precision: str = "fp8") -> bool:
+    """Whether linears can be called with quantised rows, past whatever else would see the call.
+
+    Args:
+        linears: any modules.
+        precision: of the rows, "fp8" or "int8-rows".
+    """
     plain = (type(linear) is QuantizedLinear and is_untouched(linear) for linear in linears)
     # A guard that probes this forward compares with the product of what the rows were before.
-    return all(plain) and all(one.precision == "fp8" and one.own is None and one.probe is None for one in linears)
+    return all(plain) and all(one.precision == precision and one.own is None and one.probe is None for one in linears)
 
 
 def quantize_linears(transformer: nn.Module, names: Iterable[str], precision: str = "auto") -> list[str]:

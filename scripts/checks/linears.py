@@ -172,6 +172,14 @@ def check_activations() -> Iterator[Check]:
                 rows = activate(x, kind, before=before, fp8=True)
                 same = activate_reference(x, kind, before=before, fp8=True)
                 yield f"{kind} {dtype} {first} + {width} as rows: values differ", unequal(rows, same), 0.01
+                rows = activate(x, kind, before=before, int8=True)
+                same = activate_reference(x, kind, before=before, int8=True)
+                name = f"{kind} {dtype} {first} + {width} as rotated rows"
+                yield f"{name}: scales apart", apart(rows.scale, same.scale), 0.004
+                yield f"{name}: levels apart", (rows.values.int() - same.values.int()).abs().max(), 1
+                yield f"{name}: values differ", unequal(rows, same), 0.08
+                again = activate(x, kind, before=before, int8=True)
+                yield f"{name}: two runs", (rows.values != again.values).sum() + (rows.scale != again.scale).sum(), 0
 
 
 def check_waiting() -> Iterator[Check]:

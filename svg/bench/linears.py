@@ -69,8 +69,13 @@ def _passes(bench, tokens: int, device: str) -> None:
     cases = {
         "quantize_rows": (lambda: quantize_rows(up), 3 * up.numel()),
         "gelu": (lambda: activate(up, "gelu_tanh", fp8=True), 3 * up.numel()),
+        "gelu_int8": (lambda: activate(up, "gelu_tanh", int8=True), 3 * up.numel()),
+        "gelu_joined_int8": (
+            lambda: activate(up, "gelu_tanh", before=before, int8=True),
+            3 * (up.numel() + before.numel()),
+        ),
         "gelu_joined": (lambda: activate(up, "gelu_tanh", before=before, fp8=True), 3 * (up.numel() + before.numel())),
     }
     for name, (op, moved) in cases.items():
         tb = moved / median_ms(op) / 1e9
-        bench.note(f"linear/passes/{name}/tb_per_s", tb, "TB/s", f"S={tokens} bf16 to FP8", inputs="normal")
+        bench.note(f"linear/passes/{name}/tb_per_s", tb, "TB/s", f"S={tokens} bf16 to 8 bits", inputs="normal")

@@ -16,6 +16,7 @@ def linears(fp8):
     yield "elementwise", lambda: elementwise(fp8)
     yield "linears int8", int8
     yield "linears int8-rows", lambda: int8_rows(256)
+    yield "linears int8-rows of activations", int8_activations
     if target.arch(None) == 90:
         yield "linears int8-rows unaligned", lambda: int8_rows(248)
 
@@ -49,6 +50,16 @@ def int8():
         rows.t(whole=True), quantize_blocks(torch.zeros(200, 256).bfloat16(), seed=1).t(whole=True)
     )  # gradient of the weight
     int8_matmul(columns, columns)
+
+
+def int8_activations():
+    """At the widths of Wan 14B and 1.3B, and of HunyuanVideo's single-stream blocks."""
+    for width in (13824, 8960):
+        activate(torch.zeros(1, 64, width).bfloat16(), "gelu_tanh", int8=True)
+    before = torch.zeros(1, 64, 3072).bfloat16()
+    activate(torch.zeros(1, 64, 12288).bfloat16(), "gelu_tanh", before=before, int8=True)
+    for kind in ("gelu", "geglu", "swiglu"):
+        activate(torch.zeros(1, 64, 13824 * (1 + (kind != "gelu"))).bfloat16(), kind, int8=True)
 
 
 def int8_rows(outputs):

@@ -8,6 +8,7 @@ bits after the leading one: without outliers that is a third of FP8's error.
 import torch
 
 from ...common import target
+from ...common.activation import HALVED, quick_activation
 from ...common.constants import constant
 from ...common.numbers import INT8_MAX, INT_AS_FLOAT, SMALLEST, TINY
 from ...common.target import tl, triton
@@ -17,6 +18,7 @@ WIDEST = 128  # of a Hadamard matrix
 PAIRS = 64  # of a row and one of its parts, of a matrix's side, that are rotated at a time
 WARPS = 4
 STAGES = 3
+ACTIVATES_ON = (90, 100, 103)  # elsewhere erf spills, or what joins rows needs more shared memory than there is
 
 
 def rotation_width(width: int) -> int:
@@ -56,14 +58,33 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be fp16, bf16 or fp32, got {x.dtype}: convert it")
-    width = x.shape[-1]
+    return _launched(x) if _fits(x, x.shape[-1]) else quantize_int8_rows_reference(x)
+
+
+def quantize_activated(x: torch.Tensor, kind: str, before: torch.Tensor | None = None) -> QuantizedRows | None:
+    """The same of what an activation makes, rounded to x's dtype, in one pass; None where no kernel does that.
+
+    Args:
+        x, kind, before: as `svg.kernels.activate` takes them.
+    """
+    first = 0 if before is None else before.shape[-1]
+    width = first + x.shape[-1] // (2 if kind in HALVED else 1)
+    fits = _fits(x, width) and target.arch(x.device) in ACTIVATES_ON and first % rotation_width(width) == 0
+    return _launched(x, kind, before, width) if fits else None
+
+
+def _fits(x: torch.Tensor, width: int) -> bool:
     # A tile of the kernel's product has 16 rows and columns at least; in fp32 it would spill, and exceed the shared memory.
-    if not target.use_triton(x) or rotation_width(width) < 16 or x.dtype == torch.float32:
-        return quantize_int8_rows_reference(x)
-    target.refuse_gradients("quantize_int8_rows", x)
-    flat = x.reshape(-1, width)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return target.use_triton(x) and rotation_width(width) >= 16 and x.dtype != torch.float32
+
+
+def _launched(
+    x: torch.Tensor, kind: str | None = None, before: torch.Tensor | None = None, width: int | None = None
+) -> QuantizedRows:
+    width = width or x.shape[-1]
+    target.refuse_gradients("quantize_int8_rows", *(one for one in (x, before) if one is not None))
+    flat, other = _rows(x), None if before is None else _rows(before)
+    values = torch.empty((*x.shape[:-1], width), dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     side = rotation_width(width)
     rotation, parts = hadamard(side, x.device, x.dtype), parts_at_a_time(width // side)
@@ -71,10 +92,16 @@ def quantize_int8_rows(x: torch.Tensor) -> QuantizedRows:
     if len(flat):
         with target.on_device(x):
             _quantize_int8_rows_kernel[(triton.cdiv(len(flat), rows),)](
-                flat, rotation, values, scale, flat.stride(0), len(flat), K=width, SIDE=side, PARTS=parts, ROWS=rows,
+                flat, other, rotation, values, scale, flat.stride(0), 0 if other is None else other.stride(0), len(flat),
+                KIND=kind, FIRST=0 if other is None else other.shape[-1], K=width, SIDE=side, PARTS=parts, ROWS=rows,
                 num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
     return QuantizedRows(values, scale, x.dtype)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def quantize_int8_rows_reference(x: torch.Tensor) -> QuantizedRows:
@@ -89,22 +116,43 @@ def quantize_int8_rows_reference(x: torch.Tensor) -> QuantizedRows:
     return QuantizedRows(levels.to(torch.int8).contiguous(), scale.contiguous(), x.dtype)
 
 
+@triton.jit
+def _load(x, before, places, own, mask, KIND: tl.constexpr, GATE: tl.constexpr):
+    """Numbers of a row's parts, after the activation: those of `before` where a part is not x's own."""
+    place_x, place_before = places
+    if KIND is None:
+        return tl.load(place_x, mask=mask, other=0.0)
+    y = tl.load(place_x, mask=mask & own, other=0.0).to(tl.float32)
+    if GATE:
+        y = y * quick_activation(tl.load(place_x + GATE, mask=mask & own, other=0.0).to(tl.float32), KIND)
+    else:
+        y = quick_activation(y, KIND)
+    y = y.to(x.dtype.element_ty)
+    if before is not None:
+        y = tl.where(own, y, tl.load(place_before, mask=mask & (own == 0), other=0.0))
+    return y
+
+
 @triton.jit(do_not_specialize=["M"])
 def _quantize_int8_rows_kernel(
-    x, rotation, values, scale, stride_x, M, K: tl.constexpr, SIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr
+    x, before, rotation, values, scale, stride_x, stride_before, M, KIND: tl.constexpr, FIRST: tl.constexpr,
+    K: tl.constexpr, SIDE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows, PARTS matrices of each at a time, twice: for the largest number, then to round."""
     TOTAL: tl.constexpr = K // SIDE
+    GATE: tl.constexpr = K - FIRST if (KIND == "geglu") or (KIND == "swiglu") else 0
     side = tl.arange(0, SIDE)
     h = tl.load(rotation + side[:, None] * SIDE + side[None, :])
     pair = tl.arange(0, ROWS * PARTS)
     row, part = tl.program_id(0).to(tl.int64) * ROWS + pair // PARTS, pair % PARTS
     inside = row < M
-    start = x + row * stride_x + part * SIDE
+    start = x + row * stride_x + part * SIDE - FIRST
+    ahead = start if before is None else before + row * stride_before + part * SIDE
     bits = tl.zeros([ROWS * PARTS], tl.int32)
     for first in range(0, TOTAL, PARTS):
-        mask = (inside & (first + part < TOTAL)) if TOTAL % PARTS else inside
-        y = tl.dot(tl.load(start[:, None] + (first * SIDE + side)[None, :], mask=mask[:, None], other=0.0), h)
+        mask = ((inside & (first + part < TOTAL)) if TOTAL % PARTS else inside)[:, None]
+        place, own = (first * SIDE + side)[None, :], (first + part >= FIRST // SIDE)[:, None]
+        y = tl.dot(_load(x, before, (start[:, None] + place, ahead[:, None] + place), own, mask, KIND, GATE), h)
         # As integers, NaN is above infinity, and infinity above all numbers.
         bits = tl.maximum(bits, tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
     bits = tl.max(bits.reshape(ROWS, PARTS), 1)
@@ -119,9 +167,9 @@ def _quantize_int8_rows_kernel(
     inverse = (inverse[:, None] + tl.zeros([ROWS, PARTS], tl.float32)).reshape(ROWS * PARTS)[:, None]
     to = values + row * K + part * SIDE
     for first in range(0, TOTAL, PARTS):
-        mask = (inside & (first + part < TOTAL)) if TOTAL % PARTS else inside
-        place = (first * SIDE + side)[None, :]
-        y = tl.dot(tl.load(start[:, None] + place, mask=mask[:, None], other=0.0), h)
+        mask = ((inside & (first + part < TOTAL)) if TOTAL % PARTS else inside)[:, None]
+        place, own = (first * SIDE + side)[None, :], (first + part >= FIRST // SIDE)[:, None]
+        y = tl.dot(_load(x, before, (start[:, None] + place, ahead[:, None] + place), own, mask, KIND, GATE), h)
         # The last eight bits of the sum are the nearest integer; those of a row without a scale are anything.
         rounded = (y * inverse + INT_AS_FLOAT).to(tl.int32, bitcast=True)
-        tl.store(to[:, None] + place, rounded.to(tl.int8), mask=mask[:, None])
+        tl.store(to[:, None] + place, rounded.to(tl.int8), mask=mask)
