@@ -1,7 +1,7 @@
 """Time a full-size Wan 2.1 1.3B end to end: random weights, saved to disk in hub format and loaded like a hub model.
 
 Random weights say nothing about quality and have no sparsity to find, so densities are forced; what is measured is time, memory and
-that every part runs at full size, after a short run that compiles. `near` has the warm-up of the 720p preset, "near fast" what the word "fast"
+that every part runs at full size, after a short run that compiles. `near` is that of the 720p preset, "near fast" what the word "fast"
 changes of it; of the others no step or layer is dense, so their speed-ups are upper bounds. Steps of dense attention are all alike:
 `--dense-steps` runs fewer of them, and their time is scaled. `--layers` and a small size make a rehearsal on a CPU.
 
@@ -24,6 +24,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import svg
+from svg.configs import load_preset
 from svg.pipelines import GenerationRequest, generate, load_pipeline
 from svg.pipelines.choose import settings_of
 
@@ -51,13 +52,12 @@ def save_random_wan(folder: Path, layers: int, vae_dim: int, device: str) -> Non
 def configs(density: float) -> dict:
     always = {"warmup_steps": 0.0, "warmup_layers": 0.0, "fused": True}
     svg2 = {**always, "budget": density, "top_p": 1.0, "min_k_ratio": 0.0, "selection": "tiles", "first_iterations": 10}
-    near = {"budget": density, "granule": 32, "warmup_steps": 0.2, "warmup_layers": 0.03, "fused": True}
-    eight_bits = {"precision": "int8-fp8", "linears": "all", **near}
+    near = dataclasses.replace(load_preset("wan2.1-t2v-720p").config("near"), budget=density, fused=True)
     return {
         "dense": svg.DenseConfig(),
-        "near": svg.NearConfig(**near),
-        "near 8 bits": svg.NearConfig(**eight_bits),
-        "near fast": svg.NearConfig(**near | settings_of("fast", "auto")),
+        "near": near,
+        "near 8 bits": dataclasses.replace(near, precision="int8-fp8", linears="all"),
+        "near fast": dataclasses.replace(near, **settings_of("fast", "auto")),
         "dense, fused": svg.DenseConfig(fused=True),
         "svg1": svg.SVG1Config(density=density, **always),
         "svg2": svg.SVG2Config(**svg2),
