@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config.base import MethodConfig
-from .tree import fresh, like, put_together, take_apart
+from .tree import fresh, like, once, put_together, take_apart
 
 GRAPHS = 24  # that are kept at once
 CALLS = 256  # whose number is kept
@@ -105,9 +105,9 @@ class Captured:
     def __call__(self, tensors: list[Tensor]) -> Any:
         """What the call returns for other tensors; nothing of it is overwritten later."""
         for static, tensor in zip(self._inputs, tensors):
-            static.copy_(tensor)
+            once(static).copy_(once(tensor))
         self._graph.replay()
-        return put_together(self._shape, [*tensors, *(x.clone() for x in self._outputs)])
+        return put_together(self._shape, [*tensors, *(once(x).clone().expand_as(x) for x in self._outputs)])
 
 
 class Replays:
@@ -163,7 +163,7 @@ class Replays:
         with torch.inference_mode(False):  # what is made inside cannot be written to outside
             inputs = [self._buffer(index, x) for index, x in enumerate(tensors)]
         for static, tensor in zip(inputs, tensors):
-            static.copy_(tensor)
+            once(static).copy_(once(tensor))
         device = next(x.device for x in tensors)
         graph = self._make(device)
         run(*put_together(shape, inputs))  # what a kernel's first launch sets up cannot be captured

@@ -90,6 +90,14 @@ def like(tensors: list[Tensor]) -> tuple:
     return tuple((x.shape, x.stride(), x.dtype) for x in tensors)
 
 
+def once(x: Tensor) -> Tensor:
+    """A tensor without the repeats of expanded dimensions, which cannot be written to."""
+    for dim, stride in enumerate(x.stride()):
+        if stride == 0 and x.shape[dim] > 1:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
 def fresh(x: Tensor) -> Tensor:
     """A tensor of the same strides that holds nothing yet, in memory of its own."""
     size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride())) if x.numel() else 0

@@ -23,6 +23,7 @@ COLD = {"warmup_steps": 0.0, "warmup_layers": 0.0}
 CONFIGS = [
     NearConfig(budget=0.35, rows=64, cluster_tokens=16, query_cluster_tokens=32, first_iterations=3, **COLD),
     NearConfig(budget=0.35, rows=64, cluster_tokens=16, query_order="hilbert", share_branches=False, **COLD),
+    NearConfig(budget=0.35, rows=64, cluster_tokens=16, query_order="hilbert", refresh=2, **COLD),
     NearConfig(
         budget=0.35, rows=64, cluster_tokens=16, query_cluster_tokens=32, residual=1.0, **{**COLD, "warmup_steps": 0.2}
     ),
