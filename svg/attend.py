@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -230,7 +231,7 @@ def _run(
     layout: TokenLayout,
     precision: str,
     quantized: bool,
-    probe: torch.Generator | None = None,
+    probe: Random | None = None,
 ) -> Called:
     """Plan and execute; `quantized`: whether the guard watches."""
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _guarded(
     for name, probes in (("guard_share", False), ("guard_share_probed", True)):
 
         def whole(probes=probes) -> Tensor:
-            probe = torch.Generator().manual_seed(0) if probes else None
+            probe = Random(0) if probes else None
             return guarded(run, plan, q, k, v, tolerance=0.25, probe=probe)[0]
 
         bench.note(f"{key}/{name}", median_ms(whole, 5) / plain - 1, "", shape, **about)

@@ -14,7 +14,7 @@ from torch import Tensor
 from svg.kernels.common import target
 from svg.kernels.common.ahead import compile_together, launches_of
 
-from ..config.base import MethodConfig, count
+from ..config.base import GuardedConfig, MethodConfig, count
 from .state import RunState
 
 _log = logging.getLogger("svg")
@@ -56,8 +56,8 @@ def finish(futures: list[Future]) -> None:
 
 def _trace(state: RunState, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor | None, attend: Callable) -> None:
     """The first calls of a sparse layer, on tensors without data."""
-    scratch = RunState(_plain(state.scheduled), state.num_layers, state.name)
-    scratch.timing, scratch.told, scratch.compiling = False, True, []
+    config = _plain(state.scheduled)
+    scratch = _scratch(state, config)
     sparse = [layer for layer in range(state.num_layers) if not scratch.config.is_dense(layer)]
     first, steps = count(scratch.config.warmup_steps, state.num_steps), state.num_steps
     if not sparse or first >= steps:
@@ -65,12 +65,25 @@ def _trace(state: RunState, q: Tensor, k: Tensor, v: Tensor, text_mask: Tensor |
     q, k, v = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in (q, k, v))
     mask = None if text_mask is None else torch.empty_like(text_mask)
     dense = {0} if getattr(scratch.config, "warmup_precision", "native") != "native" else set()
-    for step in sorted({*dense, first, min(first + 1, steps - 1)}):
+
+    def call(scratch: RunState, step: int) -> None:
         scratch.begin_forward(step, steps, state.branch, state.layout, state.forward.halves)
         attend(q, k, v, scratch, sparse[-1], mask)
+
+    for step in sorted({*dense, first, min(first + 1, steps - 1)}):
+        call(scratch, step)
+    if isinstance(state.scheduled, GuardedConfig) and state.scheduled.probe_every:
+        for step in sorted({*dense, first}):  # a state each: the next forward of one would read what was probed
+            call(_scratch(state, replace(config, probe_every=1)), step)
+
+
+def _scratch(state: RunState, config: MethodConfig) -> RunState:
+    scratch = RunState(config, state.num_layers, state.name)
+    scratch.timing, scratch.told, scratch.compiling = False, True, []
+    return scratch
 
 
 def _plain(config: MethodConfig) -> MethodConfig:
     """Settings under which a call asks nothing of the device."""
-    changed: dict[str, Any] = {"cuda_graphs": False, "check_finite": False, "probe_every": 0}
+    changed: dict[str, Any] = {"cuda_graphs": False, "check_finite": False, "probe_every": 0, "min_cosine": None}
     return replace(config, **{one.name: changed[one.name] for one in fields(config) if one.name in changed})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def guarded(
     v: Tensor,
     *,
     tolerance: float,
-    probe: torch.Generator | None,
+    probe: Random | None,
 ) -> tuple[Tensor, GuardOutcome]:
     """Quantised attention whose failed heads are computed again.
 
@@ -51,7 +52,7 @@ def guarded(
         plan: which pairs of tokens `run` computes.
         q, k, v: float [B, H, S, D] in original order.
         tolerance: relative L2 error of a head's probed rows above which it failed.
-        probe: private CPU generator that chooses the rows to be probed; None: probe nothing in this call.
+        probe: private generator that chooses the rows to be probed; None: probe nothing in this call.
 
     Returns:
         out [B, H, S, D], and what the guard saw.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from svg.kernels.block_sparse.blocks import BlockMap, Tail
@@ -36,9 +36,7 @@ class CallPlan(Protocol):
         """Attention as planned, [B, H, S, D]; see `svg.engine.execute.execute`."""
         ...
 
-    def probe_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def probe_rows(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: Random) -> tuple[Tensor, Tensor]:
         """How far some rows are from unquantised attention; see `svg.engine.repair.probe_rows`."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from svg.kernels.block_sparse.op import block_sparse_attention
 from svg.kernels.clustering.permute import gather_tokens
+from svg.kernels.common import target
 from svg.kernels.common.heads import move_heads
 
 from .execute import head_groups, output_of
@@ -21,20 +23,18 @@ if TYPE_CHECKING:
 PROBE_ROWS = 64
 
 
-def probe_rows(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def probe_rows(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: Random) -> tuple[Tensor, Tensor]:
     """Up to PROBE_ROWS neighbouring rows of every head against unquantised attention over the keys they see.
 
     Args:
         plan: which keys a row sees.
         q, k, v, out: float [B, H, S, D] in original order.
-        generator: CPU generator; one draw chooses the query cluster, one the place in it.
+        generator: one draw chooses the query cluster, one the place in it.
 
     Returns:
         relative L2 error fp32 [B, H] (0 where the chosen cluster is empty), cosine similarity fp32 [] over all heads.
     """
-    cluster, place = torch.rand(2, generator=generator).tolist()
+    cluster, place = generator.random(), generator.random()
     cluster = int(cluster * plan.q_sizes.shape[1])
     m = plan.map_index.long()
     size = plan.q_sizes[:, cluster]  # [M]
@@ -80,7 +80,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
         out: float [B, H, S, D], changed in place.
         failed: int32 [B, H].
     """
-    if not q.is_cuda and not failed.any():
+    if not target.use_triton(q) and not failed.any():
         return
     groups = head_groups(plan)
     if len(groups) > 1:
@@ -88,12 +88,12 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
             repair(plan.for_heads(group), *(x[group] for x in (q, k, v, out, failed)))
         return
     if plan.k_permutation is not None:
-        new = torch.empty_like if q.is_cuda else torch.zeros_like
+        new = torch.empty_like if target.use_triton(q) else torch.zeros_like
         sorted_k, sorted_v = new(k), new(v)
         move_heads(k, sorted_k, failed, plan.k_permutation)
         move_heads(v, sorted_v, failed, plan.k_permutation)
         k, v = sorted_k, sorted_v
-    only = restricted_to_heads(plan, failed, q.is_cuda)
+    only = restricted_to_heads(plan, failed, target.use_triton(q))
     again = block_sparse_attention(
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
         map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail, sm_scale=plan.sm_scale,

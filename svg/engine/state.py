@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -329,8 +330,8 @@ class RunState:
         if sums.device.type == "cpu":
             self._sums.read()
 
-    def probe_generator(self, layer: int, every: int) -> torch.Generator | None:
-        """Private CPU generator that chooses the rows a call probes, or None where no probe is due.
+    def probe_generator(self, layer: int, every: int) -> Random | None:
+        """Private generator that chooses the rows a call probes, or None where no probe is due.
 
         Args:
             layer: index of the layer.
@@ -340,7 +341,7 @@ class RunState:
         if every == 0 or (last is not None and self.step - last < every):
             return None
         self._probed[layer, self.branch] = self.step
-        return torch.Generator().manual_seed(_seed(self.config.seed, layer, f"{self.branch} probe {self.step}"))
+        return Random(_seed(self.config.seed, layer, f"{self.branch} probe {self.step}"))
 
     def note_cosine(self, layer: int, cosine: Tensor, at_least: float) -> None:
         """Note how close a layer's probed rows were; read before the next forward, which takes a safer precision if too far.

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from random import Random
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from svg.kernels.common import target
 from svg.kernels.granules import (
     GranuleLists,
     Granules,
@@ -143,13 +145,11 @@ class NearPlan:
             out[:, :, text] = dense_attention(q[:, :, text], k, v, seen, self.dense_backend)
         return out
 
-    def probe_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def probe_rows(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: Random) -> tuple[Tensor, Tensor]:
         """Neighbouring rows of every head against 16-bit attention over the same keys; as `svg.engine.repair.probe_rows`."""
         rows = self.chosen.lists[0].rows
         groups = math.ceil(self.layout.video_tokens / rows)
-        group = int(torch.rand((), generator=generator) * groups)
+        group = int(generator.random() * groups)
         index = self.chosen.q_order[:, :, group * rows : group * rows + min(rows, PROBE_ROWS)]
         exact = torch.empty_like(out)
         for heads, lists in zip(self.stretches, self.chosen.lists):
@@ -166,7 +166,7 @@ class NearPlan:
 
     def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
         """Compute failed heads again without quantisation, in `out`; as `svg.engine.repair.repair`."""
-        if not q.is_cuda and not failed.any():
+        if not target.use_triton(q) and not failed.any():
             return
         for heads, lists in zip(self.stretches, self.chosen.lists):
             only = failed[:, heads].contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -43,9 +44,7 @@ class SagePlan:
         """Dense attention in a precision; see `svg.engine.execute.execute`."""
         return precisions.quantised(precision, self.config, q, k, v, self.visible)(failed)
 
-    def probe_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def probe_rows(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, generator: Random) -> tuple[Tensor, Tensor]:
         """See `svg.engine.repair.probe_rows`."""
         return self.whole.probe_rows(q, k, v, out, generator)
 
