@@ -16,6 +16,7 @@ import torch
 
 from .common import target
 from .common.target import tl, triton
+from .linears.int8_rows import quantize_int8_rows, quantize_int8_rows_reference, quantize_modulated
 from .linears.rows import QuantizedRows, empty_rows, quantize_rows_reference, store_quantized
 
 MAX_WIDTH = 16384
@@ -107,7 +108,14 @@ def norm_rope_reference(
 
 
 def modulate(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, *, affine: bool = False, fp8: bool = False
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    affine: bool = False,
+    fp8: bool = False,
+    int8: bool = False,
 ) -> torch.Tensor | QuantizedRows:
     """Layer norm without parameters, then scale and shift given by the timestep.
 
@@ -117,21 +125,29 @@ def modulate(
         eps: added to the variance.
         affine: scale is the whole factor, as a norm's own weight is, not what comes on top of 1.
         fp8: quantise the result instead of rounding it to x's dtype.
+        int8: round it, rotate it and quantise it: see `svg.kernels.linears.quantize_int8_rows`.
 
     Returns:
-        Contiguous [B, S, C] of x's dtype, layer_norm(x) * (1 + scale) + shift; with `fp8` its quantised rows.
+        Contiguous [B, S, C] of x's dtype, layer_norm(x) * (1 + scale) + shift; with `fp8` or `int8` its quantised rows.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes disagree, or both `fp8` and `int8`.
         TypeError, NotImplementedError: as `norm_rope`; with `fp8` also as `quantize_rows`.
 
     Source: DiT (arXiv 2212.09748), section 3.2 (adaLN).
     """
-    return residual_modulate(x, None, None, scale, shift, eps, affine=affine, fp8=fp8)[1]
+    return residual_modulate(x, None, None, scale, shift, eps, affine=affine, fp8=fp8, int8=int8)[1]
 
 
 def modulate_reference(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, *, affine: bool = False, fp8: bool = False
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    *,
+    affine: bool = False,
+    fp8: bool = False,
+    int8: bool = False,
 ) -> torch.Tensor | QuantizedRows:
     """Specification of `modulate` in plain torch; same arguments and result (fp64 stays fp64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -139,6 +155,8 @@ def modulate_reference(
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     factor = scale.to(wide.dtype) if affine else 1 + scale.to(wide.dtype)
     wide = wide * factor + shift.to(wide.dtype)
+    if int8:
+        return quantize_int8_rows_reference(wide.to(x.dtype))
     return dataclasses.replace(quantize_rows_reference(wide), dtype=x.dtype) if fp8 else wide.to(x.dtype)
 
 
@@ -152,6 +170,7 @@ def residual_modulate(
     *,
     affine: bool = False,
     fp8: bool = False,
+    int8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | QuantizedRows]:
     """`gate_residual`, then `modulate` of its result, in one pass.
 
@@ -159,7 +178,7 @@ def residual_modulate(
         x: [B, S, C] fp16, bf16 or fp32, last dim contiguous.
         update: [B, S, C], last dim contiguous, or None: nothing is added.
         gate: [B, 1, C] or [B, S, C], or None: the update counts whole.
-        scale, shift, eps, affine, fp8: as `modulate`.
+        scale, shift, eps, affine, fp8, int8: as `modulate`.
 
     Returns:
         x + gate * update, contiguous [B, S, C] of x's dtype (x itself without an update), and what `modulate` makes of it.
@@ -174,14 +193,22 @@ def residual_modulate(
     if (update is None and gate is not None) or (update is not None and update.shape != x.shape):
         given = None if update is None else tuple(update.shape)
         raise ValueError(f"update must be {tuple(x.shape)} as x, got {given}: give it with its gate")
+    if fp8 and int8:
+        raise ValueError("one of fp8 and int8 must be given, got both: drop one")
     if not target.use_triton(x):
-        return residual_modulate_reference(x, update, gate, scale, shift, eps, affine=affine, fp8=fp8)
+        return residual_modulate_reference(x, update, gate, scale, shift, eps, affine=affine, fp8=fp8, int8=int8)
     B, S, C = x.shape
     tensors = [x] if update is None else [x, update]
     _check_triton("modulate", C, *tensors)
     if fp8:
         target.require_fp8(x.device)
     total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if int8:
+        rows = quantize_modulated(x, update, gate, total, scale, shift, eps, affine)
+        if rows is not None:
+            return total, rows
+        total, out = residual_modulate(x, update, gate, scale, shift, eps, affine=affine)
+        return total, quantize_int8_rows(out)
     out, size = empty_rows(x) if fp8 else (torch.empty(x.shape, dtype=x.dtype, device=x.device), None)
     with target.on_device(x):
         _modulate_kernel[(S, B)](
@@ -203,12 +230,13 @@ def residual_modulate_reference(
     *,
     affine: bool = False,
     fp8: bool = False,
+    int8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | QuantizedRows]:
     """Specification of `residual_modulate` in plain torch; same arguments and result (fp64 stays fp64)."""
     total = x
     if update is not None:
         total = gate_residual_reference(x, update, torch.ones_like(x[:, :1]) if gate is None else gate)
-    return total, modulate_reference(total, scale, shift, eps, affine=affine, fp8=fp8)
+    return total, modulate_reference(total, scale, shift, eps, affine=affine, fp8=fp8, int8=int8)
 
 
 def gate_residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

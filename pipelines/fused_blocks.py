@@ -38,12 +38,11 @@ def wan_block(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: 
         modulation = modulation.unsqueeze(1)  # [B, 1, 6, C]
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
     x = hidden_states
-    attended = self.attn1(
-        modulate(x, scale, shift, self.norm1.eps, fp8=_projects_rows(self.attn1)), None, None, rotary_emb
-    )
+    normed = modulate(x, scale, shift, self.norm1.eps, **_projects(self.attn1))
+    attended = self.attn1(normed, None, None, rotary_emb)
     x, normed = _residual_norm(x, attended, gate, self.norm2)
     attended = self.attn2(normed, encoder_hidden_states, None, None)
-    x, normed = residual_modulate(x, attended, None, ffn_scale, ffn_shift, self.norm3.eps, fp8=_takes_rows(self.ffn))
+    x, normed = residual_modulate(x, attended, None, ffn_scale, ffn_shift, self.norm3.eps, **_takes(self.ffn))
     return gate_residual(x, self.ffn(normed), ffn_gate)
 
 
@@ -54,7 +53,7 @@ def _residual_norm(x: Tensor, update: Tensor, gate: Tensor, norm: nn.Module) -> 
         return x, x if isinstance(norm, nn.Identity) else norm(x.float()).type_as(x)
     weight, bias = (one.expand(x.shape[0], 1, -1) for one in (norm.weight, norm.bias))
     x, normed = residual_modulate(x, update, gate, weight, bias, norm.eps, affine=True)
-    assert isinstance(normed, Tensor)  # not quantised without fp8
+    assert isinstance(normed, Tensor)  # nothing asked for rows
     return x, normed
 
 
@@ -77,12 +76,12 @@ def hunyuan_video_single_block(
     x = torch.cat([hidden_states, encoder_hidden_states], 1)
     shift, scale, gate = self.norm.linear(self.norm.silu(temb)).unsqueeze(1).chunk(3, -1)
     direct = _is_ours(self.attn) and hasattr(self.attn.processor, "single_stream")
-    fp8 = direct and _projects_rows(self.attn) and takes_rows(self.proj_mlp)
-    normed = modulate(x, scale, shift, self.norm.norm.eps, fp8=fp8)
+    rows = _projects(self.attn, self.proj_mlp) if direct else {}
+    normed = modulate(x, scale, shift, self.norm.norm.eps, **rows)
     if direct:
         attended = self.attn.processor.single_stream(self.attn, normed, text, attention_mask, image_rotary_emb)
     else:
-        assert isinstance(normed, Tensor)  # not quantised without fp8
+        assert isinstance(normed, Tensor)  # nothing asked for rows
         attended = self.attn(
             hidden_states=normed[:, :video],
             encoder_hidden_states=normed[:, video:],
@@ -92,8 +91,7 @@ def hunyuan_video_single_block(
         attended = torch.cat(attended, 1)
     both = self.proj_mlp(normed)
     if is_untouched(self.act_mlp):
-        fp8, int8 = _rows_of(self.proj_out)
-        both = activate(both, _gelu(self.act_mlp), before=attended, fp8=fp8, int8=int8)
+        both = activate(both, _gelu(self.act_mlp), before=attended, **_rows_of(self.proj_out))
     else:
         both = torch.cat([attended, self.act_mlp(both)], 2)
     x = gate_residual(x, self.proj_out(both), gate)
@@ -111,15 +109,16 @@ def feed_forward(self, hidden_states: Tensor | QuantizedRows, *args, **kwargs) -
         [B, S, C].
     """
     kind = _activation(self)
-    fp8, int8 = _rows_of(self.net[2])
-    if kind is None or len(hidden_states.shape) != 3 or not (fp8 or int8):
+    rows = _rows_of(self.net[2])
+    if kind is None or len(hidden_states.shape) != 3 or not rows:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return self.net[2](activate(self.net[0].proj(hidden_states), kind, fp8=fp8, int8=int8))
+    return self.net[2](activate(self.net[0].proj(hidden_states), kind, **rows))
 
 
-def _rows_of(linear: nn.Module) -> tuple[bool, bool]:
-    """Whether a linear takes FP8 rows, and rotated INT8 rows."""
-    return takes_rows(linear), takes_rows(linear, precision="int8-rows")
+def _rows_of(*linears: Any) -> dict[str, bool]:
+    """What `modulate` and `activate` are asked for, so that all of these linears take it: FP8 or INT8 rows, or nothing."""
+    precisions = {"fp8": "fp8", "int8": "int8-rows"}
+    return {name: True for name, precision in precisions.items() if takes_rows(*linears, precision=precision)}
 
 
 def _activation(ffn: Any) -> str | None:
@@ -133,10 +132,10 @@ def _activation(ffn: Any) -> str | None:
     return {GEGLU: "geglu", SwiGLU: "swiglu"}.get(type(net[0]))
 
 
-def _takes_rows(ffn: Any) -> bool:
-    """Whether a feed-forward can be given quantised rows."""
+def _takes(ffn: Any) -> dict[str, bool]:
+    """Which quantised rows a feed-forward can be given: see `_rows_of`."""
     fused = isinstance(vars(ffn).get("forward"), FusedForward) and not (ffn._forward_hooks or ffn._forward_pre_hooks)
-    return fused and _activation(ffn) is not None and takes_rows(ffn.net[0].proj, ffn.net[2])
+    return _rows_of(ffn.net[0].proj, ffn.net[2]) if fused and _activation(ffn) is not None else {}
 
 
 def _gelu(module: nn.GELU) -> str:
@@ -148,10 +147,10 @@ def _is_ours(attn: nn.Module) -> bool:
     return is_untouched(attn) and isinstance(attn.processor, VideoAttnProcessor)
 
 
-def _projects_rows(attn: nn.Module) -> bool:
-    """Whether an attention module can be given quantised rows."""
+def _projects(attn: nn.Module, *beside: nn.Module) -> dict[str, bool]:
+    """Which quantised rows an attention module, and linears beside it, can be given: see `_rows_of`."""
     fused = getattr(attn, "fused_projections", False)
-    return _is_ours(attn) and not fused and takes_rows(attn.to_q, attn.to_k, attn.to_v)
+    return _rows_of(attn.to_q, attn.to_k, attn.to_v, *beside) if _is_ours(attn) and not fused else {}
 
 
 FORWARDS: dict[str, Callable] = {
@@ -210,7 +209,7 @@ def _gains(block: Any) -> bool:
     kind = type(block)
     if kind.__name__ not in FORWARDS or not kind.__module__.startswith("diffusers."):
         return False
-    return kind.__name__ != "FeedForward" or any(_rows_of(block.net[-1]))
+    return kind.__name__ != "FeedForward" or bool(_rows_of(block.net[-1]))
 
 
 def unfuse(forwards: Iterable[FusedForward]) -> None:

@@ -158,6 +158,15 @@ def check_modulation() -> Iterator[Check]:
                 wanted = residual_modulate_reference(x, update, gate, scale, shift, 1e-6, fp8=True, **options)[1]
                 yield f"as rows {dtype} {width}: values differ", unequal(rows, wanted), 0.01
                 yield f"as rows {dtype} {width}: apart", apart(rows.dequantize(), wanted.dequantize()), 0.004
+                added, rows = residual_modulate(x, update, gate, scale, shift, 1e-6, int8=True, **options)
+                wanted = residual_modulate_reference(x, update, gate, scale, shift, 1e-6, int8=True, **options)[1]
+                name = f"as rotated rows {dtype} {width}"
+                yield f"{name}: the sum", (added != total).sum(), 0
+                yield f"{name}: scales apart", apart(rows.scale, wanted.scale), 0.008
+                yield f"{name}: levels apart", (rows.values.int() - wanted.values.int()).abs().max(), 1
+                yield f"{name}: values differ", unequal(rows, wanted), 0.08
+                again = residual_modulate(x, update, gate, scale, shift, 1e-6, int8=True, **options)[1]
+                yield f"{name}: two runs", (rows.values != again.values).sum() + (rows.scale != again.scale).sum(), 0
 
 
 def check_activations() -> Iterator[Check]:

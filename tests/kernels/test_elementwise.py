@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from svg.kernels import gate_residual, modulate, norm_rope, quantize_rows, residual_modulate
+from svg.kernels.linears import quantize_int8_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -84,6 +85,28 @@ def test_norm_as_fp8_rows(dtype):
     assert (rows.values.float() != wanted.values.float()).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("width", [256, 96, 640, 40])  # 40: parts of 8, which no kernel turns
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_as_rotated_int8_rows(dtype, width, gated):
+    x, update = torch.randn(2, 2, 9, width).to(dtype).unbind(0)
+    gate, scale, shift = torch.randn(3, 2, 1, width).unbind(0)
+    x[0, 3, 5], x[1, 2] = torch.inf, 0.0
+    update[1, 2], shift[1] = 0.0, 0.0
+    gate = gate if gated else None
+    total, rows = residual_modulate(x, update, gate, scale, shift, 1e-6, int8=True)
+    wanted_total, out = residual_modulate(x, update, gate, scale, shift, 1e-6)
+    wanted = quantize_int8_rows(out)
+    assert rows.dtype == dtype and torch.equal(total.isnan(), wanted_total.isnan())
+    torch.testing.assert_close(total, wanted_total, rtol=0, atol=0, equal_nan=True)
+    assert rows.scale[0, 3].isnan() and rows.scale[1, 2] == 1 / 127 and not rows.values[1, 2].any()
+    fine = rows.scale.isfinite()
+    torch.testing.assert_close(rows.scale, wanted.scale, rtol=0.008, atol=0, equal_nan=True)
+    assert (rows.values.int() - wanted.values.int())[fine].abs().max() <= 1
+    whole = modulate(x[:, :, ::1], scale, shift, 1e-6, int8=True)  # without an update nothing is added
+    assert whole.values.shape == x.shape
+
+
 def test_wrong_arguments_are_named():
     x, (cos, sin) = torch.zeros(1, 5, 2, 8), angles(5, 8)
     with pytest.raises(ValueError, match="cos and sin must be"):
@@ -95,5 +118,7 @@ def test_wrong_arguments_are_named():
     row = torch.zeros(1, 1, 8)
     with pytest.raises(ValueError, match="update must be .* give it with its gate"):
         residual_modulate(x[:, :, 0], None, row, row, row, 1e-6)
+    with pytest.raises(ValueError, match="one of fp8 and int8"):
+        modulate(x[:, :, 0], row, row, 1e-6, fp8=True, int8=True)
     with pytest.raises(ValueError, match="update must be"):
         gate_residual(x[:, :, 0], x[:, :2, 0], torch.zeros(1, 1, 8))

@@ -17,6 +17,7 @@ def linears(fp8):
     yield "linears int8", int8
     yield "linears int8-rows", lambda: int8_rows(256)
     yield "linears int8-rows of activations", int8_activations
+    yield "linears int8-rows of modulation", int8_modulation
     if target.arch(None) == 90:
         yield "linears int8-rows unaligned", lambda: int8_rows(248)
 
@@ -50,6 +51,15 @@ def int8():
         rows.t(whole=True), quantize_blocks(torch.zeros(200, 256).bfloat16(), seed=1).t(whole=True)
     )  # gradient of the weight
     int8_matmul(columns, columns)
+
+
+def int8_modulation():
+    """At the widths of Wan 1.3B, HunyuanVideo and Wan 14B."""
+    for width in (1536, 3072, 5120):
+        x, row = torch.zeros(1, 64, width).bfloat16(), torch.zeros(1, 1, width)
+        modulate(x, row, row, 1e-6, int8=True)
+        residual_modulate(x, x, row, row, row, 1e-6, int8=True)
+        residual_modulate(x, x, None, row, row, 1e-6, int8=True)
 
 
 def int8_activations():

@@ -117,6 +117,29 @@ def quantize_int8_rows_reference(x: torch.Tensor) -> QuantizedRows:
 
 
 @triton.jit
+def largest_bits(turned):
+    """The largest magnitude of every part [PAIRS, SIDE], as an integer, where NaN is above infinity, and it above all numbers."""
+    return tl.max(turned.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def steps_of(bits, SIDE: tl.constexpr):
+    """Rows' scales, and what their parts are multiplied by, from the largest magnitudes before the rotation's own scale."""
+    size: tl.constexpr = SIDE**-0.5
+    largest = bits.to(tl.float32, bitcast=True) * size
+    largest = tl.where(largest > TINY, largest, 1.0)
+    limit = tl.zeros_like(largest) + INT8_MAX
+    step = tl.where(bits < 0x7F800000, tl.div_rn(largest, limit), float("nan"))
+    return step, tl.div_rn(limit, largest) * size
+
+
+@triton.jit
+def quantized(turned, inverse):
+    """The last eight bits of the sum are the nearest integer; those of a row without a scale are anything."""
+    return (turned * inverse + INT_AS_FLOAT).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
 def _load(x, before, places, own, mask, KIND: tl.constexpr, GATE: tl.constexpr):
     """Numbers of a row's parts, after the activation: those of `before` where a part is not x's own."""
     place_x, place_before = places
@@ -153,15 +176,8 @@ def _quantize_int8_rows_kernel(
         mask = ((inside & (first + part < TOTAL)) if TOTAL % PARTS else inside)[:, None]
         place, own = (first * SIDE + side)[None, :], (first + part >= FIRST // SIDE)[:, None]
         y = tl.dot(_load(x, before, (start[:, None] + place, ahead[:, None] + place), own, mask, KIND, GATE), h)
-        # As integers, NaN is above infinity, and infinity above all numbers.
-        bits = tl.maximum(bits, tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
-    bits = tl.max(bits.reshape(ROWS, PARTS), 1)
-    size: tl.constexpr = SIDE**-0.5
-    largest = bits.to(tl.float32, bitcast=True) * size
-    largest = tl.where(largest > TINY, largest, 1.0)
-    limit = tl.zeros_like(largest) + INT8_MAX
-    inverse = tl.div_rn(limit, largest) * size
-    step = tl.where(bits < 0x7F800000, tl.div_rn(largest, limit), float("nan"))
+        bits = tl.maximum(bits, largest_bits(y))
+    step, inverse = steps_of(tl.max(bits.reshape(ROWS, PARTS), 1), SIDE)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(scale + rows, step, mask=rows < M)
     inverse = (inverse[:, None] + tl.zeros([ROWS, PARTS], tl.float32)).reshape(ROWS * PARTS)[:, None]
@@ -170,6 +186,4 @@ def _quantize_int8_rows_kernel(
         mask = ((inside & (first + part < TOTAL)) if TOTAL % PARTS else inside)[:, None]
         place, own = (first * SIDE + side)[None, :], (first + part >= FIRST // SIDE)[:, None]
         y = tl.dot(_load(x, before, (start[:, None] + place, ahead[:, None] + place), own, mask, KIND, GATE), h)
-        # The last eight bits of the sum are the nearest integer; those of a row without a scale are anything.
-        rounded = (y * inverse + INT_AS_FLOAT).to(tl.int32, bitcast=True)
-        tl.store(to[:, None] + place, rounded.to(tl.int8), mask=mask)
+        tl.store(to[:, None] + place, quantized(y, inverse), mask=mask)
