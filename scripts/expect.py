@@ -49,15 +49,16 @@ WAYS = {  # the layer in a sparse step, and in a dense one; attention of the las
 }
 WARM = "warmup_steps=0.2,warmup_layers=0.0"
 FAST = "precision=int8-fp8,warmup_precision=int8-fp8,linears=all,linear_precision=int8-rows"
+SHARED = "refresh=2,first_iterations=8"
 SHORT, LONG = ("9,216 tokens, near", (33, 256, 256)), ("46,656 tokens, near", (65, 384, 384))
 QUALITY = {  # of near: settings by what the page calls them
     (*SHORT, "0.25"): f"budget=0.25,{WARM}",
     (*SHORT, "0.25, attention in 8 bits"): f"budget=0.25,precision=int8-fp8,{WARM}",
     (*SHORT, "0.25, attention and all linears in 8 bits"): f"budget=0.25,precision=int8-fp8,linears=all,linear_precision=int8-rows,{WARM}",
-    (*SHORT, '"fast": 0.25, half the dense steps, all in 8 bits'): f"budget=0.25,{FAST},warmup_steps=0.1,warmup_layers=0.0",
+    (*SHORT, '"fast": 0.25, half the dense steps, all in 8 bits'): f"budget=0.25,{FAST},warmup_steps=0.1,warmup_layers=0.0,{SHARED}",
     (*SHORT, "0.15"): f"budget=0.15,{WARM}",
     (*LONG, "0.25"): f"budget=0.25,granule=32,{WARM}",
-    (*LONG, '"fast"'): f"budget=0.25,granule=32,{FAST},warmup_steps=0.125,warmup_layers=0.0",
+    (*LONG, '"fast"'): f"budget=0.25,granule=32,{FAST},warmup_steps=0.125,warmup_layers=0.0,{SHARED}",
     (*LONG, "0.15"): f"budget=0.15,granule=32,{WARM}",
     (*LONG, "0.10"): f"budget=0.1,granule=32,{WARM}",
 }  # fmt: skip
