@@ -115,7 +115,7 @@ def feed_forward(self, hidden_states: Tensor | QuantizedRows, *args, **kwargs) -
     return self.net[2](activate(self.net[0].proj(hidden_states), kind, **rows))
 
 
-def _rows_of(*linears: Any) -> dict[str, bool]:
+def _rows_of(*linears: Any) -> dict[str, Any]:
     """What `modulate` and `activate` are asked for, so that all of these linears take it: FP8 or INT8 rows, or nothing."""
     precisions = {"fp8": "fp8", "int8": "int8-rows"}
     return {name: True for name, precision in precisions.items() if takes_rows(*linears, precision=precision)}
@@ -132,7 +132,7 @@ def _activation(ffn: Any) -> str | None:
     return {GEGLU: "geglu", SwiGLU: "swiglu"}.get(type(net[0]))
 
 
-def _takes(ffn: Any) -> dict[str, bool]:
+def _takes(ffn: Any) -> dict[str, Any]:
     """Which quantised rows a feed-forward can be given: see `_rows_of`."""
     fused = isinstance(vars(ffn).get("forward"), FusedForward) and not (ffn._forward_hooks or ffn._forward_pre_hooks)
     return _rows_of(ffn.net[0].proj, ffn.net[2]) if fused and _activation(ffn) is not None else {}
@@ -147,7 +147,7 @@ def _is_ours(attn: nn.Module) -> bool:
     return is_untouched(attn) and isinstance(attn.processor, VideoAttnProcessor)
 
 
-def _projects(attn: nn.Module, *beside: nn.Module) -> dict[str, bool]:
+def _projects(attn: nn.Module, *beside: nn.Module) -> dict[str, Any]:
     """Which quantised rows an attention module, and linears beside it, can be given: see `_rows_of`."""
     fused = getattr(attn, "fused_projections", False)
     return _rows_of(attn.to_q, attn.to_k, attn.to_v, *beside) if _is_ours(attn) and not fused else {}

@@ -68,6 +68,7 @@ if LOADABLE:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
+    from ..gluon.packed import packed, unpacked
     from ..gluon.ring import acquire, await_stage, new_ring, release
     from ..gluon.tile_walk import keys_of, tile_of, tokens_of
 
@@ -153,7 +154,8 @@ if LOADABLE:
         before = n - 1
         s = _scores(q, k_stages, k_ready, n, STAGES, s_layout)
         await_stage(v_ready, before, STAGES)
-        acc = warpgroup_mma(p, v_stages.index(before % STAGES), acc, is_async=True)
+        weights = unpacked(p, v_stages.dtype, p_layout)
+        acc = warpgroup_mma(weights, v_stages.index(before % STAGES), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         release(k_empty, n, STAGES)
         if KIND == "partial":
@@ -164,8 +166,7 @@ if LOADABLE:
         acc = warpgroup_mma_wait(0, deps=[acc])
         release(v_empty, before, STAGES)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-        p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
-        return p, acc, m_i, l_i
+        return packed(p_new, v_stages.dtype), acc, m_i, l_i
 
     @gluon.jit
     def _attend(
@@ -190,7 +191,7 @@ if LOADABLE:
             else:
                 s = _mask(s, tiles, 0, total, s_layout)
             p_new, _, m_i, l_i = _softmax(s, m_i, l_i, scale_log2)
-            p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
+            p = packed(p_new, v_stages.dtype)
             n += 1
             whole = full // 2 * 2
             for i in range(2, whole, 2):
@@ -214,7 +215,8 @@ if LOADABLE:
                     )  # fmt: skip
                     n += 1
             await_stage(v_ready, n - 1, STAGES)
-            acc = warpgroup_mma(p, v_stages.index((n - 1) % STAGES), acc, is_async=True)
+            weights = unpacked(p, v_stages.dtype, p_layout)
+            acc = warpgroup_mma(weights, v_stages.index((n - 1) % STAGES), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             release(v_empty, n - 1, STAGES)
         return acc, m_i, l_i, n

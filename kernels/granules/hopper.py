@@ -86,6 +86,7 @@ if LOADABLE:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
+    from ..gluon.packed import packed, unpacked
     from ..gluon.ring import place_of
     from ..gluon.tile_walk import tokens_from
 
@@ -217,7 +218,7 @@ if LOADABLE:
         bits = _bits(lists, i, KIND)
         s = _scores(q, k_stages, barriers, n, KEYS, STAGES, s_layout)
         mbarrier.wait(v_ready.index(before), phase)
-        acc = warpgroup_mma(p, v_stages.index(before), acc, is_async=True)
+        acc = warpgroup_mma(unpacked(p, v_stages.dtype, p_layout), v_stages.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(place_of(n, 0, STAGES)[0]), count=1)
         s = _hide(s, i, lists, bits, KIND, SIZE, KEYS, s_layout)
@@ -225,8 +226,7 @@ if LOADABLE:
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-        p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
-        return p, acc, m_i, l_i
+        return packed(p_new, v_stages.dtype), acc, m_i, l_i
 
     @gluon.jit
     def _attend(
@@ -255,7 +255,7 @@ if LOADABLE:
                 s = _hide(s, 0, lists, (0, 0, 0, 0), "partial", SIZE, KEYS, s_layout)
                 bias = 0.0
             p_new, _, m_i, l_i = _softmax(s, m_i, l_i, scale_log2, bias)
-            p = gl.convert_layout(p_new.to(v_stages.dtype), p_layout)
+            p = packed(p_new, v_stages.dtype)
             n += 1
             whole = lists[0] // EACH * EACH
             for i in range(EACH, whole, EACH):
@@ -280,7 +280,7 @@ if LOADABLE:
                     n += 1
             last, phase = place_of(n - 1, 0, STAGES)
             mbarrier.wait(v_ready.index(last), phase)
-            acc = warpgroup_mma(p, v_stages.index(last), acc, is_async=True)
+            acc = warpgroup_mma(unpacked(p, v_stages.dtype, p_layout), v_stages.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_empty.index(last), count=1)
         return acc, m_i, l_i, n

@@ -33,6 +33,7 @@ OPTIONS = {
         "--keep-warmup",
         "--keep-refresh",
         "--keep-granule",
+        "--keep-precision",
         "--rounds",
         "--tune-steps",
         "--probe",

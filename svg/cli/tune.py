@@ -64,6 +64,11 @@ _HELD_OUT = (
     "--keep-refresh", is_flag=True, help="Keep refresh as it is, instead of trying 2, 4 and 8 where that saves time."
 )
 @click.option("--keep-granule", is_flag=True, help="Keep near's granule as it is, instead of trying larger ones.")
+@click.option(
+    "--keep-precision",
+    is_flag=True,
+    help="Keep near's dense steps in 16 bits, instead of trying 8 where there is FP8.",
+)
 @click.option("--no-control", is_flag=True, help="No dense-against-dense control on the held-out videos.")
 @click.option("--out", type=click.Path(), default="svg-tune", show_default=True, help="Folder of the results.")
 def tune(**options: Any) -> int:
@@ -150,4 +155,5 @@ def _plan(options: dict[str, Any]) -> Any:
         keep_warmup=options["keep_warmup"],
         keep_refresh=options["keep_refresh"],
         keep_granule=options["keep_granule"],
+        keep_precision=options["keep_precision"],
     )

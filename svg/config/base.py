@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from ..documents import shown
@@ -81,9 +83,8 @@ class MethodConfig:
     levels: ClassVar[tuple[float, ...]] = ()
     probed_level: ClassVar[float] = 0.0
     tuned_by: ClassVar[str] = "heads"
-    tuned_too: ClassVar[tuple[str, tuple[Any, ...]] | None] = (
-        None  # another setting that a tuning tries, and its values
-    )
+    # Other settings that a tuning tries, one after the other, and their values, of which it takes those behind the given one.
+    tuned_too: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
 
     warmup_steps: float = setting(0.2, flag=float, help="Share of the steps kept dense, in [0, 1].")
     warmup_noise: float | None = setting(

@@ -25,7 +25,7 @@ class Line:
         bounds: least and largest cost of a run.
         floor: the part of it that dense steps cost.
         refresh: calls of a layer that share a map; None where the method has no such setting.
-        other: value of the setting that the method has tuned too, where it is not the given one.
+        others: names and values of settings that the method has tuned too, where they are not the given ones.
     """
 
     family: str
@@ -34,11 +34,11 @@ class Line:
     bounds: tuple[float, float]
     floor: float
     refresh: int | None = None
-    other: tuple[str, Any] | None = None
+    others: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         shared = f", refresh {self.refresh}" if (self.refresh or 1) > 1 else ""
-        return dense_steps(self.dense_steps) + shared + (f", {self.other[0]} {self.other[1]}" if self.other else "")
+        return dense_steps(self.dense_steps) + shared + "".join(f", {name} {value}" for name, value in self.others)
 
 
 @dataclass(frozen=True)
@@ -99,28 +99,30 @@ def refreshes_to_try(problem: Problem, config: MethodConfig, steps: Steps) -> li
     return [calls for calls in (2, 4, 8) if calls <= steps.total - steps.dense]
 
 
-def others_to_try(config: MethodConfig) -> list[tuple[str, Any]]:
-    """Larger values of the setting that a method has tuned too, from the next one on.
+def others_to_try(config: MethodConfig, name: str) -> list[Any]:
+    """Values of a setting that a method has tuned too, from the one behind the config's own on; none where its own is not known.
 
     Args:
         config: the settings that stay.
+        name: of the setting.
     """
-    name, values = config.tuned_too or ("", ())
-    return [(name, value) for value in values if value > getattr(config, name)]
+    values = config.tuned_too.get(name, ())
+    own = getattr(config, name, None)
+    return list(values[values.index(own) + 1 :]) if own in values else []
 
 
-def with_other(line: Line, other: tuple[str, Any]) -> Line:
-    """The same line with another value of that setting; what a run costs is told as if it had the given one.
+def with_other(line: Line, name: str, value: Any) -> Line:
+    """The same line with another value of a setting; what a run costs is told as if it had the given one.
 
     Args:
         line: settings along a line.
-        other: the setting's name and value.
+        name, value: the setting's.
     """
 
     def at(cost: float) -> MethodConfig:
-        return dataclasses.replace(line.config(cost), **{other[0]: other[1]})
+        return dataclasses.replace(line.config(cost), **{name: value})
 
-    return dataclasses.replace(line, config=at, other=other)
+    return dataclasses.replace(line, config=at, others=(*line.others, (name, value)))
 
 
 def table_line(problem: Problem, config: MethodConfig, steps: Steps) -> Line:

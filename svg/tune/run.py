@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from svg.eval.files import to_json, write_json
 from svg.eval.page import build_page
+from svg.kernels.common import target
 from svg.pipelines.fingerprint import fingerprint
 
 from ..config.base import count
@@ -72,6 +74,7 @@ class Plan:
         keep_warmup: whether the config's dense steps stay as they are; else fewer are tried.
         keep_refresh: whether `refresh` stays as it is; else more calls that share a map are tried.
         keep_granule: whether `granule`, which `near` has, stays as it is; else larger ones are tried.
+        keep_precision: whether dense steps keep their precision; else near's 8 bits are tried, on a GPU that has FP8.
 
     Raises:
         ValueError: prompts missing or in both sets, a step out of range, nothing that could be sparse, or a probe of heads
@@ -91,6 +94,7 @@ class Plan:
     keep_warmup: bool = False
     keep_refresh: bool = False
     keep_granule: bool = False
+    keep_precision: bool = False
 
     def __post_init__(self):
         config, total = self.job.config, self.job.request.steps
@@ -187,7 +191,8 @@ class Tuner:
             start = own.whole(uniform_cost(problem, getattr(self._config, str(self._config.budget_field))))
             uniform = one_budget_line(problem, self._config, own, "uniform")
             reach = Reach(plan.target, plan.rounds, self._searched, self._verified, self._cost, self._display.stage)
-            stages = (self._sharing_lines, self._lines_of_fewer_dense_steps, self._lines_of_others)
+            others = (partial(self._lines_of_another, name) for name in self._config.tuned_too)
+            stages = (self._sharing_lines, self._lines_of_fewer_dense_steps, *others)
             more = (partial(stage, problem) for stage in stages)
             tuned = self._tuned_line(problem, own, getattr(self._config, "refresh", None))
             best = {"tuned": reach.best([tuned], start, *more), "uniform": reach.best([uniform], start)}
@@ -242,10 +247,22 @@ class Tuner:
         numbers = dense_steps_to_try(self._config, total, self._plan.keep_warmup)[1:]
         return [self._tuned_line(problem, Steps(total, number), best.refresh) for number in numbers]
 
-    def _lines_of_others(self, problem: Problem, best: Line) -> list[Line]:
-        """Lines with another value of what the method has tuned too, for as many dense steps and shared maps."""
+    def _lines_of_another(self, name: str, problem: Problem, best: Line) -> list[Line]:
+        """Lines with another value of a setting that the method has tuned too, for as many dense steps and shared maps."""
+        if name in self._kept or (name == "warmup_precision" and not best.dense_steps):
+            return []
         line = self._tuned_line(problem, Steps(self._plan.job.request.steps, best.dense_steps), best.refresh)
-        return [] if self._plan.keep_granule else [with_other(line, other) for other in others_to_try(self._config)]
+        for other in best.others:
+            line = with_other(line, *other)
+        return [with_other(line, name, value) for value in others_to_try(self._config, name)]
+
+    @property
+    def _kept(self) -> set[str]:
+        """Settings that are not tuned too: those asked for, and 8 bits in dense steps where the device has no FP8."""
+        plan = self._plan
+        kept = {"granule"} if plan.keep_granule else set()
+        fast = self._on_gpu and target.has_fp8(torch.device(self._device))
+        return kept if fast and not plan.keep_precision else {*kept, "warmup_precision"}
 
     def _tuned_line(self, problem: Problem, steps: Steps, refresh: int | None) -> Line:
         config = self._config
@@ -275,7 +292,7 @@ class Tuner:
             "videos": "held-out" if stage is self._verify else "search",
             "dense_steps": line.dense_steps,
             "refresh": line.refresh,
-            **({line.other[0]: line.other[1]} if line.other else {}),
+            **dict(line.others),
             "spent": spent,
             "value": self._plan.target.of(cells, dense, self._on_gpu),
             "density": _mean([cell["density"]["all_calls"] for cell in cells]),
@@ -401,8 +418,7 @@ class Tuner:
         if winner["config"].get(str(self._config.head_field)) is not None:
             budgets = f"budgets of {self._plan.budgets}"
         shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
-        other = (self._config.tuned_too or ("",))[0]
-        shared += f", {other} {winner[other]}" if other in winner else ""
+        shared += "".join(f", {name} {winner[name]}" for name in self._config.tuned_too if name in winner)
         return (
             f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on held-out prompts "
             f"({len(self._plan.held_out)}) at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "

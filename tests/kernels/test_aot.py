@@ -29,7 +29,7 @@ KERNELS = {
     "_hopper_assign_kernel", "_hopper_assign_few_kernel", "_granules_kernel", "_hopper_granules_kernel",
     "_cut_kernel", "_pool_kernel", "_normalizers_kernel", "_scores_kernel", "_floors_kernel", "_histogram_kernel", "_counts_kernel",
     "_ties_kernel", "_lists_kernel", "_sums_kernel", "_density_kernel", "_quantize_rows_kernel", "_activate_kernel", "_quantize_blocks_kernel", "_int8_matmul_kernel",
-    "_quantize_int8_rows_kernel", "_int8_rows_matmul_kernel", "_hopper_int8_rows_matmul_kernel", "_add_rows_kernel",
+    "_quantize_int8_rows_kernel", "_modulate_int8_rows_kernel", "_int8_rows_matmul_kernel", "_hopper_int8_rows_matmul_kernel", "_add_rows_kernel",
 }  # fmt: skip
 HOPPER_ONLY = {name for name in KERNELS if name.startswith("_hopper_")}
 # Bytes a thread may spill, with Triton 3.6 or 3.8; the rest none. docs/kernels.md says what they are.

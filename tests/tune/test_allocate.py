@@ -2,11 +2,13 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from svg.config import NearConfig, SVG1Config
+from svg.tune import run
 from svg.tune.allocate import (
     Cost,
     Problem,
@@ -211,12 +213,33 @@ def test_more_calls_share_only_where_that_saves_time():
 
 def test_larger_granules_are_tried_and_leave_the_rest_of_a_line():
     given, steps = problem(np.random.default_rng(1), BY_TIME), Steps(total=7, dense=2)
-    assert others_to_try(NearConfig()) == [("granule", 32), ("granule", 64)] and others_to_try(SVG1Config()) == []
-    assert others_to_try(NearConfig(granule=64)) == []
+    assert others_to_try(NearConfig(), "granule") == [32, 64] and others_to_try(SVG1Config(), "granule") == []
+    assert (
+        others_to_try(NearConfig(granule=64), "granule") == []
+        and len(others_to_try(NearConfig(granule=8), "granule")) == 3
+    )
     line = one_budget_line(given, NearConfig(refresh=2), steps, "tuned")
-    other = with_other(line, ("granule", 64))
+    other = with_other(line, "granule", 64)
     assert other.config(0.5) == replace(line.config(0.5), granule=64) and other.bounds == line.bounds
     assert str(other) == "2 dense steps, refresh 2, granule 64"
+    both = with_other(other, "warmup_precision", "int8-fp8")
+    assert both.config(0.5) == replace(other.config(0.5), warmup_precision="int8-fp8")
+    assert str(both) == "2 dense steps, refresh 2, granule 64, warmup_precision int8-fp8"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "fp8", "asked", "kept"),
+    [
+        (True, True, {}, set()),
+        (True, True, {"keep_precision": True}, {"warmup_precision"}),
+        (True, False, {"keep_granule": True}, {"granule", "warmup_precision"}),
+        (False, True, {}, {"warmup_precision"}),
+    ],
+)
+def test_dense_steps_are_tried_in_8_bits_where_the_device_has_fp8(monkeypatch, on_gpu, fp8, asked, kept):
+    monkeypatch.setattr(run.target, "has_fp8", lambda device: fp8)
+    plan = SimpleNamespace(**{"keep_granule": False, "keep_precision": False, **asked})
+    assert run.Tuner._kept.fget(SimpleNamespace(_plan=plan, _on_gpu=on_gpu, _device="cuda:0")) == kept
 
 
 def test_weights_are_effect_for_each_unit_of_error():

@@ -13,7 +13,7 @@ from .quantize import hadamard, largest_bits, quantized, rotation_width, steps_o
 PAIRS = 64  # of a token and one of its parts, of a Hadamard matrix's side, that a program turns
 WARPS = 4
 PROGRAMS = 6  # of a multiprocessor, which holds three at a time
-REGISTERS = {90: 168, 100: 168, 103: 168}  # so that as many fit; elsewhere these would spill
+REGISTERS = {90: 168}  # so that as many fit; elsewhere these would spill
 
 
 def quantize_modulated(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from ...config.base import FEW_STEPS, SparseConfig, check_max_drift, choice, count, integer, setting, share
 from ...config.tuned import TunedFor, check_head_table
@@ -65,8 +67,10 @@ class NearConfig(SparseConfig):
     head_field: ClassVar[str | None] = "head_budget"
     levels: ClassVar[tuple[float, ...]] = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
     probed_level: ClassVar[float] = 0.1  # near what long videos end with
-    # Where little is computed, means are much of it: coarser granules have fewer.
-    tuned_too: ClassVar[tuple[str, tuple[int, ...]] | None] = ("granule", (16, 32, 64))
+    # Where little is computed, means are much of it, of which coarser granules have fewer, or dense steps, cheaper in 8 bits.
+    tuned_too: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType(
+        {"granule": (8, 16, 32, 64), "warmup_precision": ("native", "int8-fp8")}
+    )
     tuned_by: ClassVar[str] = "one"  # its threshold gives heads and layers what they need in this very call
 
     budget: float = setting(0.25, flag=float, help="upper bound on density, in (0, 1].", sweep="upper bounds")
