@@ -420,7 +420,7 @@ class Tuner:
         shared = f", refresh {winner['refresh']}" if (winner["refresh"] or 1) > 1 else ""
         shared += "".join(f", {name} {winner[name]}" for name in self._config.tuned_too if name in winner)
         return (
-            f"`svg tune` on {now()[:10]}, {_words(self._plan.target)}: {winner['value']:.4g} on held-out prompts "
+            f"`svg tune` on {now()[:10]}, {self._plan.target}: {winner['value']:.4g} on held-out prompts "
             f"({len(self._plan.held_out)}) at density {winner['density']:.3f}, {budgets} after {steps} of {total}{shared}. "
             f"{self._command}"
         )
@@ -434,15 +434,6 @@ class Tuner:
         if self._pool is None:
             self._pool = KeptPool(self._device)
         return self._pool
-
-
-def _words(target: Target) -> str:
-    over = "in every video" if target.worst else "in the mean"
-    return {
-        "min_psnr": f"PSNR >= {target.value:.4g} dB {over}",
-        "max_lpips": f"LPIPS <= {target.value:.4g} {over}",
-        "target_speedup": f"attention {target.value:.4g} times as fast {over}",
-    }[target.kind]
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -33,6 +33,14 @@ class Target:
         if not (math.isfinite(self.value) and self.value > least):
             raise ValueError(f"--{self.kind.replace('_', '-')} must be a finite number > {least}, got {self.value}")
 
+    def __str__(self) -> str:
+        over = "in every video" if self.worst else "in the mean"
+        return {
+            "min_psnr": f"PSNR >= {self.value:.4g} dB {over}",
+            "max_lpips": f"LPIPS <= {self.value:.4g} {over}",
+            "target_speedup": f"attention {self.value:.4g} times as fast {over}",
+        }[self.kind]
+
     @property
     def sign(self) -> int:
         """1 where more is better."""

@@ -44,24 +44,17 @@ def test_what_near_launches_is_compiled_in_threads_and_found_by_the_call(tmp_pat
     assert found["records"] == 0 and found["order is real"]  # the run itself has seen nothing of it
 
 
-EIGHT_BITS = "precision=int8-fp8"
-
-
 @pytest.mark.parametrize(
     ("settings", "kernel"),
     [
-        (("near", "warmup_steps=0.2", EIGHT_BITS), "_hopper_granules_kernel"),
-        (("near", "warmup_steps=0.1", EIGHT_BITS, "warmup_precision=int8-fp8"), "_hopper_attention_kernel"),
-        (("svg2", EIGHT_BITS), "_hopper_attention_kernel"),
+        (("near", "precision=int8-fp8"), "_hopper_granules_kernel"),
         (("sage2", "min_cosine=0.99"), "_hopper_attention_kernel"),
     ],
-    ids=["near", "near, dense steps in 8 bits", "svg2", "sage2"],
+    ids=["near", "sage2"],
 )
 def test_what_the_guard_probes_with_is_compiled_too(tmp_path, settings, kernel):
-    probing = Counter(traced(tmp_path, *settings)["kernels"])
-    never = ("guard=false",) if "min_cosine=0.99" in settings else ("probe_every=0",)
-    without = Counter(traced(tmp_path, *(one for one in settings if "cosine" not in one), *never)["kernels"])
-    assert probing[kernel] == without[kernel] + (2 if "guard=false" in never else 1)
+    # Of the 16-bit kernel there are two: one repairs heads that failed, one computes what probed rows are compared with.
+    assert Counter(traced(tmp_path, *settings)["kernels"])[kernel] == 2
 
 
 def test_a_run_of_dense_steps_alone_compiles_nothing(tmp_path):

@@ -26,7 +26,8 @@ def test_fast_is_in_8_bits_where_the_gpu_has_fp8(monkeypatch, capability, precis
     assert fast.precision == fast.warmup_precision == precision and (fast.linears == "all") == (precision != "native")
     assert {resolve(level).precision for level in ("quality", "balanced")} == {"native"}
     assert ("precision" in settings_of("fast", "cuda:0")) == (precision != "native")
-    assert settings_of("fast", "cpu") == {"warmup_steps": 0.1, "warmup_layers": 0.0, "residual": 0.0}
+    everywhere = {"warmup_steps": 0.1, "warmup_layers": 0.0, "residual": 0.0, "refresh": 2, "first_iterations": 8}
+    assert settings_of("fast", "cpu") == everywhere
 
 
 def test_short_sequences_stay_dense_on_a_gpu(monkeypatch):
