@@ -11,7 +11,7 @@ import svg
 from svg.config import DenseConfig, Sage2Config
 from svg.kernels import fp8_linear_reference, quantize_rows_reference
 from svg.kernels.linears.int8_rows import hopper
-from svg.pipelines import linears, loading
+from svg.pipelines import fused_blocks, linears, loading
 from svg.pipelines.linear_guard import LinearGuard
 from svg.pipelines.linears import QuantizedLinear, find_linears, quantize_linears, restore_linears
 from svg.pipelines.linears_file import linears_content
@@ -97,10 +97,16 @@ def test_accelerate_and_restore(load, run, name, fused):
     assert torch.equal(run(pipe, steps=2), stock)
 
 
-def test_fused_passes_give_what_single_ones_give(load, run):
-    outs = [run(svg.accelerate(load("wan"), DenseConfig(linears="all", fused=f)), steps=2) for f in (False, True)]
-    stock = run(load("wan"), steps=2)
+@pytest.mark.parametrize(("precision", "rows"), [("fp8", "fp8"), ("int8-rows", "int8")])
+@pytest.mark.parametrize("name", ["wan", "hunyuan"])
+def test_fused_passes_give_what_single_ones_give(load, run, monkeypatch, name, precision, rows):
+    asked, modulate = [], fused_blocks.modulate
+    monkeypatch.setattr(fused_blocks, "modulate", lambda *args, **rows: asked.append(rows) or modulate(*args, **rows))
+    common = {"linears": "all", "linear_precision": precision}
+    outs = [run(svg.accelerate(load(name), DenseConfig(**common, fused=fused)), steps=2) for fused in (False, True)]
+    stock = run(load(name), steps=2)
     assert (outs[0] - outs[1]).norm() < 0.25 * (outs[0] - stock).norm()
+    assert {rows: True} in asked  # from the second forward on, when nothing is probed
 
 
 def test_q_k_and_v_share_one_quantisation(load, run, monkeypatch):
