@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +186,7 @@ def _folder_name(index: int, prompt: str) -> str:
 
 
 def _run(jobs: list[Job], console: Any) -> int:
-    from .console import TerminalDisplay, print_job, print_report
+    from .console import TerminalDisplay, print_job
 
     print_job(console, jobs[0])
     todo = [job for job in jobs if not (len(jobs) > 1 and _is_done(job))]
@@ -196,8 +197,24 @@ def _run(jobs: list[Job], console: Any) -> int:
     quiet_loading()
     from ..generate.run_job import run_all
 
-    start = time.perf_counter()
-    for job, report in zip(todo, run_all(todo, quiet(TerminalDisplay(console)))):
+    start, began = time.perf_counter(), time.time()
+    try:
+        code = _run_all(todo, run_all(todo, quiet(TerminalDisplay(console))), console)
+    except KeyboardInterrupt:
+        done = [str(job.out) for job in todo if _is_done(job) and (job.out / "report.json").stat().st_mtime >= began]
+        if not done or rank():
+            raise
+        click.echo(f"interrupted; finished: {', '.join(done)}", err=True)
+        return 130
+    if code == 0 and not rank():
+        console.print(f"done in {time.perf_counter() - start:.0f} s, warm-up and measuring included", highlight=False)
+    return code
+
+
+def _run_all(jobs: list[Job], reports: Iterable[dict[str, Any]], console: Any) -> int:
+    from .console import print_report
+
+    for job, report in zip(jobs, reports):
         if rank():  # another process prints, unless this one alone was stopped
             if report["stopped"] is not None:
                 last_words(report["stopped"], 1)
@@ -207,7 +224,6 @@ def _run(jobs: list[Job], console: Any) -> int:
         if report["stopped"] is not None:
             click.echo(f"svg: {report['stopped']}; kept in {job.out}: {', '.join(_videos(report))}", err=True)
             return 130 if report["state"] == "interrupted" else 1
-    console.print(f"done in {time.perf_counter() - start:.0f} s, warm-up and measuring included", highlight=False)
     return 0
 
 
