@@ -80,7 +80,7 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
         out: float [B, H, S, D], changed in place.
         failed: int32 [B, H].
     """
-    if not target.use_triton(q) and not failed.any():
+    if (target.INTERPRETED or not target.use_triton(q)) and not failed.any():
         return
     groups = head_groups(plan)
     if len(groups) > 1:
@@ -88,12 +88,12 @@ def repair(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Ten
             repair(plan.for_heads(group), *(x[group] for x in (q, k, v, out, failed)))
         return
     if plan.k_permutation is not None:
-        new = torch.empty_like if target.use_triton(q) else torch.zeros_like
+        new = torch.empty_like if q.is_cuda else torch.zeros_like
         sorted_k, sorted_v = new(k), new(v)
         move_heads(k, sorted_k, failed, plan.k_permutation)
         move_heads(v, sorted_v, failed, plan.k_permutation)
         k, v = sorted_k, sorted_v
-    only = restricted_to_heads(plan, failed, target.use_triton(q))
+    only = restricted_to_heads(plan, failed, q.is_cuda)
     again = block_sparse_attention(
         q, k, v, only.block_map, only.q_sizes, only.k_sizes,
         map_index=only.map_index, q_permutation=plan.q_permutation, tail=only.tail, sm_scale=plan.sm_scale,

@@ -166,7 +166,7 @@ class NearPlan:
 
     def repair(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, failed: Tensor) -> None:
         """Compute failed heads again without quantisation, in `out`; as `svg.engine.repair.repair`."""
-        if not target.use_triton(q) and not failed.any():
+        if (target.INTERPRETED or not target.use_triton(q)) and not failed.any():
             return
         for heads, lists in zip(self.stretches, self.chosen.lists):
             only = failed[:, heads].contiguous()
