@@ -203,8 +203,12 @@ def residual_modulate(
     if fp8:
         target.require_fp8(x.device)
     total = x if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    strides = (
+        *x.stride()[:2], *((0, 0) if update is None else update.stride()[:2]), *((0, 0) if gate is None else _row_strides(gate)),
+        *_row_strides(scale), *_row_strides(shift),
+    )  # fmt: skip
     if int8:
-        rows = quantize_modulated(x, update, gate, total, scale, shift, eps, affine)
+        rows = quantize_modulated(x, update, gate, total, scale, shift, eps, affine, strides)
         if rows is not None:
             return total, rows
         total, out = residual_modulate(x, update, gate, scale, shift, eps, affine=affine)
@@ -212,9 +216,7 @@ def residual_modulate(
     out, size = empty_rows(x) if fp8 else (torch.empty(x.shape, dtype=x.dtype, device=x.device), None)
     with target.on_device(x):
         _modulate_kernel[(S, B)](
-            x, update, gate, total, scale, shift, out, size, eps, S, *x.stride()[:2],
-            *((0, 0) if update is None else update.stride()[:2]), *((0, 0) if gate is None else _row_strides(gate)),
-            *_row_strides(scale), *_row_strides(shift), AFFINE=affine,
+            x, update, gate, total, scale, shift, out, size, eps, S, *strides, AFFINE=affine,
             C=C, BLOCK_C=triton.next_power_of_2(C), num_warps=_warps(C),
         )  # fmt: skip
     return total, QuantizedRows(out, size, x.dtype) if fp8 else out

@@ -25,12 +25,14 @@ def quantize_modulated(
     shift: torch.Tensor,
     eps: float,
     affine: bool,
+    strides: tuple[int, ...],
 ) -> QuantizedRows | None:
     """Rotated INT8 rows of what `svg.kernels.residual_modulate` leaves, rounded to x's dtype; None where no kernel does that.
 
     Args:
         x, update, gate, scale, shift, eps, affine: as `residual_modulate` takes them.
         total: [B, S, C] contiguous, which x + gate * update is written to; x itself without an update.
+        strides: over samples and tokens, of x, update, gate, scale and shift.
     """
     B, S, C = x.shape
     side = rotation_width(C)
@@ -42,15 +44,12 @@ def quantize_modulated(
     steps = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if not steps.numel():
         return QuantizedRows(values, steps, x.dtype)
-    of_row = [(one.stride(0), 0 if one.shape[1] == 1 else one.stride(1)) for one in (scale, shift)]
-    of_gate = (0, 0) if gate is None else (gate.stride(0), 0 if gate.shape[1] == 1 else gate.stride(1))
     programs = triton.cdiv(PROGRAMS * target.sm_count(x.device), B)
     with target.on_device(x):
         _modulate_int8_rows_kernel[(min(programs, triton.cdiv(S, tokens)), B)](
             x, update, gate, total, scale, shift, hadamard(side, x.device, x.dtype), values, steps, eps, S,
-            *x.stride()[:2], *((0, 0) if update is None else update.stride()[:2]), *of_gate, *of_row[0], *of_row[1],
-            AFFINE=affine, C=C, SIDE=side, PARTS=parts, TOKENS=tokens,
-            num_warps=WARPS, maxnreg=REGISTERS.get(target.arch(x.device), 255),
+            *strides, AFFINE=affine, C=C, SIDE=side, PARTS=parts, TOKENS=tokens, num_warps=WARPS,
+            maxnreg=REGISTERS.get(target.arch(x.device), 255),
         )  # fmt: skip
     return QuantizedRows(values, steps, x.dtype)
 

@@ -16,8 +16,8 @@ def level_settings(level: str, fp8: bool) -> dict[str, Any]:
 
     Args:
         level: "quality" (two fifths of the attention), "balanced" (nothing: a quarter), or "fast": a quarter after half as
-            many dense steps, in all layers, each choice for two steps; where the device has FP8, all attention and linears are in
-            8 bits.
+            many dense steps, in all layers, each choice for two steps; where the device has FP8, all attention and the sparse
+            steps' linears are in 8 bits.
         fp8: whether the device computes in FP8, which 8 bits are faster with.
 
     Returns:
